@@ -1,0 +1,268 @@
+#include "exchange.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "moriep/layout.h"
+#include "step.h"
+
+namespace moriep {
+namespace {
+
+// Walks the ranks beginning with the one after `me`, so that not all read the same peer at the same time.
+int64_t nth_peer(int64_t me, int64_t i, int64_t num_ranks) { return (me + 1 + i) % num_ranks; }
+
+// Copies this rank's tokens that some other rank needs into its slot; its own are read where they are.
+void stage_rows(const Shape& shape, int64_t me, const std::byte* x, const int32_t* ids, int64_t row_bytes,
+                int64_t row_stride, std::byte* staged) {
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    const int32_t* token_ids = ids + t * shape.top_k;
+    const bool needed = std::any_of(token_ids, token_ids + shape.top_k, [&](int32_t id) {
+      const int64_t rank = rank_of(shape, id);
+      return rank >= 0 && rank != me;
+    });
+    if (needed) std::memcpy(staged + t * row_stride, x + t * row_bytes, static_cast<size_t>(row_bytes));
+  }
+}
+
+// Where the rows of a source rank's tokens lie.
+struct Source {
+  const std::byte* rows;
+  int64_t stride;
+};
+
+// Reads every token that has rows here once and writes all its rows; clears the rows that nobody owns.
+void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& sources, const int32_t* routes,
+               int64_t row_bytes, std::byte* rows) {
+  std::vector<bool> written(static_cast<size_t>(shape.capacity));
+  for (int64_t i = 0; i < shape.num_ranks; ++i) {
+    const int64_t source = nth_peer(me, i, shape.num_ranks);
+    const Source& from = sources[static_cast<size_t>(source)];
+    const int32_t* source_routes = routes + source * shape.num_routes();
+    for (int64_t route = 0; route < shape.num_routes(); ++route) {
+      const int32_t row = source_routes[route];
+      if (row < 0) continue;
+      std::memcpy(rows + row * row_bytes, from.rows + route / shape.top_k * from.stride,
+                  static_cast<size_t>(row_bytes));
+      written[static_cast<size_t>(row)] = true;
+    }
+  }
+  for (int64_t row = 0; row < shape.capacity;) {
+    int64_t end = row;
+    while (end < shape.capacity && !written[static_cast<size_t>(end)]) ++end;
+    if (end > row) zero_fill(rows + row * row_bytes, (end - row) * row_bytes);
+    row = end + 1;
+  }
+}
+
+// Gives every route of the group that ends here its row, in the order local expert, source rank, source
+// token; and every (source, token) pair that ends here its place in the source's arena.
+void plan_routes(const Shape& shape, int64_t me, const std::vector<int32_t>& all_ids, int32_t* group_sizes,
+                 int32_t* routes, int32_t* slots) {
+  const int64_t first_expert = me * shape.num_local_experts;
+  const auto local_expert = [&](int32_t id) { return rank_of(shape, id) == me ? id - first_expert : -1; };
+
+  std::vector<int64_t> counts(static_cast<size_t>(shape.num_local_experts));
+  for (int32_t id : all_ids) {
+    if (const int64_t e = local_expert(id); e >= 0) ++counts[static_cast<size_t>(e)];
+  }
+  std::vector<int64_t> next = run_starts(counts, shape.block);
+  for (size_t e = 0; e < counts.size(); ++e) {
+    group_sizes[e] = static_cast<int32_t>(std::clamp<int64_t>(shape.capacity - next[e], 0, counts[e]));
+  }
+
+  std::vector<int64_t> scratch;
+  for (int64_t source = 0; source < shape.num_ranks; ++source) {
+    int32_t next_slot = 0;
+    for (int64_t t = 0; t < shape.num_tokens; ++t) {
+      const int64_t token = source * shape.num_tokens + t;
+      const int32_t* ids = all_ids.data() + token * shape.top_k;
+      slots[token] = -1;
+      for_each_rank(shape, ids, scratch, [&](int64_t rank) {
+        if (rank == me) slots[token] = next_slot;
+        ++next_slot;
+      });
+      for (int64_t k = 0; k < shape.top_k; ++k) {
+        const int64_t e = local_expert(ids[k]);
+        int32_t& route = routes[token * shape.top_k + k];
+        if (e < 0) {
+          route = kNotHere;
+          continue;
+        }
+        const int64_t row = next[static_cast<size_t>(e)]++;
+        route = row < shape.capacity ? static_cast<int32_t>(row) : kDropped;
+      }
+    }
+  }
+}
+
+// A plan is the user's array by the time it comes back: nothing in it is trusted as an index.
+Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slots) {
+  const int64_t num_routes = shape.num_ranks * shape.num_routes();
+  for (int64_t i = 0; i < num_routes; ++i) {
+    if (routes[i] >= shape.capacity) {
+      return Status(Code::kInvalidArgument, "plan.routes names row " + std::to_string(routes[i]) +
+                                                " but the capacity is " + std::to_string(shape.capacity));
+    }
+  }
+  for (int64_t i = 0; slots != nullptr && i < shape.num_ranks * shape.num_tokens; ++i) {
+    if (slots[i] >= shape.max_fanout()) {
+      return Status(Code::kInvalidArgument, "plan.slots names place " + std::to_string(slots[i]) + " but there are " +
+                                                std::to_string(shape.max_fanout()));
+    }
+  }
+  return Status();
+}
+
+}  // namespace
+
+Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
+  const Shape& shape = call.shape;
+  const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
+  const auto layout = SlotLayout::of(Kind::kDispatch, shape, row_bytes, false);
+  Step step(me, Kind::kDispatch, shape, static_cast<int32_t>(call.type), false, call.order, call.config);
+  std::vector<std::byte*> slots;
+  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
+
+  const int64_t my_rank = me.rank();
+  const auto ids_bytes = static_cast<size_t>(shape.num_routes()) * sizeof(int32_t);
+  std::byte* mine = slots[static_cast<size_t>(my_rank)];
+  if (shape.num_ranks > 1) {
+    std::memcpy(mine + layout.ids, at.ids, ids_bytes);
+    std::memcpy(mine + layout.weights, at.weights, ids_bytes);
+    stage_rows(shape, my_rank, at.x, at.ids, row_bytes, layout.row_stride, mine + layout.rows);
+  }
+  if (Status status = step.publish_and_wait(); !status.ok()) return status;
+
+  // Copied before use: a peer's memory may change under a check, a copy may not.
+  std::vector<int32_t> all_ids(static_cast<size_t>(shape.num_ranks * shape.num_routes()));
+  std::vector<Source> sources;
+  std::vector<const float*> weights;
+  for (int64_t source = 0; source < shape.num_ranks; ++source) {
+    const bool own = source == my_rank;
+    const std::byte* slot = slots[static_cast<size_t>(source)];
+    const void* ids = own ? static_cast<const void*>(at.ids) : slot + layout.ids;
+    if (ids_bytes > 0) std::memcpy(all_ids.data() + source * shape.num_routes(), ids, ids_bytes);
+    sources.push_back(own ? Source{at.x, row_bytes} : Source{slot + layout.rows, layout.row_stride});
+    weights.push_back(own ? at.weights : reinterpret_cast<const float*>(slot + layout.weights));
+  }
+  plan_routes(shape, my_rank, all_ids, at.group_sizes, at.routes, at.slots);
+
+  std::fill_n(at.row_weights, shape.capacity, 0.0f);
+  for (int64_t source = 0; source < shape.num_ranks; ++source) {
+    for (int64_t route = 0; route < shape.num_routes(); ++route) {
+      const int32_t row = at.routes[source * shape.num_routes() + route];
+      if (row >= 0) at.row_weights[row] = weights[static_cast<size_t>(source)][route];
+    }
+  }
+  pull_rows(shape, my_rank, sources, at.routes, row_bytes, at.rows);
+  return Status();
+}
+
+Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
+  const Shape& shape = call.shape;
+  const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
+  const auto layout = SlotLayout::of(Kind::kReplay, shape, row_bytes, false);
+  Step step(me, Kind::kReplay, shape, static_cast<int32_t>(call.type), false, call.order, call.config);
+  std::vector<std::byte*> slots;
+  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
+  if (Status status = check_plan(shape, at.routes, nullptr); !status.ok()) return step.fail(status);
+
+  const int64_t my_rank = me.rank();
+  stage_rows(shape, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
+             slots[static_cast<size_t>(my_rank)] + layout.rows);
+  if (Status status = step.publish_and_wait(); !status.ok()) return status;
+
+  std::vector<Source> sources;
+  for (int64_t source = 0; source < shape.num_ranks; ++source) {
+    sources.push_back(source == my_rank
+                          ? Source{at.x, row_bytes}
+                          : Source{slots[static_cast<size_t>(source)] + layout.rows, layout.row_stride});
+  }
+  pull_rows(shape, my_rank, sources, at.routes, row_bytes, at.rows);
+  return Status();
+}
+
+Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
+  const Shape& shape = call.shape;
+  const bool with_scalars = at.scalars != nullptr;
+  const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
+  const auto layout = SlotLayout::of(Kind::kCombine, shape, row_bytes, with_scalars);
+  Step step(me, Kind::kCombine, shape, static_cast<int32_t>(call.type), with_scalars, call.order, call.config);
+  std::vector<std::byte*> slots;
+  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
+  if (Status status = check_plan(shape, at.routes, at.slots); !status.ok()) return step.fail(status);
+
+  const int64_t my_rank = me.rank();
+  std::vector<const std::byte*> terms(static_cast<size_t>(std::max(shape.top_k, shape.num_ranks)));
+  // Collects this rank's rows of a token in the order of k, and gives their number.
+  const auto rows_of = [&](int64_t source, int64_t t) {
+    int64_t n = 0;
+    const int32_t* routes = at.routes + (source * shape.num_tokens + t) * shape.top_k;
+    for (int64_t k = 0; k < shape.top_k; ++k) {
+      if (routes[k] >= 0) terms[static_cast<size_t>(n++)] = at.rows + routes[k] * row_bytes;
+    }
+    return n;
+  };
+
+  // Push: one row per (token, rank) into the owner's arena. This rank's own tokens need no such trip.
+  for (int64_t i = 0; i + 1 < shape.num_ranks; ++i) {
+    const int64_t owner = nth_peer(my_rank, i, shape.num_ranks);
+    std::byte* slot = slots[static_cast<size_t>(owner)];
+    auto* scalars = reinterpret_cast<float*>(slot + layout.scalars);
+    for (int64_t t = 0; t < shape.num_tokens; ++t) {
+      const int64_t token = owner * shape.num_tokens + t;
+      if (at.slots[token] < 0) continue;
+      sum_rows(call.type, terms.data(), rows_of(owner, t), slot + layout.rows + at.slots[token] * layout.row_stride,
+               shape.hidden_size);
+      for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
+        const int32_t row = at.routes[token * shape.top_k + k];
+        if (row != kNotHere) scalars[t * shape.top_k + k] = row >= 0 ? at.scalars[row] : 0.0f;
+      }
+    }
+  }
+  if (Status status = step.publish_and_wait(); !status.ok()) return status;
+
+  // Sum what the ranks pushed, in rank order; this rank's own part is made on the way.
+  const std::byte* received = slots[static_cast<size_t>(my_rank)];
+  const auto* scalars = reinterpret_cast<const float*>(received + layout.scalars);
+  std::vector<std::byte> own(static_cast<size_t>(row_bytes));
+  std::vector<int64_t> ranks;
+  std::vector<const std::byte*> sums(static_cast<size_t>(shape.num_ranks));
+  int64_t next_slot = 0;
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    const int32_t* ids = at.ids + t * shape.top_k;
+    int64_t n = 0;
+    for_each_rank(shape, ids, ranks, [&](int64_t rank) {
+      const int64_t slot = next_slot++;
+      if (rank != my_rank) {
+        sums[static_cast<size_t>(n++)] = received + layout.rows + slot * layout.row_stride;
+        return;
+      }
+      const int64_t num_rows = rows_of(my_rank, t);
+      if (num_rows == 1) {
+        sums[static_cast<size_t>(n++)] = terms[0];
+      } else {
+        sum_rows(call.type, terms.data(), num_rows, own.data(), shape.hidden_size);
+        sums[static_cast<size_t>(n++)] = own.data();
+      }
+    });
+    sum_rows(call.type, sums.data(), n, at.y + t * row_bytes, shape.hidden_size);
+    for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
+      const int64_t rank = rank_of(shape, ids[k]);
+      const int64_t route = t * shape.top_k + k;
+      const int32_t row = at.routes[my_rank * shape.num_routes() + route];
+      float value = 0.0f;
+      if (rank == my_rank) {
+        value = row >= 0 ? at.scalars[row] : 0.0f;
+      } else if (rank >= 0) {
+        value = scalars[route];
+      }
+      at.token_scalars[route] = value;
+    }
+  }
+  return Status();
+}
+
+}  // namespace moriep

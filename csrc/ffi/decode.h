@@ -1,0 +1,94 @@
+// From XLA's buffers and attributes to the calls of a backend: decodes and validates, for every backend.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "moriep/plan.h"
+#include "moriep/status.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace moriep {
+
+namespace ffi = ::xla::ffi;
+
+using I32 = ffi::Buffer<ffi::S32>;
+using F32Buffer = ffi::Buffer<ffi::F32>;
+template <typename Buffer>
+using Out = ffi::Result<Buffer>;
+
+// The attributes of every exchange; Python's targets.py builds them in one place.
+struct Attributes {
+  std::string_view group;
+  std::string_view config;
+  int64_t num_experts;
+  int64_t num_local_experts;
+  int64_t block;
+};
+
+inline ffi::Error to_ffi(const Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + status.text());
+}
+
+inline Status bad_argument(const std::string& what) { return Status(Code::kInvalidArgument, what); }
+
+template <typename Buffer>
+std::string shape_text(const Buffer& buffer) {
+  std::string text = "[";
+  for (int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+// Compares a buffer's shape with what the other operands imply; every later index relies on it.
+template <typename Buffer>
+Status expect_shape(const char* name, const Buffer& buffer, std::initializer_list<int64_t> want) {
+  const auto dims = buffer.dimensions();
+  bool same = dims.size() == want.size();
+  for (size_t i = 0; same && i < dims.size(); ++i) same = dims[i] == want.begin()[i];
+  if (same) return Status();
+  std::string text = "[";
+  for (int64_t size : want) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return bad_argument(std::string(name) + " has shape " + shape_text(buffer) + " but must be " + text + "]");
+}
+
+// Runs checks in order and gives the first failure.
+inline Status first_failure(std::initializer_list<Status> checks) {
+  for (const Status& check : checks) {
+    if (!check.ok()) return check;
+  }
+  return Status();
+}
+
+// Builds the sizes of a call from tokens [T, H], ids [T, K], rows [C, H] and the attributes.
+inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyBuffer& rows,
+                           int64_t num_ranks, const Attributes& attributes, Shape* shape) {
+  const auto token_dims = tokens.dimensions();
+  const auto id_dims = ids.dimensions();
+  const auto row_dims = rows.dimensions();
+  if (token_dims.size() != 2 || id_dims.size() != 2 || row_dims.size() != 2) {
+    return bad_argument("tokens " + shape_text(tokens) + ", ids " + shape_text(ids) + " and rows " + shape_text(rows) +
+                        " must have two dimensions each");
+  }
+  *shape = Shape{.num_ranks = num_ranks,
+                 .num_tokens = token_dims[0],
+                 .top_k = id_dims[1],
+                 .hidden_size = token_dims[1],
+                 .num_experts = attributes.num_experts,
+                 .num_local_experts = attributes.num_local_experts,
+                 .block = attributes.block,
+                 .capacity = row_dims[0]};
+  if (shape->block < 1 || shape->num_experts < 1 || shape->num_local_experts < 1 || shape->top_k < 1 ||
+      shape->num_local_experts * num_ranks < shape->num_experts) {
+    return bad_argument("num_experts=" + std::to_string(shape->num_experts) + ", num_local_experts=" +
+                        std::to_string(shape->num_local_experts) + ", block=" + std::to_string(shape->block) +
+                        ", top_k=" + std::to_string(shape->top_k) + " do not describe a layer over " +
+                        std::to_string(num_ranks) + " ranks");
+  }
+  if (tokens.element_type() != rows.element_type()) return bad_argument("tokens and rows must have one dtype");
+  return first_failure({expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
+                        expect_shape("rows", rows, {shape->capacity, shape->hidden_size})});
+}
+
+}  // namespace moriep

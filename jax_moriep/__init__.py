@@ -1,0 +1,53 @@
+"""Expert-parallel mixture-of-experts for JAX; see docs/design.md for the words and the contracts."""
+
+from jax_moriep import weights
+from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.errors import (
+    CapacityOverflow,
+    ConfigError,
+    LibraryError,
+    MoriepError,
+    ShardingError,
+    TransportError,
+)
+from jax_moriep.exchange import checkpoint_policy, combine, dispatch
+from jax_moriep.experts import expert_mlp
+from jax_moriep.explain import explain
+from jax_moriep.layer import ep_moe
+from jax_moriep.params import init_params, pad_params, param_specs
+from jax_moriep.plan import Dispatched, Plan
+from jax_moriep.routing import ROUTERS, Route, route, update_score_bias
+from jax_moriep.runtime.group import initialize
+from jax_moriep.stats import check_stats
+from jax_moriep.version import __version__
+
+__all__ = [
+    "ROUTERS",
+    "CapacityOverflow",
+    "ConfigError",
+    "Dispatched",
+    "LibraryError",
+    "MoEConfig",
+    "MoEParams",
+    "MoEStats",
+    "MoriepError",
+    "Plan",
+    "Route",
+    "ShardingError",
+    "TransportError",
+    "__version__",
+    "check_stats",
+    "checkpoint_policy",
+    "combine",
+    "dispatch",
+    "ep_moe",
+    "expert_mlp",
+    "explain",
+    "init_params",
+    "initialize",
+    "pad_params",
+    "param_specs",
+    "route",
+    "update_score_bias",
+    "weights",
+]

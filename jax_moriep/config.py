@@ -1,0 +1,267 @@
+"""MoEConfig, MoEParams and MoEStats: the static description, the weights and the measurements.
+
+All validation of user-given values is here, so that a bad value fails when it is written down and not
+inside a compiled program. Letters: T tokens per rank, H hidden, K top_k, E experts, R ranks, L experts
+per rank, I intermediate size, C capacity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_moriep.errors import ConfigError, rule
+
+ROUTER_NAMES = (
+    "softmax_topk",
+    "topk_softmax",
+    "sigmoid_topk",
+    "deepseek_v3",
+    "deepseek_v2",
+    "gpt_oss",
+    "llama4",
+    "ernie45",
+)
+GROUPED_ROUTERS = ("deepseek_v3", "deepseek_v2")
+SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
+ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
+TRANSPORTS = ("native", "mori", "collective", "reference")
+EXPERTS = ("triton", "aiter", "blocked", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """What one mixture-of-experts layer is; frozen, and hashable by value.
+
+    Args:
+      num_experts: E, the number of routed experts; need not be divisible by the number of ranks.
+      top_k: K, experts per token, at most E.
+      hidden_size: H, the width of a token.
+      intermediate_size: I, the width inside one expert.
+      router: a name in ``jm.ROUTERS``, or ``callable(logits, bias, cfg) -> (ids, weights, scores)``.
+      norm_topk: divide the K weights by their sum, where the router's formula has that step.
+      routed_scaling: factor on every routing weight.
+      num_groups: number of expert groups of the DeepSeek routers; None means one group.
+      top_groups: groups kept per token; set together with ``num_groups``.
+      score_bias: a per-expert bias [E] used for the selection only; it has no gradient.
+      router_bias: a per-expert bias [E] on the logits (gpt-oss).
+      activation: "silu", "gelu" (exact, erf) or "swiglu_clamped"; always gated.
+      activation_limit: clamp of "swiglu_clamped".
+      activation_alpha: sigmoid slope of "swiglu_clamped".
+      shared_intermediate_size: width of the shared expert; None means there is none.
+      shared_gate: multiply the shared expert's output by ``sigmoid(x @ shared_gate)``.
+      expert_bias: per-expert biases b1 and b2.
+      capacity_factor: None reserves the exact bound ``R*T*min(K, L)`` rows on each rank and drops nothing;
+        a number x reserves ``x*T*K`` rows, and what does not fit is dropped and counted.
+      wire_dtype: None sends rows in x's dtype; "fp8" sends float8 with one f32 scale per 128 values.
+      transport: "auto" or one of native, mori, collective, reference.
+      experts: "auto" or one of triton, aiter, blocked, reference.
+      block: rows per block; every expert's run of rows starts at a multiple of it. None: chosen from T.
+
+    Raises:
+      ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    _: dataclasses.KW_ONLY
+    router: str | Callable[..., Any] = "softmax_topk"
+    norm_topk: bool = True
+    routed_scaling: float = 1.0
+    num_groups: int | None = None
+    top_groups: int | None = None
+    score_bias: bool = False
+    router_bias: bool = False
+    activation: str = "silu"
+    activation_limit: float = 7.0
+    activation_alpha: float = 1.702
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    expert_bias: bool = False
+    capacity_factor: float | None = None
+    wire_dtype: str | None = None
+    transport: str = "auto"
+    experts: str = "auto"
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            self._store_int(name)
+        for name in ("num_groups", "top_groups", "shared_intermediate_size", "block"):
+            if getattr(self, name) is not None:
+                self._store_int(name)
+        for name in ("norm_topk", "score_bias", "router_bias", "shared_gate", "expert_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(rule(name, getattr(self, name), "be True or False", "pass a bool"))
+        for name in ("routed_scaling", "activation_limit", "activation_alpha"):
+            self._store_float(name)
+        if self.capacity_factor is not None:
+            self._store_float("capacity_factor")
+            if self.capacity_factor <= 0:
+                raise ConfigError(
+                    rule("capacity_factor", self.capacity_factor, "be positive", "use None to drop nothing")
+                )
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                rule(
+                    "top_k",
+                    self.top_k,
+                    f"be at most num_experts={self.num_experts}",
+                    "lower top_k or add experts",
+                )
+            )
+        self._check_choice("activation", ACTIVATIONS)
+        self._check_choice("transport", ("auto", *TRANSPORTS))
+        self._check_choice("experts", ("auto", *EXPERTS))
+        self._check_choice("wire_dtype", (None, "fp8"))
+        if self.shared_gate and self.shared_intermediate_size is None:
+            raise ConfigError(
+                rule("shared_gate", True, "come with a shared expert", "set shared_intermediate_size")
+            )
+        self._check_router()
+
+    def describe(self) -> str:
+        """The fields that differ from their defaults, in words that are the same in every process."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
+                parts.append(f"{field.name}={text}")
+        return ", ".join(parts)
+
+    def _store_int(self, name: str) -> None:
+        """Checks a positive integer and stores it as a Python int, so that equal configs hash alike."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ConfigError(rule(name, value, "be an integer", "pass an int"))
+        if value < 1:
+            raise ConfigError(rule(name, value, "be at least 1", "pass a positive int"))
+        object.__setattr__(self, name, int(value))
+
+    def _store_float(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ConfigError(rule(name, value, "be a finite number", "pass a float"))
+        object.__setattr__(self, name, float(value))
+
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(rule(name, getattr(self, name), f"be one of {choices}", "pick one of these"))
+
+    def _check_router(self) -> None:
+        if callable(self.router):
+            return
+        self._check_choice("router", ROUTER_NAMES)
+        if self.score_bias and self.router not in SCORE_BIAS_ROUTERS:
+            raise ConfigError(
+                rule(
+                    "score_bias",
+                    True,
+                    f"come with a router that uses one ({', '.join(SCORE_BIAS_ROUTERS)}), not "
+                    f"router={self.router!r}",
+                    "drop score_bias or change the router",
+                )
+            )
+        if self.num_groups is None and self.top_groups is None:
+            return
+        if self.router not in GROUPED_ROUTERS:
+            raise ConfigError(
+                rule(
+                    "num_groups",
+                    self.num_groups,
+                    f"come with a grouped router ({', '.join(GROUPED_ROUTERS)}), not router={self.router!r}",
+                    "drop num_groups and top_groups or change the router",
+                )
+            )
+        if self.num_groups is None or self.top_groups is None:
+            raise ConfigError(
+                f"num_groups={self.num_groups!r} and top_groups={self.top_groups!r} must be set together; "
+                "set both or neither"
+            )
+        if self.num_experts % self.num_groups:
+            raise ConfigError(
+                rule(
+                    "num_groups",
+                    self.num_groups,
+                    f"divide num_experts={self.num_experts}",
+                    "choose a divisor",
+                )
+            )
+        if self.top_groups > self.num_groups:
+            raise ConfigError(
+                rule("top_groups", self.top_groups, f"be at most num_groups={self.num_groups}", "lower it")
+            )
+        reachable = self.top_groups * (self.num_experts // self.num_groups)
+        if self.top_k > reachable:
+            raise ConfigError(
+                rule(
+                    "top_k",
+                    self.top_k,
+                    f"be at most the {reachable} experts of top_groups={self.top_groups} groups",
+                    "raise top_groups or lower top_k",
+                )
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEParams:
+    """The weights of one layer; what the config does not use is None.
+
+    The layouts are those of Hugging Face's fused experts. E may also be the padded count that
+    ``jm.pad_params`` makes.
+    """
+
+    router: Any
+    """[H, E]"""
+    w1: Any
+    """[E, 2*I, H]: gate rows, then up rows."""
+    w2: Any
+    """[E, H, I]"""
+    router_bias: Any = None
+    """[E], added to the logits."""
+    score_bias: Any = None
+    """[E], f32, selection only, no gradient."""
+    b1: Any = None
+    """[E, 2*I]"""
+    b2: Any = None
+    """[E, H]"""
+    shared_w1: Any = None
+    """[2*Is, H]: gate rows, then up rows."""
+    shared_w2: Any = None
+    """[H, Is]"""
+    shared_gate: Any = None
+    """[H, 1]"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEStats:
+    """What one call measured, on the device and summed over all tokens of the mesh; nothing here syncs.
+
+    Counts leave out masked tokens. The two losses and the entropy are means over the real tokens and are
+    differentiable; add them to the training loss with the weights of your choice.
+    """
+
+    expert_counts: Any
+    """i32[E], routes per expert, before any drop."""
+    recv_rows: Any
+    """i32[R], rows that the routing asked each rank to hold; the largest over the groups of the mesh."""
+    dropped: Any
+    """i32[], routes that did not fit into their rank's capacity."""
+    overflow: Any
+    """bool[], whether any route was dropped."""
+    load_balance_loss: Any
+    """f32[]"""
+    z_loss: Any
+    """f32[]"""
+    router_entropy: Any
+    """f32[], in nats."""

@@ -1,0 +1,79 @@
+"""explain: which transport and which expert implementation a config gets on a mesh, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jax_moriep import experts, transports
+from jax_moriep.config import MoEConfig
+from jax_moriep.plan import ExchangeShape
+from jax_moriep.runtime import group
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What runs, and for everything else why it does not. ``str()`` is made for people.
+
+    Attributes:
+      transport: the transport's name, or None if the named one cannot run.
+      experts: the expert implementation's name, or None if the named one cannot run.
+      transport_reasons: for each transport why it cannot run, None if it can.
+      experts_reasons: the same for the expert implementations.
+      shape: the sizes of an exchange, if ``num_tokens`` was given.
+    """
+
+    transport: str | None
+    experts: str | None
+    transport_reasons: dict[str, str | None]
+    experts_reasons: dict[str, str | None]
+    shape: ExchangeShape | None
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, chosen, reasons in (
+            ("transport", self.transport, self.transport_reasons),
+            ("experts", self.experts, self.experts_reasons),
+        ):
+            lines.append(f"{kind}: {chosen or 'none: the named one cannot run'}")
+            lines.extend(f"  {name}: {'can run' if why is None else why}" for name, why in reasons.items())
+        if self.shape is not None:
+            lines.append(f"sizes: {self.shape}")
+        return "\n".join(lines)
+
+
+def explain(
+    cfg: MoEConfig, mesh: jax.sharding.Mesh, *, ep_axis: str = "ep", num_tokens: int | None = None
+) -> Explanation:
+    """Says what ``ep_moe`` would run for a config on a mesh, and why not something else.
+
+    Args:
+      cfg: the layer.
+      mesh: the mesh.
+      ep_axis: its expert-parallel axis.
+      num_tokens: T, tokens per rank; if given, the sizes of an exchange are included.
+
+    Returns:
+      The explanation.
+
+    Raises:
+      ShardingError: the mesh has no such axis.
+    """
+    groups = group.groups_of(mesh, ep_axis)
+    transport_reasons = transports.reasons(groups.platform, one_machine=group.one_machine(groups))
+    experts_reasons = experts.reasons(groups.platform)
+    return Explanation(
+        transport=_chosen(cfg.transport, transport_reasons),
+        experts=_chosen(cfg.experts, experts_reasons),
+        transport_reasons=transport_reasons,
+        experts_reasons=experts_reasons,
+        shape=None if num_tokens is None else ExchangeShape.of(cfg, groups.num_ranks, num_tokens),
+    )
+
+
+def _chosen(name: str, reasons: dict[str, Any]) -> str | None:
+    if name == "auto":
+        return next((candidate for candidate, why in reasons.items() if why is None), None)
+    return name if reasons[name] is None else None

@@ -1,0 +1,383 @@
+"""ep_moe: the whole expert-parallel layer in one call. The way of a token:
+
+route (routing.py) -> dispatch (exchange.py, transports/) -> expert_mlp (experts/) -> combine -> y.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_moriep import exchange, experts, order, params as parameters, routing, stats
+from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.plan import Link
+from jax_moriep.runtime import compat, group
+
+
+def ep_moe(
+    x: jax.Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    ep_axis: str = "ep",
+    token_axes: str | Sequence[str] | PartitionSpec | None = None,
+    tp_axis: str | None = None,
+    token_mask: jax.Array | None = None,
+) -> tuple[jax.Array, MoEStats]:
+    """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
+
+    Works under jit, grad, ``jax.checkpoint`` (see ``jm.checkpoint_policy``) and ``lax.scan``, on Auto and
+    Explicit meshes, with devices of one or of many processes. All ranks must run the same program.
+
+    Args:
+      x: [..., H]; tokens are split over ``token_axes``. On an Auto mesh any number of tokens works; one that
+        does not divide is padded. On an Explicit mesh x must already be sharded over ``token_axes``.
+      params: the weights, sharded by ``jm.param_specs(cfg, ep_axis, tp_axis)``.
+      cfg: the layer.
+      mesh: the mesh; None takes the one of ``jax.set_mesh``.
+      ep_axis: the mesh axis whose devices are the ranks.
+      token_axes: the axes over which tokens are split; None: every axis of the mesh but ``tp_axis``. A
+        PartitionSpec says which of x's leading dimensions each axis splits; names split the first.
+      tp_axis: the mesh axis that splits each expert's intermediate dimension, if any.
+      token_mask: bool, x's shape without H; a token where it is False is not routed, counts in no statistic
+        and gets zeros.
+
+    Returns:
+      y like x, and the statistics of the call.
+
+    Raises:
+      ConfigError: a shape or dtype breaks a rule.
+      ShardingError: mesh, axes or shardings do not fit.
+      TransportError: the transport cannot run here.
+    """
+    mesh = _resolve_mesh(mesh)
+    layout = _Layout.of(mesh, ep_axis, token_axes, tp_axis)
+    _check_operands(x, params, cfg, layout, token_mask)
+    x = _forbid_vmap(x)
+    params = parameters.pad_params(params, layout.num_ranks) if not layout.explicit else _padded_explicit(params, cfg, layout)
+
+    lead = x.shape[:-1]
+    x_spec, divides = layout.spec_of_tokens(x)
+    if not divides:
+        # Tokens that fill the last shard; they are masked, so nothing sees them.
+        x, token_mask = _pad_tokens(x, token_mask, layout.num_shards)
+        x_spec = PartitionSpec(layout.token_axes)
+    mask_spec = x_spec
+    operands: list[Any] = [x, params, _order_in(mesh, cfg, layout)]
+    specs: list[Any] = [x_spec, parameters.param_specs(cfg, ep_axis, tp_axis), layout.order_spec]
+    if token_mask is not None:
+        operands.append(token_mask)
+        specs.append(mask_spec)
+
+    transport, group_name = exchange.transport_for(cfg, mesh, ep_axis)
+    num_tokens = math.prod(x.shape[:-1]) // layout.num_shards
+    link = exchange.make_link(cfg, num_tokens, layout.num_ranks, ep_axis, transport, group_name)
+
+    def body(x: jax.Array, params: MoEParams, token: jax.Array, *mask: jax.Array) -> tuple[Any, MoEStats, jax.Array]:
+        return _local_moe(x, params, cfg, link, layout, token, mask[0] if mask else None)
+
+    y, measured, token = jax.shard_map(
+        body, mesh=mesh, in_specs=tuple(specs), out_specs=(x_spec, PartitionSpec(), layout.order_spec)
+    )(*operands)
+    order.leave(layout.chain_key(mesh), token)
+    if not divides:
+        y = y[: math.prod(lead)].reshape(*lead, cfg.hidden_size)
+    return y, measured
+
+
+@jax.custom_batching.custom_vmap
+def _forbid_vmap(x: jax.Array) -> jax.Array:
+    """The identity, except under vmap, where JAX's own error would not say what to do."""
+    return x
+
+
+@_forbid_vmap.def_vmap
+def _(axis_size: int, in_batched: Any, x: jax.Array) -> Any:
+    raise ConfigError(
+        f"ep_moe cannot be batched by jax.vmap (axis_size={axis_size}), because a batched exchange is another "
+        "exchange; x may have any number of leading dimensions, so pass the whole batch as x [..., H] in one call"
+    )
+
+
+def _local_moe(
+    x: jax.Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    link: Link,
+    layout: _Layout,
+    token: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, MoEStats, jax.Array]:
+    """The layer on one device, inside shard_map."""
+    lead = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    if mask is not None:
+        mask = mask.reshape(-1)
+        x = jnp.where(mask[:, None], x, 0)  # whatever a masked token holds reaches neither value nor gradient
+
+    with jax.named_scope("moriep.route"):
+        route = routing.route(x, params, cfg)
+        if mask is not None:
+            route = dataclasses.replace(route, ids=jnp.where(mask[:, None], route.ids, -1))
+    measured = stats.collect(route, mask, cfg, link.shape, layout.ep_axis, layout.token_axes)
+
+    # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
+    # are added on [T, H] instead of on [C, H].
+    x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, route.ids, route.weights))
+    params = _for_tp(params, layout)
+    disp, token = exchange.ordered_dispatch(link, cfg, x_here, ids, weights, token)
+    with jax.named_scope("moriep.experts"):
+        rows = experts.expert_mlp(disp, params, cfg)
+    y, token = exchange.ordered_combine(rows, disp.plan, token)
+    if cfg.shared_intermediate_size is not None:
+        with jax.named_scope("moriep.shared"):
+            y = y + experts.shared_mlp(x_here, params, cfg)
+    if layout.tp_axis is not None:
+        y = lax.psum(y.astype(jnp.float32), layout.tp_axis).astype(y.dtype)
+    if mask is not None:
+        y = jnp.where(mask[:, None], y, 0)
+    return y.reshape(*lead, y.shape[-1]), measured, token
+
+
+def _for_tp(params: MoEParams, layout: _Layout) -> MoEParams:
+    """This tensor-parallel rank's slice of the experts: I / tp gates, their ups, and as many columns of w2."""
+    axis = layout.tp_axis
+    if axis is None:
+        return params
+    size, index = layout.mesh_shape[axis], lax.axis_index(axis)
+
+    def rows_for_hidden(w: jax.Array) -> jax.Array:
+        """[.., 2*I, H/tp] -> [.., 2*I/tp, H]: trades the split of H for one that keeps gate and up together."""
+        inner = w.shape[-2] // 2
+        halves = w.reshape(*w.shape[:-2], 2, inner, w.shape[-1])
+        halves = lax.all_to_all(halves, axis, halves.ndim - 2, halves.ndim - 1, tiled=True)
+        return halves.reshape(*w.shape[:-2], 2 * (inner // size), w.shape[-1] * size)
+
+    def slice_b1(b1: jax.Array) -> jax.Array:
+        inner = b1.shape[-1] // 2
+        halves = b1.reshape(*b1.shape[:-1], 2, inner)
+        part = lax.dynamic_slice_in_dim(halves, index * (inner // size), inner // size, -1)
+        return part.reshape(*b1.shape[:-1], 2 * (inner // size))
+
+    def once(b2: jax.Array) -> jax.Array:
+        return jnp.where(index == 0, b2, 0)  # the ranks' outputs are added, a bias must be in one of them
+
+    def apply(fn: Any, value: Any) -> Any:
+        return None if value is None else fn(value)
+
+    return dataclasses.replace(
+        params,
+        w1=rows_for_hidden(params.w1),
+        b1=apply(slice_b1, params.b1),
+        b2=apply(once, params.b2),
+        shared_w1=apply(rows_for_hidden, params.shared_w1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which mesh axes do what; all static."""
+
+    mesh_shape: dict[str, int]
+    explicit: bool
+    ep_axis: str
+    tp_axis: str | None
+    token_axes: tuple[str, ...]
+    token_spec: PartitionSpec | None
+
+    @classmethod
+    def of(cls, mesh: Any, ep_axis: str, token_axes: Any, tp_axis: str | None) -> _Layout:
+        group.check_axis(mesh, ep_axis, "ep_axis")
+        if tp_axis is not None:
+            group.check_axis(mesh, tp_axis, "tp_axis")
+            if tp_axis == ep_axis:
+                raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
+        spec = token_axes if isinstance(token_axes, PartitionSpec) else None
+        if token_axes is None:
+            names = tuple(axis for axis in mesh.axis_names if axis != tp_axis)
+        elif isinstance(token_axes, str):
+            names = (token_axes,)
+        elif spec is not None:
+            names = _axes_of(spec)
+        else:
+            names = tuple(token_axes)
+        for axis in names:
+            group.check_axis(mesh, axis, "token_axes")
+        if ep_axis not in names:
+            raise ShardingError(rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks"))
+        if tp_axis in names:
+            raise ShardingError(
+                rule("token_axes", names, f"not contain tp_axis={tp_axis!r}", "tokens are the same on all tp ranks")
+            )
+        kinds = {t for t in mesh.axis_types if t != AxisType.Manual}
+        return cls(dict(mesh.shape), kinds == {AxisType.Explicit}, ep_axis, tp_axis, names, spec)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.mesh_shape[self.ep_axis]
+
+    @property
+    def num_shards(self) -> int:
+        return math.prod(self.mesh_shape[axis] for axis in self.token_axes)
+
+    @property
+    def order_axes(self) -> tuple[str, ...]:
+        return self.token_axes if self.tp_axis is None else (*self.token_axes, self.tp_axis)
+
+    @property
+    def order_spec(self) -> PartitionSpec:
+        return PartitionSpec(self.order_axes)
+
+    def chain_key(self, mesh: Any) -> tuple[Any, ...]:
+        return ("ep_moe", mesh, self.ep_axis, self.order_axes)
+
+    def vary_over_tp(self, array: jax.Array) -> jax.Array:
+        return array if self.tp_axis is None else compat.pcast_varying(array, frozenset({self.tp_axis}))
+
+    def spec_of_tokens(self, x: jax.Array) -> tuple[PartitionSpec, bool]:
+        """How x is split, and whether its sizes allow it."""
+        if self.explicit:
+            return self._spec_on_explicit_mesh(x), True
+        spec = self.token_spec or PartitionSpec(self.token_axes)
+        if len(spec) > x.ndim - 1:
+            if self.token_spec is not None:
+                raise ShardingError(
+                    rule("token_axes", spec, f"name at most the {x.ndim - 1} leading dimensions of x", "shorten it")
+                )
+            return spec, False
+        sizes = [math.prod(self.mesh_shape[a] for a in _axes_of(PartitionSpec(part))) for part in spec]
+        divides = all(x.shape[i] % size == 0 for i, size in enumerate(sizes))
+        return spec, divides
+
+    def _spec_on_explicit_mesh(self, x: jax.Array) -> PartitionSpec:
+        spec = jax.typeof(x).sharding.spec
+        last = spec[x.ndim - 1] if len(spec) == x.ndim else None
+        if set(_axes_of(spec)) != set(self.token_axes) or last is not None:
+            want = PartitionSpec(self.token_axes, *[None] * (x.ndim - 1))
+            raise ShardingError(
+                rule(
+                    "x.sharding",
+                    spec,
+                    f"split the leading dimensions over token_axes={self.token_axes} and leave H whole",
+                    f"use jax.sharding.reshard(x, {want})",
+                )
+            )
+        return PartitionSpec(*spec[: x.ndim - 1])
+
+
+def _axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    axes: list[str] = []
+    for part in spec:
+        if part is not None:
+            axes.extend(part if isinstance(part, tuple) else (part,))
+    return tuple(axes)
+
+
+def _resolve_mesh(mesh: Any) -> Any:
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty and AxisType.Manual in context.axis_types:
+        raise ShardingError(
+            f"ep_moe opens a shard_map of its own and cannot run inside one (manual axes: "
+            f"{context.manual_axes}); there, call jm.route, jm.dispatch, jm.expert_mlp and jm.combine"
+        )
+    if mesh is not None:
+        return mesh
+    found = compat.concrete_mesh()
+    if found is not None:
+        return found
+    if not context.empty:
+        return context
+    raise ShardingError("mesh=None must find a mesh in context; pass mesh=, or call ep_moe under jax.set_mesh(mesh)")
+
+
+def _check_operands(
+    x: jax.Array, params: MoEParams, cfg: MoEConfig, layout: _Layout, token_mask: jax.Array | None
+) -> None:
+    if not isinstance(cfg, MoEConfig):
+        raise ConfigError(rule("cfg", type(cfg).__name__, "be a jm.MoEConfig", "make one"))
+    if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:
+        raise ConfigError(rule("x.shape", x.shape, f"end in hidden_size={cfg.hidden_size}", "pass x as [..., H]"))
+    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(rule("x.dtype", str(x.dtype), "be float32, bfloat16 or float16", "cast x"))
+    if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != jnp.bool_):
+        raise ConfigError(
+            rule(
+                "token_mask",
+                f"{token_mask.dtype}{list(token_mask.shape)}",
+                f"be bool{list(x.shape[:-1])}, x's shape without H",
+                "compare or reshape it",
+            )
+        )
+    parameters.check_params(params, cfg, layout.num_ranks)
+    if layout.tp_axis is not None:
+        size = layout.mesh_shape[layout.tp_axis]
+        for name in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
+            value = getattr(cfg, name)
+            if value is not None and value % size:
+                raise ShardingError(
+                    rule(name, value, f"be divisible by the {size} devices of tp_axis={layout.tp_axis!r}", "change one")
+                )
+
+
+def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: _Layout) -> MoEParams:
+    """On an Explicit mesh: pads replicated experts and reshards them; checks all other shardings."""
+    specs = parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis)
+    padded = parameters.pad_params(params, layout.num_ranks)
+    done = {}
+    for field in dataclasses.fields(MoEParams):
+        name, spec = field.name, getattr(specs, field.name)
+        value = getattr(padded, name)
+        if value is None:
+            done[name] = None
+        elif value is not getattr(params, name):
+            done[name] = jax.sharding.reshard(value, spec)
+        else:
+            got = jax.typeof(value).sharding.spec
+            if _trim(got) != _trim(spec):
+                raise ShardingError(
+                    rule(
+                        f"params.{name}.sharding",
+                        got,
+                        f"be {spec}",
+                        "place the weights with jax.device_put or jax.sharding.reshard by jm.param_specs",
+                    )
+                )
+            done[name] = value
+    return MoEParams(**done)
+
+
+def _trim(spec: PartitionSpec) -> tuple[Any, ...]:
+    """A spec without its trailing Nones, which say nothing."""
+    parts = [part[0] if isinstance(part, tuple) and len(part) == 1 else part for part in spec]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return tuple(parts)
+
+
+def _pad_tokens(
+    x: jax.Array, token_mask: jax.Array | None, num_shards: int
+) -> tuple[jax.Array, jax.Array]:
+    """Flattens x to [N, H] and pads N to a multiple of the shards; the added tokens are masked."""
+    count = math.prod(x.shape[:-1])
+    added = -count % num_shards
+    mask = jnp.ones(count, jnp.bool_) if token_mask is None else token_mask.reshape(-1)
+    return jnp.pad(x.reshape(count, x.shape[-1]), ((0, added), (0, 0))), jnp.pad(mask, (0, added))
+
+
+def _order_in(mesh: Any, cfg: MoEConfig, layout: _Layout) -> jax.Array:
+    """The order token of the call before this one in the same trace, or a first one; one value per device."""
+    token = order.last(layout.chain_key(mesh))
+    if token is not None:
+        return token
+    size = math.prod(layout.mesh_shape[axis] for axis in layout.order_axes)
+    first = jnp.broadcast_to(order.start(), (size,))
+    return jax.sharding.reshard(first, layout.order_spec) if layout.explicit else first

@@ -1,0 +1,163 @@
+"""The weights of a layer: making them, their shardings, and padding the experts to the number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.errors import ConfigError, rule
+from jax_moriep.plan import experts_per_rank
+
+_PER_EXPERT = ("w1", "w2", "b1", "b2")
+
+
+def param_shapes(cfg: MoEConfig) -> MoEParams:
+    """The shape of every weight that the config uses; None for the others."""
+    experts, hidden, inner, shared = (
+        cfg.num_experts,
+        cfg.hidden_size,
+        cfg.intermediate_size,
+        cfg.shared_intermediate_size,
+    )
+    return MoEParams(
+        router=(hidden, experts),
+        w1=(experts, 2 * inner, hidden),
+        w2=(experts, hidden, inner),
+        router_bias=(experts,) if cfg.router_bias else None,
+        score_bias=(experts,) if cfg.score_bias else None,
+        b1=(experts, 2 * inner) if cfg.expert_bias else None,
+        b2=(experts, hidden) if cfg.expert_bias else None,
+        shared_w1=(2 * shared, hidden) if shared else None,
+        shared_w2=(hidden, shared) if shared else None,
+        shared_gate=(hidden, 1) if cfg.shared_gate else None,
+    )
+
+
+def init_params(key: jax.Array, cfg: MoEConfig, dtype: Any = jnp.float32) -> MoEParams:
+    """Random weights: normal with variance 1 / fan-in, zero biases.
+
+    Args:
+      key: a PRNG key.
+      cfg: the layer.
+      dtype: of the weights; ``score_bias`` is float32 always.
+
+    Returns:
+      The weights.
+    """
+    shapes = param_shapes(cfg)
+    fan_in = {
+        "router": cfg.hidden_size,
+        "w1": cfg.hidden_size,
+        "w2": cfg.intermediate_size,
+        "shared_w1": cfg.hidden_size,
+        "shared_w2": cfg.shared_intermediate_size or 1,
+        "shared_gate": cfg.hidden_size,
+    }
+    made = {}
+    for i, field in enumerate(dataclasses.fields(MoEParams)):
+        shape = getattr(shapes, field.name)
+        if shape is None:
+            made[field.name] = None
+        elif field.name in fan_in:
+            values = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+            made[field.name] = (values * fan_in[field.name] ** -0.5).astype(dtype)
+        else:
+            made[field.name] = jnp.zeros(shape, jnp.float32 if field.name == "score_bias" else dtype)
+    return MoEParams(**made)
+
+
+def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None) -> MoEParams:
+    """How the weights are sharded: experts over ``ep_axis``, the rest replicated.
+
+    With ``tp_axis`` the hidden dimension of w1 and of the shared w1, and the intermediate dimension of w2 and
+    of the shared w2 are split over it. (A contiguous split of w1's 2*I rows would part gates from their ups.)
+
+    Args:
+      cfg: the layer.
+      ep_axis: the expert-parallel mesh axis.
+      tp_axis: the tensor-parallel mesh axis, if any.
+
+    Returns:
+      A MoEParams of PartitionSpecs, None where the config has no weight.
+    """
+    specs = MoEParams(
+        router=P(),
+        w1=P(ep_axis, None, tp_axis),
+        w2=P(ep_axis, None, tp_axis),
+        router_bias=P(),
+        score_bias=P(),
+        b1=P(ep_axis, None),
+        b2=P(ep_axis, None),
+        shared_w1=P(None, tp_axis),
+        shared_w2=P(None, tp_axis),
+        shared_gate=P(),
+    )
+    shapes = param_shapes(cfg)
+    unused = {f.name: None for f in dataclasses.fields(MoEParams) if getattr(shapes, f.name) is None}
+    return dataclasses.replace(specs, **unused)
+
+
+def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
+    """Pads the experts with zeros to a multiple of ``num_ranks``, so that they can be sharded over it.
+
+    The router keeps its E columns, so nothing is routed to the padding. ``ep_moe`` does this on the way when
+    E is not divisible; doing it once, ahead, saves the copy in every step.
+
+    Args:
+      params: weights of E experts.
+      num_ranks: R.
+
+    Returns:
+      Weights whose expert dimension is ``R * ceil(E / R)``.
+    """
+    experts = params.w1.shape[0]
+    padded = num_ranks * experts_per_rank(params.router.shape[-1], num_ranks)
+    if experts == padded:
+        return params
+
+    def pad(w: Any) -> Any:
+        return None if w is None else jnp.pad(w, [(0, padded - experts)] + [(0, 0)] * (w.ndim - 1))
+
+    return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in _PER_EXPERT})
+
+
+def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
+    """Raises ConfigError unless every weight has the shape that the config gives it.
+
+    Args:
+      params: weights of E experts, or of the padded number of experts.
+      cfg: the layer.
+      num_ranks: R.
+    """
+    if not isinstance(params, MoEParams):
+        raise ConfigError(rule("params", type(params).__name__, "be a jm.MoEParams", "make it with jm.init_params"))
+    padded = num_ranks * experts_per_rank(cfg.num_experts, num_ranks)
+    shapes = param_shapes(cfg)
+    for field in dataclasses.fields(MoEParams):
+        name, want, got = field.name, getattr(shapes, field.name), getattr(params, field.name)
+        if (want is None) != (got is None):
+            raise ConfigError(
+                rule(
+                    f"params.{name}",
+                    None if got is None else tuple(got.shape),
+                    f"be {'absent' if want is None else want} for this config",
+                    "make params and config agree",
+                )
+            )
+        if want is None:
+            continue
+        allowed = [want]
+        if name in _PER_EXPERT:
+            allowed.append((padded, *want[1:]))
+        if tuple(got.shape) not in allowed:
+            raise ConfigError(
+                rule(f"params.{name}.shape", tuple(got.shape), f"be {' or '.join(map(str, dict.fromkeys(allowed)))}",
+                     "make params and config agree")
+            )
+        if not jnp.issubdtype(got.dtype, jnp.floating):
+            raise ConfigError(rule(f"params.{name}.dtype", str(got.dtype), "be floating", "cast it"))

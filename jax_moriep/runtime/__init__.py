@@ -1,0 +1,1 @@
+"""Below the transports: groups of ranks, the key-value exchange, native libraries and custom-call targets."""

@@ -1,0 +1,97 @@
+"""The only module that depends on the jax version: everything that jax renamed, hid or has not settled.
+
+Runs on jax 0.10.2 and on the newest release; tests import it under both.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax._src import distributed as _distributed
+from jax._src import mesh as _mesh
+from jax._src.lib import _jax
+from jax.extend.core import get_opaque_trace_state
+
+
+@functools.cache
+def ffi_api_version() -> tuple[int, int]:
+    """(major, minor) of the XLA FFI API that the installed jaxlib runs, read from the header it ships."""
+    assert jaxlib.__file__ is not None
+    header = Path(jaxlib.__file__).parent / "include" / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    major, minor = (int(m.group(1)) if m else 0 for m in found)
+    return major, minor
+
+
+def concrete_mesh() -> jax.sharding.Mesh | None:
+    """The mesh of ``jax.set_mesh`` with its devices, or None; inside jit too, where ``get_mesh`` raises."""
+    mesh = _mesh.get_concrete_mesh()
+    return None if mesh is None or mesh.empty else mesh
+
+
+def distributed_client() -> Any | None:
+    """The key-value client that ``jax.distributed.initialize`` made, or None in a single process.
+
+    jax exports no key-value store; MORI and TransformerEngine take the same private client, because
+    ``process_allgather`` needs a working device collective and was seen to return short data.
+    """
+    return _distributed.global_state.client
+
+
+def coordination_service(address: str, num_processes: int) -> Any:
+    """Starts jax's coordination service in this process, which need not be one of the job's.
+
+    Where process 0 hosts it, as ``jax.distributed.initialize`` alone has it, the death of process 0 makes jax
+    abort every other process at once, before any of them can say what it saw.
+
+    Args:
+      address: "host:port" to listen on.
+      num_processes: how many processes will connect.
+
+    Returns:
+      The service; ``shutdown()`` ends it.
+    """
+    return _jax.get_distributed_runtime_service(address, num_processes)
+
+
+def trace_state() -> Any:
+    """An object that compares equal while the same trace is the innermost one."""
+    return get_opaque_trace_state()
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which x may differ; empty outside shard_map."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def result_type(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The type of a custom call's result that varies over the mesh just as ``x`` does.
+
+    A plain ShapeDtypeStruct types the result as replicated and hides a missing psum.
+    """
+    return jax.typeof(x).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+
+
+def pcast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Types x as varying over ``axes`` as well."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def union_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, each typed as varying over every mesh axis that any of them varies over."""
+    axes = frozenset().union(*(varying_axes(x) for x in arrays))
+    return tuple(pcast_varying(x, axes) for x in arrays)
+
+
+def zeros_like_varying(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
+    """Zeros that vary over every mesh axis that any of ``like`` varies over."""
+    axes = frozenset().union(*(varying_axes(x) for x in like))
+    return pcast_varying(jnp.zeros(shape, dtype), axes)

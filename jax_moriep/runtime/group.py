@@ -1,0 +1,337 @@
+"""From a mesh to groups of ranks: which device is which rank, and the opening of their shared memory.
+
+A group is the devices along the expert-parallel axis that share all other mesh coordinates. Its name is
+made from the global device ids, so every process computes the same name, and several meshes, layers and
+configs live side by side.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_moriep.errors import ShardingError, TransportError, rule
+from jax_moriep.runtime import compat, library, targets
+from jax_moriep.runtime.store import DistributedStore, Store
+
+_ERROR_BYTES = 1024
+_CONNECTED, _FAILED = 2, 3
+_generations: dict[str, int] = {}
+_lock = threading.Lock()
+
+
+def timeout_seconds() -> float:
+    """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
+
+    Raises:
+      TransportError: the variable is no positive number.
+    """
+    text = os.environ.get("JAX_MORIEP_TIMEOUT", "300")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise TransportError(rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it"))
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The groups that one axis of a mesh makes.
+
+    Attributes:
+      devices: [number of groups, R] devices in rank order.
+      name: what the compiled module calls them.
+    """
+
+    devices: np.ndarray
+    name: str
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self.devices.shape[1]
+
+    @property
+    def platform(self) -> str:
+        """"cpu" or "gpu"."""
+        return self.devices.flat[0].platform
+
+
+def groups_of(mesh: jax.sharding.Mesh, ep_axis: str) -> Groups:
+    """The groups along ``ep_axis``.
+
+    Args:
+      mesh: a mesh with devices.
+      ep_axis: one of its axes.
+
+    Raises:
+      ShardingError: the mesh has no such axis.
+    """
+    check_axis(mesh, ep_axis, "ep_axis")
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(ep_axis), -1)
+    devices = devices.reshape(-1, devices.shape[-1])
+    ids = [[d.id for d in group] for group in devices]
+    return Groups(devices, f"{devices.shape[0]}x{devices.shape[1]}-{_digest(ids)}")
+
+
+def abstract_name(mesh: Any, ep_axis: str) -> str:
+    """A name for a mesh without devices: such a module is lowered and read, but not run."""
+    return f"abstract-{_digest([sorted(mesh.shape.items()), ep_axis])}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def check_axis(mesh: Any, axis: str, name: str) -> None:
+    """Raises ShardingError unless the mesh has the axis."""
+    if axis not in mesh.axis_names:
+        raise ShardingError(
+            rule(name, axis, f"be an axis of the mesh {dict(mesh.shape)}", "name an axis of the mesh, or pass another mesh")
+        )
+
+
+def mesh_in_shard_map(axis_name: str) -> Any:
+    """The mesh of the shard_map around the call, with its devices.
+
+    The context there tells the mesh's shape but not its devices. They are taken from ``jax.set_mesh``, else
+    from a mesh that ``initialize`` opened, else from ``jax.devices()`` in order; the native handlers check that
+    each device's rank is the one the program computes, so a wrong guess is an error, never a wrong number.
+
+    Returns:
+      A ``Mesh``, or the context's ``AbstractMesh`` where there are too few devices to run it.
+
+    Raises:
+      ShardingError: there is no such axis in the context.
+    """
+    abstract = jax.sharding.get_abstract_mesh()
+    if abstract.empty:
+        raise ShardingError(f"axis_name={axis_name!r} must be a mesh axis of an enclosing jax.shard_map; there is none")
+    check_axis(abstract, axis_name, "axis_name")
+    wanted = dict(abstract.shape)
+    context = compat.concrete_mesh()
+    for mesh in [*([context] if context is not None else []), *reversed(_opened_meshes)]:
+        if dict(mesh.shape) == wanted:
+            return mesh
+    devices = jax.devices()
+    if len(devices) < abstract.size:
+        return abstract
+    return jax.sharding.Mesh(np.array(devices[: abstract.size]).reshape(tuple(wanted.values())), tuple(wanted))
+
+
+def one_machine(groups: Groups) -> bool:
+    """Whether all processes that have devices in the groups run on one machine; asks them once."""
+    indices = sorted({d.process_index for d in groups.devices.flat})
+    if indices == [jax.process_index()]:
+        return True
+    return len({_host_of_process(i) for i in indices}) == 1
+
+
+@functools.cache
+def _host_of_process(index: int) -> str:
+    store = _announced_store()
+    try:
+        return store.get(f"jax_moriep/host/{index}", time.monotonic() + timeout_seconds()).decode()
+    except TimeoutError as e:
+        raise TransportError(
+            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does every "
+            "process trace the same program?"
+        ) from e
+
+
+@functools.cache
+def _announced_store() -> Store:
+    store = DistributedStore()
+    store.put(f"jax_moriep/host/{jax.process_index()}", _host_identity().encode())
+    return store
+
+
+_opened_meshes: list[jax.sharding.Mesh] = []
+
+
+def remember_mesh(mesh: jax.sharding.Mesh) -> None:
+    """Lets ``mesh_in_shard_map`` find a mesh by its shape; the mesh remembered last wins."""
+    with _lock:
+        if mesh in _opened_meshes:
+            _opened_meshes.remove(mesh)
+        _opened_meshes.append(mesh)
+
+
+def initialize(mesh: jax.sharding.Mesh, ep_axis: str = "ep") -> None:
+    """Opens the groups of a mesh now and waits until all their ranks are connected; optional and idempotent.
+
+    ``ep_moe`` opens groups when it is traced. Call this before running a deserialised executable, before using
+    ``jm.dispatch`` in a shard_map whose mesh is not in context, or to begin anew after a group has failed. Every
+    process of the mesh must call it.
+
+    Args:
+      mesh: the mesh.
+      ep_axis: its expert-parallel axis.
+
+    Raises:
+      ShardingError: the mesh has no such axis.
+      TransportError: the groups cannot be opened or connected.
+    """
+    remember_mesh(mesh)
+    open_groups(mesh, ep_axis, wait=True, reopen=True)
+
+
+def open_groups(mesh: jax.sharding.Mesh, ep_axis: str, *, wait: bool = False, reopen: bool = False) -> Groups:
+    """Opens the native transport's groups of a mesh axis; does nothing for groups that are open.
+
+    Arenas of this process's ranks are made and announced at once; the peers are connected in the background,
+    because another process may trace its program later. The first exchange waits for the connection.
+
+    Args:
+      mesh: the mesh.
+      ep_axis: its expert-parallel axis.
+      wait: return only when every peer is connected.
+      reopen: make groups that have failed anew; every process must do so.
+
+    Returns:
+      The groups.
+
+    Raises:
+      ShardingError: the mesh has no such axis.
+      LibraryError: the native library is missing or does not fit.
+      TransportError: a group could not be opened or connected.
+    """
+    groups = groups_of(mesh, ep_axis)
+    if groups.platform != "cpu":
+        return groups
+    targets.register("cpu")
+    native = _native()
+    with _lock:
+        state = native.moriep_group_state(groups.name.encode())
+        if state == 0 or (state == _FAILED and reopen):
+            _open(groups)
+    if wait:
+        _wait_connected(groups.name)
+    return groups
+
+
+def _open(groups: Groups) -> None:
+    native = _native()
+    name = groups.name.encode()
+    num_groups, num_ranks = groups.devices.shape
+    me = jax.process_index()
+    local = np.array([d.process_index == me for d in groups.devices.flat], dtype=np.uint8)
+    ids = np.array([d.id for d in groups.devices.flat], dtype=np.int64)
+    _check(
+        native.moriep_group_open(
+            name,
+            num_groups,
+            num_ranks,
+            ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
+            local.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)),
+            timeout_seconds(),
+            *_error_buffer(),
+        )
+    )
+    local = local.reshape(num_groups, num_ranks)
+    mine = [g for g in range(num_groups) if local[g].any()]
+    if all(local[g].all() for g in mine):
+        return
+    generation = _generations[groups.name] = _generations.get(groups.name, -1) + 1
+    prefix = f"jax_moriep/{groups.name}/{generation}"
+    store = DistributedStore()
+    host = _host_identity()
+    for g in mine:
+        for r in np.flatnonzero(local[g]):
+            address = (ctypes.c_int64 * 5)()
+            _check(native.moriep_group_address(name, g, int(r), address, *_error_buffer()))
+            store.put(f"{prefix}/{g}/{r}", json.dumps({"host": host, "address": list(address)}).encode())
+    missing = [(g, int(r)) for g in mine for r in np.flatnonzero(~local[g].astype(bool))]
+    deadline = time.monotonic() + timeout_seconds()
+    threading.Thread(
+        target=_connect, args=(groups.name, prefix, store, host, missing, deadline), daemon=True, name="moriep-connect"
+    ).start()
+
+
+def _connect(
+    name: str, prefix: str, store: Store, host: str, missing: list[tuple[int, int]], deadline: float
+) -> None:
+    """Connects the ranks of other processes; what goes wrong is told by the exchange that waits for it."""
+    native = _native()
+    for g, r in missing:
+        try:
+            peer = json.loads(store.get(f"{prefix}/{g}/{r}", deadline))
+            if peer["host"] != host:
+                raise TransportError(
+                    "it runs on another machine, and transport='native' needs one machine; use transport='collective'"
+                )
+            address = (ctypes.c_int64 * 5)(*peer["address"])
+            _check(native.moriep_group_connect(name.encode(), g, r, address, *_error_buffer()))
+        except Exception as e:  # noqa: BLE001 - a thread has nobody to raise to
+            native.moriep_group_connect_failed(name.encode(), g, f"rank {r}: {e}".encode())
+            return
+
+
+def _wait_connected(name: str) -> None:
+    native = _native()
+    deadline = time.monotonic() + timeout_seconds()
+    while native.moriep_group_state(name.encode()) != _CONNECTED:
+        if native.moriep_group_state(name.encode()) == _FAILED:
+            raise TransportError(f"group {name} has failed; restart the job, or call jm.initialize in every process")
+        if time.monotonic() > deadline:
+            raise TransportError(
+                f"group {name} was not connected within {timeout_seconds():g} s; does every process call jm.initialize?"
+            )
+        time.sleep(0.005)
+
+
+def _host_identity() -> str:
+    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+_error = threading.local()
+
+
+def _error_buffer() -> tuple[Any, int]:
+    _error.buffer = ctypes.create_string_buffer(_ERROR_BYTES)
+    return _error.buffer, _ERROR_BYTES
+
+
+def _check(code: int) -> None:
+    if code:
+        raise TransportError(_error.buffer.value.decode(errors="replace"))
+
+
+@functools.cache
+def _native() -> ctypes.CDLL:
+    lib = library.load("cpu")
+    i64, i32, text = ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
+    i64_array = ctypes.POINTER(i64)
+    prototypes: dict[str, tuple[Any, list[Any]]] = {
+        "moriep_group_open": (
+            i32,
+            [text, i64, i64, i64_array, ctypes.POINTER(ctypes.c_uint8), ctypes.c_double, text, i64],
+        ),
+        "moriep_group_address": (i32, [text, i64, i64, i64_array, text, i64]),
+        "moriep_group_connect": (i32, [text, i64, i64, i64_array, text, i64]),
+        "moriep_group_connect_failed": (None, [text, i64, text]),
+        "moriep_group_state": (i32, [text]),
+        "moriep_close_all": (None, []),
+    }
+    for name, (result, arguments) in prototypes.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    # Peers that still wait for this process learn that it left in good order, instead of finding it dead.
+    atexit.register(lib.moriep_close_all)
+    return lib

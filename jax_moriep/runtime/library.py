@@ -1,0 +1,87 @@
+"""Finds and loads the native libraries, one plain shared object per backend.
+
+The libraries export C symbols only, so they are loaded by ctypes and serve every Python version. They are
+loaded on first use: importing jax_moriep needs none of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from jax_moriep.errors import LibraryError
+from jax_moriep.runtime import compat
+
+BACKENDS = ("cpu", "cuda", "rocm")
+_BUILD_HINT = "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
+
+
+def folder() -> Path:
+    """The folder that is searched: ``JAX_MORIEP_LIB_DIR``, or ``lib`` in the installed package."""
+    override = os.environ.get("JAX_MORIEP_LIB_DIR")
+    return Path(override) if override else Path(__file__).resolve().parent.parent / "lib"
+
+
+def find(backend: str) -> Path:
+    """Path of a backend's library.
+
+    Args:
+      backend: "cpu", "cuda" or "rocm".
+
+    Raises:
+      LibraryError: there is no such file; the text names the folder and the cure.
+    """
+    path = folder() / f"libmoriep_{backend}.so"
+    if not path.is_file():
+        raise LibraryError(f"the native library of backend={backend!r} is not at {path}; {_BUILD_HINT}")
+    return path
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise LibraryError(f"the native library {path} does not load ({e}); {_BUILD_HINT}") from e
+    try:
+        version = lib.moriep_ffi_api_version
+    except AttributeError as e:
+        raise LibraryError(f"{path} is not a jax_moriep library (no moriep_ffi_api_version); {_BUILD_HINT}") from e
+    version.restype = ctypes.c_int
+    check_api_version(path, divmod(version(), 1000))
+    return lib
+
+
+def check_api_version(path: Path, built: tuple[int, int]) -> None:
+    """Refuses a library whose FFI API version the installed jaxlib cannot run.
+
+    XLA runs handlers of the same major version and of an equal or older minor version; on GPU plugins a
+    newer one is dropped silently, which is why it is checked here.
+
+    Args:
+      path: the library, for the text.
+      built: (major, minor) of the FFI headers that the library was built with.
+
+    Raises:
+      LibraryError: the versions do not fit.
+    """
+    running = compat.ffi_api_version()
+    if built[0] != running[0] or built[1] > running[1]:
+        raise LibraryError(
+            f"{path} was built for XLA FFI API {built[0]}.{built[1]}, but the installed jaxlib has "
+            f"{running[0]}.{running[1]}; rebuild jax_moriep, or install a newer jaxlib"
+        )
+
+
+def load(backend: str) -> ctypes.CDLL:
+    """Loads a backend's library once.
+
+    Args:
+      backend: "cpu", "cuda" or "rocm".
+
+    Raises:
+      LibraryError: the library is missing, broken, or built for another FFI API version.
+    """
+    return _load(find(backend))

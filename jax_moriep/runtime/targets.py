@@ -1,0 +1,71 @@
+"""The custom-call targets: their registration and the only use of ``jax.ffi.ffi_call``.
+
+One target name serves every platform, so a lowered module is portable and a platform without a library
+fails when it compiles, not silently.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+
+from jax_moriep.plan import Link
+from jax_moriep.runtime import library
+
+DISPATCH = "moriep_dispatch"
+REPLAY = "moriep_replay"
+COMBINE = "moriep_combine"
+
+_SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+_registered: set[str] = set()
+_lock = threading.Lock()
+
+
+def register(backend: str) -> None:
+    """Registers a backend's handlers with XLA, once.
+
+    Args:
+      backend: "cpu".
+
+    Raises:
+      LibraryError: the library is missing or does not fit.
+    """
+    with _lock:
+        if backend in _registered:
+            return
+        lib = library.load(backend)
+        for target, symbol in _SYMBOLS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(lib, symbol)), platform=backend)
+        _registered.add(backend)
+
+
+def attributes(link: Link) -> dict[str, Any]:
+    """The attributes of every exchange: int and str only, so that C++ decodes int64 and string_view."""
+    shape = link.shape
+    return {
+        "group": link.group,
+        "config": link.config,
+        "num_experts": int(shape.num_experts),
+        "num_local_experts": int(shape.num_local_experts),
+        "block": int(shape.block),
+    }
+
+
+def call(target: str, results: tuple[Any, ...], *operands: jax.Array, link: Link) -> tuple[jax.Array, ...]:
+    """Emits a custom call.
+
+    It has no side effect in JAX's sense: the order token keeps calls in order and alive, and an effect would
+    forbid ``jax.checkpoint``. vmap over it is an error, because a batched exchange is another exchange.
+
+    Args:
+      target: one of the names above.
+      results: the result types, from ``compat.result_type``.
+      *operands: the operands.
+      link: the static side of the exchange.
+
+    Returns:
+      The results.
+    """
+    return tuple(jax.ffi.ffi_call(target, results, has_side_effect=False)(*operands, **attributes(link)))
