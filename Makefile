@@ -1,0 +1,81 @@
+# Every target sets up what it needs by itself: from a clean clone it takes a Python >= 3.11 and a C++ compiler.
+#   make demo    trains a small mixture-of-experts model on four processes
+#   make test    all tests; make lint, make bench and make clean say what they do
+# ARGS is passed on: make demo ARGS="--ranks 2"
+
+PYTHON = $(shell tools/find-python 3.11)
+NEWEST_PYTHON := $(shell tools/find-python 3.12 2>/dev/null)
+JOBS ?= 2
+ARGS ?=
+BIN := .venv/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is tested is this checkout, whatever the caller's shell would import.
+unexport PYTHONPATH
+
+.PHONY: demo bench test test-cpp test-newest lint build clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(BIN)/jax-moriep demo $(ARGS)
+
+bench: build
+	$(BIN)/jax-moriep bench $(or $(ARGS),layer)
+
+# The parallel part comes last, so that the output ends with its summary. The tests of tests/multiprocess and
+# tests/packaging start several processes each and wait for deadlines: they do not share the machine.
+test: build test-cpp test-newest
+	$(BIN)/pytest tests/multiprocess tests/packaging
+	$(BIN)/pytest -n $(JOBS) --ignore tests/multiprocess --ignore tests/packaging
+
+# The C++ tests as they ship, then with every memory access and every data race checked.
+test-cpp: .venv/.ready
+	for sanitizer in none address thread; do \
+	  $(BIN)/cmake -S . -B build/test-$$sanitizer -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
+	    -DMORIEP_BUILD_TESTS=ON -DMORIEP_SANITIZER=$$sanitizer \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  && $(BIN)/cmake --build build/test-$$sanitizer \
+	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
+	done
+
+# The same wheel on the newest jax that this machine's Python gets.
+NEWEST_TESTS := tests/contract tests/lowering
+ifeq ($(NEWEST_PYTHON),)
+test-newest:
+	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"
+else
+test-newest: .venv-newest/.ready
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	.venv-newest/bin/pip install -q --no-deps --force-reinstall dist/jax_moriep-*.whl
+	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
+	.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
+endif
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# An editable install imports the checkout; only its library needs a build when a source changes.
+build: .venv/.ready
+	@$(BIN)/cmake --build build/editable
+
+.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt cmake/FindXlaFfi.cmake
+	@test -n "$(PYTHON)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core cmake ninja jaxlib
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[flax,plot,test]'
+	@touch $@
+
+.venv/.lint: .venv/.ready
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[lint]'
+	@touch $@
+
+.venv-newest/.ready: .venv/.ready
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q --upgrade jax flax optax orbax-checkpoint flatbuffers pytest pytest-timeout pytest-xdist
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-newest build dist jax_moriep/lib .pytest_cache .ruff_cache
