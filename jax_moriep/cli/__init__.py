@@ -1,0 +1,57 @@
+"""The command ``jax-moriep``: a table of subcommands, each in a module of its own.
+
+A subcommand's module has ``add_parser(subparsers)``, which adds its parser, and ``run(args) -> int``, which
+returns the exit code. Only the chosen one is imported: ``jax-moriep doctor`` does not load the demo's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from jax_moriep.errors import MoriepError
+
+COMMANDS = {
+    "demo": "train a small mixture-of-experts language model on several processes",
+    "launch": "run a script on several processes joined by jax.distributed",
+    "doctor": "say what can run on this machine, and why the rest cannot",
+    "bench": "measure the exchange, the experts or the whole layer",
+    "plot": "draw what bench measured",
+}
+"""Name of each subcommand, also that of its module here, and its line in ``jax-moriep --help``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+      argv: the arguments after the program's name; None takes the process's own.
+
+    Returns:
+      The exit code: 0 when it worked, 1 when jax_moriep reported an error.
+
+    Raises:
+      SystemExit: the arguments are wrong (code 2), or help was asked for (code 0).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="jax-moriep", description="Expert-parallel MoE for JAX.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name == chosen:
+            _module(name).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    args = parser.parse_args(argv)
+    try:
+        return _module(args.command).run(args)
+    except MoriepError as error:
+        print(f"jax-moriep {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,117 @@
+"""The direction of dependence, kept: in Python by the import statements, in C++ by the includes."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "jax_moriep"
+MAX_LINES = 400
+
+# Each module may import modules of its own layer and of the layers below it, never of one above. Modules of
+# the package that are not named here are at its top: nothing in the layers may import them.
+LAYERS = [
+    ["errors", "version"],
+    ["config"],
+    ["plan"],
+    ["runtime"],
+    ["transports"],
+    ["quant", "order", "exchange", "experts", "routing"],
+    ["params", "stats", "weights", "explain"],
+    ["layer"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+CPP_MAY_INCLUDE = {
+    "include": [r"moriep/"],
+    "cpu": [r"moriep/", r"[a-z_]+\.h$"],
+    "tests": [r"moriep/", r"(\.\./)?cpu/", r"[a-z_]+\.h$"],
+}
+
+
+def python_modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path):
+    """The part of the package that a module belongs to: ``runtime/group.py`` -> ``runtime``."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    """The parts of the package that a module imports anywhere in its text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write it in full"
+            # `from jax_moriep import x` names the part after `import`.
+            names = [node.module or ""]
+            if node.module == "jax_moriep":
+                names = [f"jax_moriep.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "jax_moriep":
+                yield rest.split(".")[0], node.lineno
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_python_depends_one_way(path):
+    level = LEVEL.get(name_of(path))
+    if level is None:
+        return
+    for part, line in imported_parts(path):
+        where = f"{path.relative_to(ROOT)}:{line} imports jax_moriep.{part}"
+        assert part in LEVEL, f"{where}, which is at the top of the package"
+        assert LEVEL[part] <= level, f"{where}, which is a layer above"
+
+
+def test_every_layer_exists():
+    parts = {name_of(path) for path in python_modules()}
+    assert set(LEVEL) <= parts
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_python_modules_are_readable_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_only_compat_reaches_into_jax():
+    for path in python_modules():
+        if path.relative_to(PACKAGE) != Path("runtime/compat.py"):
+            assert not re.search(r"^\s*(from|import) jax\._src", path.read_text(), re.MULTILINE), path
+
+
+def test_only_targets_emits_custom_calls():
+    users = {path for path in python_modules() if "ffi_call(" in path.read_text()}
+    assert users == {PACKAGE / "runtime" / "targets.py"}
+
+
+def cpp_files(folder):
+    files = [p for p in sorted((ROOT / "csrc" / folder).rglob("*")) if p.suffix in (".h", ".cc")]
+    assert files
+    return files
+
+
+@pytest.mark.parametrize("folder", CPP_MAY_INCLUDE)
+def test_cpp_depends_one_way(folder):
+    for path in cpp_files(folder):
+        for include in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            allowed = any(re.match(pattern, include) for pattern in CPP_MAY_INCLUDE[folder])
+            assert allowed, f"{path.relative_to(ROOT)} includes {include}"
+
+
+@pytest.mark.parametrize("folder", CPP_MAY_INCLUDE)
+def test_cpp_below_the_handlers_knows_no_xla(folder):
+    for path in cpp_files(folder):
+        assert not re.search(r'#\s*include\s+[<"]xla/', path.read_text()), path
+
+
+@pytest.mark.parametrize("folder", ["include", "cpu", "ffi"])
+def test_cpp_files_are_readable_in_one_sitting(folder):
+    for path in cpp_files(folder):
+        assert len(path.read_text().splitlines()) <= MAX_LINES, path

@@ -1,0 +1,98 @@
+"""The command line: choosing a subcommand, its errors, and what the launcher decides before it starts."""
+
+import importlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jax_moriep import cli
+from jax_moriep.cli import doctor, launch
+from jax_moriep.errors import ConfigError, TransportError
+
+
+def test_help_lists_every_subcommand(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, summary in cli.COMMANDS.items():
+        assert name in text
+        assert summary.split()[0] in text
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["launch"], ["launch", "-n", "2"]])
+def test_wrong_arguments_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: jax-moriep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: jax-moriep {name}" in capsys.readouterr().out
+    assert callable(importlib.import_module(f"jax_moriep.cli.{name}").run)
+
+
+def test_only_the_chosen_subcommand_is_imported():
+    code = (
+        "import sys, jax_moriep.cli\n"
+        "try: jax_moriep.cli.main(['launch', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([n for n in jax_moriep.cli.COMMANDS if 'jax_moriep.cli.' + n in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['launch']"
+
+
+def test_an_error_of_ours_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    def run(args):
+        raise TransportError("no such thing; install it")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "jax-moriep doctor: no such thing; install it\n"
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_moriep", "launch", "-n", "0", __file__], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "nprocs=0 must be at least 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"nprocs": 0}, "nprocs=0 must be at least 1; pass a positive int"),
+        ({"nprocs": 1, "devices_per_process": -1}, "devices_per_process=-1 must be at least 1"),
+        ({"nprocs": 1}, "script='no/such/file.py' must be an existing file"),
+    ],
+)
+def test_launch_refuses_bad_arguments(kwargs, text):
+    with pytest.raises(ConfigError) as error:
+        launch.launch("no/such/file.py", **kwargs)
+    assert text in str(error.value)
+
+
+def test_the_device_count_replaces_an_inherited_one(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
+    environment = launch._environment(None, None, 3)
+    assert environment["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=3"
+    environment = launch._environment({"XLA_FLAGS": "--xla_b=2", "X": "y"}, "cpu", 2)
+    assert environment["XLA_FLAGS"] == "--xla_b=2 --xla_force_host_platform_device_count=2"
+    assert environment["JAX_PLATFORMS"] == "cpu"
+    assert environment["X"] == "y"
+
+
+def test_the_port_is_free_and_outside_the_kernels_own_range():
+    port = launch._free_port()
+    assert 20000 <= port < 32768
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
