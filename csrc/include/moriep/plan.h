@@ -2,6 +2,7 @@
 // The Python module plan.py states the same rules; nothing here knows XLA, shared memory or a GPU.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
