@@ -30,7 +30,7 @@ test: build test-cpp test-newest
 
 # The C++ tests as they ship, then with every memory access and every data race checked.
 test-cpp: .venv/.ready
-	for sanitizer in none address thread; do \
+	@for sanitizer in none address thread; do \
 	  $(BIN)/cmake -S . -B build/test-$$sanitizer -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
 	    -DMORIEP_BUILD_TESTS=ON -DMORIEP_SANITIZER=$$sanitizer \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -45,8 +45,8 @@ test-newest:
 	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"
 else
 test-newest: .venv-newest/.ready
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
-	.venv-newest/bin/pip install -q --no-deps --force-reinstall dist/jax_moriep-*.whl
+	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w dist .
+	.venv-newest/bin/pip install -qq --no-deps --force-reinstall dist/jax_moriep-*.whl
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
 	.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
 endif
@@ -64,17 +64,17 @@ build: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt cmake/FindXlaFfi.cmake
 	@test -n "$(PYTHON)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt scikit-build-core cmake ninja jaxlib
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[flax,plot,test]'
+	$(BIN)/pip install -qq -c constraints.txt scikit-build-core cmake ninja jaxlib
+	$(BIN)/pip install -qq -c constraints.txt --no-build-isolation -e '.[flax,plot,test]'
 	@touch $@
 
 .venv/.lint: .venv/.ready
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[lint]'
+	$(BIN)/pip install -qq -c constraints.txt --no-build-isolation -e '.[lint]'
 	@touch $@
 
 .venv-newest/.ready: .venv/.ready
 	$(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -q --upgrade jax flax optax orbax-checkpoint flatbuffers pytest pytest-timeout pytest-xdist
+	.venv-newest/bin/pip install -qq --upgrade jax flax optax orbax-checkpoint flatbuffers pytest pytest-timeout pytest-xdist
 	@touch $@
 
 clean:
