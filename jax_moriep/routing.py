@@ -1,0 +1,365 @@
+"""Routing: which experts a token goes to and with what weight, one function per published formula, and the
+losses that keep the load even.
+
+Every router maps f32 logits [T, E] to ``(ids i32[T, K], weights f32[T, K], scores f32[T, E])``. The ids come
+in falling order of what they were chosen by, and of equal candidates the lower id wins. ``scores`` is what
+the load-balance loss averages. Letters: T tokens, H hidden, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.errors import ConfigError, rule
+
+Routed = tuple[jax.Array, jax.Array, jax.Array]
+Router = Callable[[jax.Array, jax.Array | None, MoEConfig], Routed]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where each token goes. The leading dimensions are those of the x that was routed."""
+
+    ids: Any
+    """i32[..., K], expert ids; -1 means no route."""
+    weights: Any
+    """f32[..., K], what each chosen expert's result is multiplied by (llama4: what its input is)."""
+    scores: Any
+    """f32[..., E], the router's scores of all experts, none negative; not yet normalised."""
+    logits: Any
+    """f32[..., E]"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterSums:
+    """Sums over some tokens of what the losses average; sums over more tokens are the sums of these."""
+
+    scores: Any
+    """f32[E], of the scores normalised to 1 per token."""
+    z: Any
+    """f32[], of the squared logsumexp of the logits."""
+    entropy: Any
+    """f32[], of the entropy of the normalised scores, in nats."""
+    tokens: Any
+    """f32[], number of real tokens."""
+
+
+@jax.custom_jvp
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """``numerator / denominator``, and 0 where the denominator is 0 or subnormal.
+
+    The stock derivative of a quotient squares the denominator, which gives NaN for the tiny sums that a
+    sigmoid router can reach (1e-20 squared is 0 in f32); this one divides twice instead.
+    """
+    small = jnp.abs(denominator) < jnp.finfo(denominator.dtype).tiny
+    return jnp.where(small, 0, numerator / jnp.where(small, 1, denominator))
+
+
+@_divide.defjvp
+def _divide_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    quotient = _divide(*primals)
+    return quotient, _divide(tangents[0] - quotient * tangents[1], primals[1])
+
+
+def _top_ids(choice: jax.Array, k: int) -> jax.Array:
+    return jax.lax.top_k(choice, k)[1]
+
+
+def _chosen(values: jax.Array, ids: jax.Array) -> jax.Array:
+    """``values[t, ids[t, k]]``; top_k only gives ids in bounds, so nothing is checked again."""
+    return jnp.take_along_axis(values, ids, axis=-1, mode="promise_in_bounds")
+
+
+def _sum(chosen: jax.Array) -> jax.Array:
+    return chosen.sum(axis=-1, keepdims=True)
+
+
+def _weights(chosen: jax.Array, total: jax.Array, cfg: MoEConfig) -> jax.Array:
+    """The chosen scores, over ``total`` with ``norm_topk``, times ``routed_scaling``."""
+    shares = _divide(chosen, total) if cfg.norm_topk else chosen
+    return shares * cfg.routed_scaling
+
+
+def _biased(scores: jax.Array, score_bias: jax.Array | None) -> jax.Array:
+    return scores if score_bias is None else scores + score_bias
+
+
+def _outside_groups_zero(
+    choice: jax.Array, group_score: Callable[[jax.Array], jax.Array], cfg: MoEConfig
+) -> jax.Array:
+    """Zeroes the experts outside the best ``top_groups`` groups; ``group_score``: [T, G, E/G] to [T, G]."""
+    if cfg.num_groups is None or cfg.top_groups is None:
+        return choice
+    size = choice.shape[-1] // cfg.num_groups
+    grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, size)
+    best = _top_ids(group_score(grouped), cfg.top_groups)
+    kept = (best[..., None] == jnp.arange(cfg.num_groups)).any(axis=-2)
+    return jnp.where(kept[..., None], grouped, 0).reshape(choice.shape)
+
+
+def softmax_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """Softmax over all experts, the k largest, over their sum with ``norm_topk``.
+
+    Mixtral (Jiang et al. 2024, arXiv:2401.04088), OLMoE and Qwen-MoE; transformers ``MixtralTopKRouter``
+    (always normalised), ``OlmoeTopKRouter`` and ``Qwen3MoeTopKRouter`` (by ``norm_topk_prob``).
+    """
+    scores = jax.nn.softmax(logits, axis=-1)
+    ids = _top_ids(scores, cfg.top_k)
+    chosen = _chosen(scores, ids)
+    return ids, _weights(chosen, _sum(chosen), cfg), scores
+
+
+def topk_softmax(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """The k largest logits, softmax over these k; ``norm_topk`` has nothing to add.
+
+    Granite MoE (Granite 3.0 language models, 2024; the gate of Shazeer et al. 2017, arXiv:1701.06538, without
+    its noise); transformers ``GraniteMoeTopKGating``. The loss averages the softmax over all experts.
+    """
+    ids = _top_ids(logits, cfg.top_k)
+    weights = jax.nn.softmax(_chosen(logits, ids), axis=-1) * cfg.routed_scaling
+    return ids, weights, jax.nn.softmax(logits, axis=-1)
+
+
+def sigmoid_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """Sigmoid scores, the k largest of score + bias, weights from the unbiased scores.
+
+    MiniMax-M2 (MiniMax 2025); transformers ``MiniMaxM2TopKRouter`` (always normalised).
+    """
+    scores = jax.nn.sigmoid(logits)
+    ids = _top_ids(_biased(scores, score_bias), cfg.top_k)
+    chosen = _chosen(scores, ids)
+    return ids, _weights(chosen, _sum(chosen), cfg), scores
+
+
+def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """Sigmoid scores plus bias, limited to the groups with the largest sum of their two best.
+
+    DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437), also GLM-4 MoE and dots1; transformers
+    ``DeepseekV3MoE.route_tokens_to_experts``. Experts outside the kept groups stand at 0.0, not at minus
+    infinity, so that where the bias is negative one of them can be chosen, and then with its own score.
+    """
+    scores = jax.nn.sigmoid(logits)
+    choice = _outside_groups_zero(
+        _biased(scores, score_bias),
+        lambda grouped: jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1),
+        cfg,
+    )
+    ids = _top_ids(choice, cfg.top_k)
+    chosen = _chosen(scores, ids)
+    return ids, _weights(chosen, _sum(chosen) + 1e-20, cfg), scores
+
+
+def deepseek_v2(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """Softmax over all experts, limited to the groups with the largest maximum, then the k largest.
+
+    DeepSeek-V2 (DeepSeek-AI 2024, arXiv:2405.04434); transformers ``DeepseekV2Moe.route_tokens_to_experts``,
+    "group_limited_greedy" with groups and "greedy" without (which ignores ``norm_topk_prob``: pass
+    ``norm_topk=False`` to match it).
+    """
+    scores = jax.nn.softmax(logits, axis=-1)
+    limited = _outside_groups_zero(scores, lambda grouped: grouped.max(axis=-1), cfg)
+    ids = _top_ids(limited, cfg.top_k)
+    chosen = _chosen(limited, ids)
+    return ids, _weights(chosen, _sum(chosen), cfg), scores
+
+
+def gpt_oss(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """The k largest logits (``router_bias`` included), softmax over these k.
+
+    gpt-oss (OpenAI 2025, arXiv:2508.10925); transformers ``GptOssTopKRouter``. The formula is topk_softmax's;
+    what differs is the bias, which ``route`` has added to the logits.
+    """
+    return topk_softmax(logits, score_bias, cfg)
+
+
+def llama4(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """The k largest logits, each weight the sigmoid of its logit; it multiplies the expert's input.
+
+    Llama 4 (Meta 2025); transformers ``Llama4Router`` and ``Llama4TextMoe``. ``norm_topk`` is not part of it.
+    """
+    ids = _top_ids(logits, cfg.top_k)
+    scores = jax.nn.sigmoid(logits)
+    return ids, _chosen(scores, ids) * cfg.routed_scaling, scores
+
+
+def ernie45(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
+    """Softmax over all experts, the k largest of score + bias, over the sum of the unbiased scores.
+
+    ERNIE 4.5 (Baidu 2025); transformers ``Ernie4_5_MoeTopKRouter`` (always normalised). The sum counts as at
+    least 1e-12, its default ``moe_norm_min``.
+    """
+    scores = jax.nn.softmax(logits, axis=-1)
+    ids = _top_ids(_biased(scores, score_bias), cfg.top_k)
+    chosen = _chosen(scores, ids)
+    return ids, _weights(chosen, jnp.maximum(_sum(chosen), 1e-12), cfg), scores
+
+
+ROUTERS: dict[str, Router] = {
+    "softmax_topk": softmax_topk,
+    "topk_softmax": topk_softmax,
+    "sigmoid_topk": sigmoid_topk,
+    "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
+    "gpt_oss": gpt_oss,
+    "llama4": llama4,
+    "ernie45": ernie45,
+}
+
+
+def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
+    """Chooses each token's experts with ``cfg.router``.
+
+    The logits are an f32 product of f32 casts, whatever the dtypes of x and of the weights. Of padded
+    parameters (``jm.pad_params``) only the first ``num_experts`` experts are seen.
+
+    Args:
+      x: [..., H], floating.
+      params: ``router`` [H, E], and ``router_bias`` and ``score_bias`` [E] where the config asks for them.
+      cfg: the layer; ``cfg.router`` is a name in ROUTERS or a callable of the same signature. A callable gets
+        f32 logits [T, E] with all leading dimensions in T, and f32[E] or None for the bias.
+
+    Returns:
+      Route: ids i32[..., K], weights f32[..., K], scores and logits f32[..., E].
+
+    Raises:
+      ConfigError: a shape or dtype does not fit the config, a bias is missing or not asked for, or a
+        callable router returned other shapes.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ConfigError(rule("x.dtype", str(x.dtype), "be floating", "cast x, for example to bfloat16"))
+    if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:
+        raise ConfigError(
+            rule("x.shape", x.shape, f"end with hidden_size={cfg.hidden_size}", "pass [..., hidden_size]")
+        )
+    experts = cfg.num_experts
+    weight = _expert_slice("router", params.router, True, (cfg.hidden_size, experts))
+    router_bias = _expert_slice("router_bias", params.router_bias, cfg.router_bias, (experts,))
+    score_bias = _expert_slice("score_bias", params.score_bias, cfg.score_bias, (experts,))
+    logits = jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+    if router_bias is not None:
+        logits = logits + router_bias
+    if score_bias is not None:
+        score_bias = jax.lax.stop_gradient(score_bias)
+    router = cfg.router if callable(cfg.router) else ROUTERS[cfg.router]
+    flat = logits.reshape(-1, experts)
+    ids, weights, scores = router(flat, score_bias, cfg)
+    wide, narrow = flat.shape, (flat.shape[0], cfg.top_k)
+    for name, array, shape in (("ids", ids, narrow), ("weights", weights, narrow), ("scores", scores, wide)):
+        if array.shape != shape:
+            cure = f"change what router={cfg.router!r} returns"
+            raise ConfigError(rule(f"{name}.shape", array.shape, f"be {shape}", cure))
+    lead = logits.shape[:-1]
+    return Route(
+        ids=ids.astype(jnp.int32).reshape(*lead, cfg.top_k),
+        weights=weights.astype(jnp.float32).reshape(*lead, cfg.top_k),
+        scores=scores.astype(jnp.float32).reshape(logits.shape),
+        logits=logits,
+    )
+
+
+def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> Any:
+    """The first E columns of a router parameter in f32, or None where the config does not use it."""
+    if not used:
+        if array is not None:
+            raise ConfigError(
+                f"params.{name} is given but cfg.{name}=False; set {name}=True in MoEConfig or pass None"
+            )
+        return None
+    if array is None:
+        raise ConfigError(rule(f"params.{name}", None, f"have shape {shape}", "make it with jm.init_params"))
+    if array.ndim != len(shape) or array.shape[:-1] != shape[:-1] or array.shape[-1] < shape[-1]:
+        raise ConfigError(
+            rule(
+                f"params.{name}.shape",
+                array.shape,
+                f"be {shape}, or wider where padded",
+                "make params and cfg agree on hidden_size and num_experts",
+            )
+        )
+    return jnp.asarray(array)[..., : shape[-1]].astype(jnp.float32)
+
+
+def router_sums(route: Route, token_mask: jax.Array | None = None) -> RouterSums:
+    """Sums over this rank's tokens what ``losses`` needs; add them over ranks (psum) before that.
+
+    Args:
+      route: as ``route`` returns it.
+      token_mask: bool[...], the leading dimensions of ``route``; False leaves the token out.
+
+    Returns:
+      RouterSums, all f32. Tokens that are left out add exactly 0, even where their logits are NaN.
+    """
+    # Shaped like the logits, not a bare constant, so that inside shard_map it varies over the same axes.
+    real = jnp.ones_like(route.logits[..., 0], dtype=bool) if token_mask is None else token_mask
+    column = real[..., None]
+    axes = tuple(range(real.ndim))
+    scores = jnp.where(column, route.scores, 0)
+    shares = _divide(scores, scores.sum(axis=-1, keepdims=True))
+    logs = jnp.log(jnp.where(shares > 0, shares, 1))
+    z = jax.nn.logsumexp(jnp.where(column, route.logits, 0), axis=-1)
+    return RouterSums(
+        scores=shares.sum(axis=axes),
+        z=jnp.where(real, z * z, 0).sum(),
+        entropy=-(shares * logs).sum(),
+        tokens=real.sum(dtype=jnp.float32),
+    )
+
+
+def losses(
+    sums: RouterSums, expert_counts: jax.Array, cfg: MoEConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The load-balance loss, the router z-loss and the router's entropy.
+
+    * Load balance: ``E * sum_e f_e * p_e`` with f_e the fraction of routes and p_e the mean normalised score
+      of expert e (Fedus et al. 2021, arXiv:2101.03961). It is 1.0 when balanced, for every top_k; the
+      transformers function of that purpose gives K times as much.
+    * z: mean of the squared logsumexp of the logits (Zoph et al. 2022, arXiv:2202.08906).
+    * Entropy: mean over tokens of the entropy of the normalised scores, in nats.
+
+    Args:
+      sums: over all tokens.
+      expert_counts: i32[E], routes per expert over the same tokens, before any drop.
+      cfg: gives E and K.
+
+    Returns:
+      Three f32 scalars, all 0 when there is no token. Gradients flow through ``sums`` only.
+    """
+    tokens = jnp.maximum(sums.tokens, 1)
+    fractions = expert_counts.astype(jnp.float32) / (tokens * cfg.top_k)
+    balance = cfg.num_experts * jnp.sum(fractions * (sums.scores / tokens))
+    return balance, sums.z / tokens, sums.entropy / tokens
+
+
+def update_score_bias(score_bias: jax.Array, expert_counts: jax.Array, rate: float) -> jax.Array:
+    """One step of loss-free balancing: a busy expert's bias falls by ``rate``, an idle one's rises.
+
+    The sign rule of Wang et al. 2024 (arXiv:2408.15664), used by DeepSeek-V3. Call it after the optimizer
+    step, outside of the gradient.
+
+    Args:
+      score_bias: f32[E], or longer where padded; the padding stays as it is.
+      expert_counts: i32[E], of the whole batch (``stats.expert_counts``).
+      rate: step size; DeepSeek-V3 trained with 0.001.
+
+    Returns:
+      The new bias, of score_bias's shape and dtype.
+
+    Raises:
+      ConfigError: the bias is shorter than the counts.
+    """
+    experts = expert_counts.shape[0]
+    if score_bias.shape[0] < experts:
+        raise ConfigError(
+            rule("score_bias.shape", score_bias.shape, f"hold {experts} experts", "pass this layer's bias")
+        )
+    counts = expert_counts.astype(jnp.float32)
+    step = rate * jnp.sign(counts.mean() - counts)
+    return score_bias.at[:experts].add(step.astype(score_bias.dtype))
