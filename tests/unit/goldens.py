@@ -1,0 +1,32 @@
+"""Reads the golden files that tests/golden/make_goldens.py has made."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from jax_moriep.config import MoEConfig, MoEParams
+
+FOLDER = pathlib.Path(__file__).parents[1] / "golden"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+
+
+class Golden:
+    """One file: its arrays by name, its config, and its weights and gradients as MoEParams."""
+
+    def __init__(self, name: str):
+        with np.load(FOLDER / f"{name}.npz") as file:
+            self.arrays = {key: file[key] for key in file.files}
+        self.cfg = MoEConfig(**json.loads(str(self.arrays["cfg"])))
+        self.family = str(self.arrays["family"])
+        self.params = MoEParams(**{"router": None, "w1": None, "w2": None, **self.part("param.")})
+        self.grads = MoEParams(**{"router": None, "w1": None, "w2": None, **self.part("grad.", but="x")})
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def part(self, prefix: str, but: str = "") -> dict[str, np.ndarray]:
+        """The arrays whose name starts with the prefix, by the rest of their name."""
+        found = {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
+        found.pop(but, None)
+        return found
