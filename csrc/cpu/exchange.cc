@@ -14,16 +14,18 @@ namespace {
 int64_t nth_peer(int64_t me, int64_t i, int64_t num_ranks) { return (me + 1 + i) % num_ranks; }
 
 // Copies this rank's tokens that some other rank needs into its slot; its own are read where they are.
-void stage_rows(const Shape& shape, int64_t me, const std::byte* x, const int32_t* ids, int64_t row_bytes,
+void stage_rows(const Shape& shape, const Owners& owners, int64_t me, const std::byte* x, const int32_t* ids, int64_t row_bytes,
                 int64_t row_stride, std::byte* staged) {
+  const Store store = store_for(shape.num_tokens * row_bytes);
   for (int64_t t = 0; t < shape.num_tokens; ++t) {
     const int32_t* token_ids = ids + t * shape.top_k;
     const bool needed = std::any_of(token_ids, token_ids + shape.top_k, [&](int32_t id) {
-      const int64_t rank = rank_of(shape, id);
+      const int32_t rank = owners.rank_of(id);
       return rank >= 0 && rank != me;
     });
-    if (needed) std::memcpy(staged + t * row_stride, x + t * row_bytes, static_cast<size_t>(row_bytes));
+    if (needed) copy_row(x + t * row_bytes, staged + t * row_stride, row_bytes, store);
   }
+  finish_stores();
 }
 
 // Where the rows of a source rank's tokens lie.
@@ -36,6 +38,15 @@ struct Source {
 void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& sources, const int32_t* routes,
                int64_t row_bytes, std::byte* rows) {
   std::vector<bool> written(static_cast<size_t>(shape.capacity));
+  int64_t num_rows = 0;
+  int64_t end = 0;
+  for (int64_t route = 0; route < shape.num_ranks * shape.num_routes(); ++route) {
+    if (routes[route] < 0) continue;
+    ++num_rows;
+    end = std::max<int64_t>(end, routes[route] + 1);
+  }
+  const Store store = store_for(num_rows * row_bytes);
+  prefer_large_pages(rows, end * row_bytes);
   for (int64_t i = 0; i < shape.num_ranks; ++i) {
     const int64_t source = nth_peer(me, i, shape.num_ranks);
     const Source& from = sources[static_cast<size_t>(source)];
@@ -43,25 +54,25 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
     for (int64_t route = 0; route < shape.num_routes(); ++route) {
       const int32_t row = source_routes[route];
       if (row < 0) continue;
-      std::memcpy(rows + row * row_bytes, from.rows + route / shape.top_k * from.stride,
-                  static_cast<size_t>(row_bytes));
+      copy_row(from.rows + route / shape.top_k * from.stride, rows + row * row_bytes, row_bytes, store);
       written[static_cast<size_t>(row)] = true;
     }
   }
+  finish_stores();
   for (int64_t row = 0; row < shape.capacity;) {
-    int64_t end = row;
-    while (end < shape.capacity && !written[static_cast<size_t>(end)]) ++end;
-    if (end > row) zero_fill(rows + row * row_bytes, (end - row) * row_bytes);
-    row = end + 1;
+    int64_t gap_end = row;
+    while (gap_end < shape.capacity && !written[static_cast<size_t>(gap_end)]) ++gap_end;
+    if (gap_end > row) zero_fill(rows + row * row_bytes, (gap_end - row) * row_bytes);
+    row = gap_end + 1;
   }
 }
 
 // Gives every route of the group that ends here its row, in the order local expert, source rank, source
 // token; and every (source, token) pair that ends here its place in the source's arena.
-void plan_routes(const Shape& shape, int64_t me, const std::vector<int32_t>& all_ids, int32_t* group_sizes,
+void plan_routes(const Shape& shape, const Owners& owners, int64_t me, const std::vector<int32_t>& all_ids, int32_t* group_sizes,
                  int32_t* routes, int32_t* slots) {
   const int64_t first_expert = me * shape.num_local_experts;
-  const auto local_expert = [&](int32_t id) { return rank_of(shape, id) == me ? id - first_expert : -1; };
+  const auto local_expert = [&](int32_t id) { return owners.rank_of(id) == me ? id - first_expert : -1; };
 
   std::vector<int64_t> counts(static_cast<size_t>(shape.num_local_experts));
   for (int32_t id : all_ids) {
@@ -72,17 +83,16 @@ void plan_routes(const Shape& shape, int64_t me, const std::vector<int32_t>& all
     group_sizes[e] = static_cast<int32_t>(std::clamp<int64_t>(shape.capacity - next[e], 0, counts[e]));
   }
 
-  std::vector<int64_t> scratch;
+  std::vector<int32_t> ranks;
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
     int32_t next_slot = 0;
     for (int64_t t = 0; t < shape.num_tokens; ++t) {
       const int64_t token = source * shape.num_tokens + t;
       const int32_t* ids = all_ids.data() + token * shape.top_k;
-      slots[token] = -1;
-      for_each_rank(shape, ids, scratch, [&](int64_t rank) {
-        if (rank == me) slots[token] = next_slot;
-        ++next_slot;
-      });
+      owners.ranks_of(ids, ranks);
+      const auto place = std::find(ranks.begin(), ranks.end(), me);
+      slots[token] = place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
+      next_slot += static_cast<int32_t>(ranks.size());
       for (int64_t k = 0; k < shape.top_k; ++k) {
         const int64_t e = local_expert(ids[k]);
         int32_t& route = routes[token * shape.top_k + k];
@@ -126,12 +136,13 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
 
   const int64_t my_rank = me.rank();
+  const Owners owners(shape);
   const auto ids_bytes = static_cast<size_t>(shape.num_routes()) * sizeof(int32_t);
   std::byte* mine = slots[static_cast<size_t>(my_rank)];
   if (shape.num_ranks > 1) {
     std::memcpy(mine + layout.ids, at.ids, ids_bytes);
     std::memcpy(mine + layout.weights, at.weights, ids_bytes);
-    stage_rows(shape, my_rank, at.x, at.ids, row_bytes, layout.row_stride, mine + layout.rows);
+    stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride, mine + layout.rows);
   }
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
@@ -147,7 +158,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     sources.push_back(own ? Source{at.x, row_bytes} : Source{slot + layout.rows, layout.row_stride});
     weights.push_back(own ? at.weights : reinterpret_cast<const float*>(slot + layout.weights));
   }
-  plan_routes(shape, my_rank, all_ids, at.group_sizes, at.routes, at.slots);
+  plan_routes(shape, owners, my_rank, all_ids, at.group_sizes, at.routes, at.slots);
 
   std::fill_n(at.row_weights, shape.capacity, 0.0f);
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
@@ -170,7 +181,8 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
   if (Status status = check_plan(shape, at.routes, nullptr); !status.ok()) return step.fail(status);
 
   const int64_t my_rank = me.rank();
-  stage_rows(shape, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
+  const Owners owners(shape);
+  stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
              slots[static_cast<size_t>(my_rank)] + layout.rows);
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
@@ -195,7 +207,9 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   if (Status status = check_plan(shape, at.routes, at.slots); !status.ok()) return step.fail(status);
 
   const int64_t my_rank = me.rank();
-  std::vector<const std::byte*> terms(static_cast<size_t>(std::max(shape.top_k, shape.num_ranks)));
+  const Owners owners(shape);
+  const Store store = store_for(shape.max_fanout() * row_bytes);
+  std::vector<const std::byte*> terms(static_cast<size_t>(shape.top_k));
   // Collects this rank's rows of a token in the order of k, and gives their number.
   const auto rows_of = [&](int64_t source, int64_t t) {
     int64_t n = 0;
@@ -215,42 +229,44 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
       const int64_t token = owner * shape.num_tokens + t;
       if (at.slots[token] < 0) continue;
       sum_rows(call.type, terms.data(), rows_of(owner, t), slot + layout.rows + at.slots[token] * layout.row_stride,
-               shape.hidden_size);
+               shape.hidden_size, store);
       for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
         const int32_t row = at.routes[token * shape.top_k + k];
         if (row != kNotHere) scalars[t * shape.top_k + k] = row >= 0 ? at.scalars[row] : 0.0f;
       }
     }
   }
+  finish_stores();
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
   // Sum what the ranks pushed, in rank order; this rank's own part is made on the way.
   const std::byte* received = slots[static_cast<size_t>(my_rank)];
   const auto* scalars = reinterpret_cast<const float*>(received + layout.scalars);
   std::vector<std::byte> own(static_cast<size_t>(row_bytes));
-  std::vector<int64_t> ranks;
+  std::vector<int32_t> ranks;
   std::vector<const std::byte*> sums(static_cast<size_t>(shape.num_ranks));
   int64_t next_slot = 0;
   for (int64_t t = 0; t < shape.num_tokens; ++t) {
     const int32_t* ids = at.ids + t * shape.top_k;
     int64_t n = 0;
-    for_each_rank(shape, ids, ranks, [&](int64_t rank) {
+    owners.ranks_of(ids, ranks);
+    for (const int32_t rank : ranks) {
       const int64_t slot = next_slot++;
       if (rank != my_rank) {
         sums[static_cast<size_t>(n++)] = received + layout.rows + slot * layout.row_stride;
-        return;
+        continue;
       }
       const int64_t num_rows = rows_of(my_rank, t);
       if (num_rows == 1) {
         sums[static_cast<size_t>(n++)] = terms[0];
       } else {
-        sum_rows(call.type, terms.data(), num_rows, own.data(), shape.hidden_size);
+        sum_rows(call.type, terms.data(), num_rows, own.data(), shape.hidden_size, Store::kCached);
         sums[static_cast<size_t>(n++)] = own.data();
       }
-    });
-    sum_rows(call.type, sums.data(), n, at.y + t * row_bytes, shape.hidden_size);
+    }
+    sum_rows(call.type, sums.data(), n, at.y + t * row_bytes, shape.hidden_size, store);
     for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
-      const int64_t rank = rank_of(shape, ids[k]);
+      const int32_t rank = owners.rank_of(ids[k]);
       const int64_t route = t * shape.top_k + k;
       const int32_t row = at.routes[my_rank * shape.num_routes() + route];
       float value = 0.0f;
@@ -262,6 +278,7 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
       at.token_scalars[route] = value;
     }
   }
+  finish_stores();
   return Status();
 }
 

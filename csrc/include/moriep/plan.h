@@ -28,26 +28,39 @@ struct Shape {
   int64_t max_fanout() const { return num_tokens * (top_k < num_ranks ? top_k : num_ranks); }
 };
 
-// The rank that holds an expert, or -1 for an id that is no expert.
-inline int64_t rank_of(const Shape& shape, int32_t id) {
-  if (id < 0 || id >= shape.num_experts) return -1;
-  return id / shape.num_local_experts;
-}
-
-// Calls fn(rank) for each distinct rank that a token goes to, in ascending order. A token has few routes,
-// so a sorted insertion into a small array beats any set.
-template <typename Fn>
-void for_each_rank(const Shape& shape, const int32_t* ids, std::vector<int64_t>& scratch, Fn&& fn) {
-  scratch.clear();
-  for (int64_t k = 0; k < shape.top_k; ++k) {
-    const int64_t rank = rank_of(shape, ids[k]);
-    if (rank < 0) continue;
-    auto at = scratch.begin();
-    while (at != scratch.end() && *at < rank) ++at;
-    if (at == scratch.end() || *at != rank) scratch.insert(at, rank);
+// The rank that holds each expert, looked up instead of divided: a plan asks for every route of the group.
+class Owners {
+ public:
+  explicit Owners(const Shape& shape) : top_k_(shape.top_k), ranks_(static_cast<size_t>(shape.num_experts)) {
+    for (size_t e = 0; e < ranks_.size(); ++e) {
+      ranks_[e] = static_cast<int32_t>(static_cast<int64_t>(e) / shape.num_local_experts);
+    }
   }
-  for (int64_t rank : scratch) fn(rank);
-}
+
+  // The rank that holds an expert, or -1 for an id that is no expert.
+  int32_t rank_of(int32_t id) const {
+    const auto index = static_cast<size_t>(static_cast<uint32_t>(id));
+    return index < ranks_.size() ? ranks_[index] : -1;
+  }
+
+  // Writes the distinct ranks that a token goes to, in ascending order, and gives their number.
+  int64_t ranks_of(const int32_t* ids, std::vector<int32_t>& out) const {
+    out.clear();
+    for (int64_t k = 0; k < top_k_; ++k) {
+      const int32_t rank = rank_of(ids[k]);
+      if (rank < 0) continue;
+      // A token has few routes: inserting into a short sorted list beats any set.
+      auto at = out.begin();
+      while (at != out.end() && *at < rank) ++at;
+      if (at == out.end() || *at != rank) out.insert(at, rank);
+    }
+    return static_cast<int64_t>(out.size());
+  }
+
+ private:
+  int64_t top_k_;
+  std::vector<int32_t> ranks_;
+};
 
 // First row of each local expert's run: runs follow each other, each starting at a multiple of `block`.
 inline std::vector<int64_t> run_starts(const std::vector<int64_t>& counts, int64_t block) {
