@@ -94,13 +94,22 @@ def ep_moe(
     return y, measured
 
 
-@jax.custom_batching.custom_vmap
+@jax.custom_vjp
 def _forbid_vmap(x: jax.Array) -> jax.Array:
     """The identity, except under vmap, where JAX's own error would not say what to do."""
+    return _unbatched(x)
+
+
+# custom_vmap alone has no derivative: JAX cannot linearize it.
+_forbid_vmap.defvjp(lambda x: (_unbatched(x), None), lambda _, ct: (ct,))
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(x: jax.Array) -> jax.Array:
     return x
 
 
-@_forbid_vmap.def_vmap
+@_unbatched.def_vmap
 def _(axis_size: int, in_batched: Any, x: jax.Array) -> Any:
     raise ConfigError(
         f"ep_moe cannot be batched by jax.vmap (axis_size={axis_size}), because a batched exchange is another "
