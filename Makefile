@@ -38,7 +38,8 @@ test-cpp: .venv/.ready
 	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
 	done
 
-# The same wheel on the newest jax that this machine's Python gets.
+# The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
+# would import otherwise.
 NEWEST_TESTS := tests/contract tests/lowering
 ifeq ($(NEWEST_PYTHON),)
 test-newest:
@@ -48,7 +49,8 @@ test-newest: .venv-newest/.ready
 	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w dist .
 	.venv-newest/bin/pip install -qq --no-deps --force-reinstall dist/jax_moriep-*.whl
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
-	.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
+	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
+	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
 endif
 
 lint: .venv/.lint
