@@ -130,7 +130,7 @@ def test_a_message_as_exit_code(script):
 
 def test_timeout_shows_where_each_process_is(script):
     path = script("def stuck():\n    time.sleep(600)\nstuck()\n")
-    result = launch(path, 2, capture=True, platform="cpu", timeout=8)
+    result = launch(path, 2, capture=True, platform="cpu", timeout=10)
     assert result.returncode == TIMEOUT_CODE
     assert result.codes == [128 + signal.SIGABRT] * 2
     for output in result.outputs:
