@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jaxlib
 from jax._src import distributed as _distributed
 from jax._src import mesh as _mesh
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend.core import get_opaque_trace_state
 
 
