@@ -20,6 +20,7 @@ from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Link
 from jax_moriep.runtime import compat, group
+from jax_moriep.runtime.unbatched import unbatched
 
 
 def ep_moe(
@@ -62,7 +63,7 @@ def ep_moe(
     mesh = _resolve_mesh(mesh)
     layout = _Layout.of(mesh, ep_axis, token_axes, tp_axis)
     _check_operands(x, params, cfg, layout, token_mask)
-    x = _forbid_vmap(x)
+    x = unbatched(x, _VMAP_CURE)
     params = parameters.pad_params(params, layout.num_ranks) if not layout.explicit else _padded_explicit(params, cfg, layout)
 
     lead = x.shape[:-1]
@@ -94,27 +95,10 @@ def ep_moe(
     return y, measured
 
 
-@jax.custom_vjp
-def _forbid_vmap(x: jax.Array) -> jax.Array:
-    """The identity, except under vmap, where JAX's own error would not say what to do."""
-    return _unbatched(x)
-
-
-# custom_vmap alone has no derivative: JAX cannot linearize it.
-_forbid_vmap.defvjp(lambda x: (_unbatched(x), None), lambda _, ct: (ct,))
-
-
-@jax.custom_batching.custom_vmap
-def _unbatched(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_unbatched.def_vmap
-def _(axis_size: int, in_batched: Any, x: jax.Array) -> Any:
-    raise ConfigError(
-        f"ep_moe cannot be batched by jax.vmap (axis_size={axis_size}), because a batched exchange is another "
-        "exchange; x may have any number of leading dimensions, so pass the whole batch as x [..., H] in one call"
-    )
+_VMAP_CURE = (
+    "ep_moe cannot be batched by jax.vmap, because a batched exchange is another exchange; x may have any number "
+    "of leading dimensions, so pass the whole batch as x [..., H] in one call"
+)
 
 
 def _local_moe(

@@ -43,8 +43,7 @@ def dispatch(
 
     plan = Plan(routes=routes.reshape(all_ids.shape), ids=ids, slots=None, link=link)
     rows, order = replay(link, x, plan, order)
-    route, filled = _route_of_row(plan)
-    row_weights = jnp.where(filled, all_weights.reshape(-1)[route], 0.0)
+    row_weights = _pick(all_weights.reshape(-1), *_route_of_row(plan))
     group_sizes = kept_counts(counts[:-1], shape.block, shape.capacity)
     return rows, row_weights, group_sizes, plan, order
 
@@ -52,10 +51,8 @@ def dispatch(
 def replay(link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
     all_x = lax.all_gather(x, link.axis_name).reshape(-1, x.shape[1])
-    if not all_x.shape[0]:
-        return compat.zeros_like_varying((link.shape.capacity, x.shape[1]), x.dtype, x, plan.routes), order
     route, filled = _route_of_row(plan)
-    return jnp.where(filled[:, None], all_x[route // link.shape.top_k], 0), order
+    return _pick(all_x, route // link.shape.top_k, filled), order
 
 
 def combine(
@@ -67,12 +64,12 @@ def combine(
     row = jnp.maximum(plan.routes, 0)
     sums = compat.zeros_like_varying((shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, row)
     for k in range(shape.top_k):
-        sums = sums + jnp.where(filled[:, :, k, None], rows[row[:, :, k]].astype(jnp.float32), 0.0)
+        sums = sums + _pick(rows, row[:, :, k], filled[:, :, k]).astype(jnp.float32)
     parts = lax.all_to_all(sums.astype(rows.dtype), link.axis_name, 0, 0)
     y = parts.astype(jnp.float32).sum(0).astype(rows.dtype)
     if row_scalars is None:
         return y, None, order
-    scalars = jnp.where(filled, row_scalars[row], 0.0)
+    scalars = _pick(row_scalars, row, filled)
     return y, lax.all_to_all(scalars, link.axis_name, 0, 0).sum(0), order
 
 
@@ -84,3 +81,10 @@ def _route_of_row(plan: Plan) -> tuple[jax.Array, jax.Array]:
     route = compat.pcast_varying(route, compat.varying_axes(rows))
     route = route.at[jnp.where(rows >= 0, rows, capacity)].set(jnp.arange(rows.size, dtype=jnp.int32), mode="drop")
     return jnp.maximum(route, 0), route >= 0
+
+
+def _pick(values: jax.Array, index: jax.Array, wanted: jax.Array) -> jax.Array:
+    """values[index] where wanted, zeros elsewhere; also where there are no values at all."""
+    if not values.shape[0]:
+        return compat.zeros_like_varying((*index.shape, *values.shape[1:]), values.dtype, values, index)
+    return jnp.where(wanted.reshape(wanted.shape + (1,) * (values.ndim - 1)), values[index], 0)

@@ -32,7 +32,7 @@ def dispatch(
     here = valid & (local >= 0) & (local < shape.num_local_experts)
     local = jnp.where(here, local, shape.num_local_experts)
     counts = jnp.bincount(local, length=shape.num_local_experts + 1)[:-1].astype(jnp.int32)
-    starts = jnp.append(run_starts(counts, shape.block), 0)
+    starts, local = compat.union_varying(jnp.append(run_starts(counts, shape.block), 0), local)
 
     def place(next_rows: jax.Array, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
         return next_rows.at[expert].add(1), next_rows[expert]

@@ -1,0 +1,229 @@
+"""Each mistake a user can make at trace time gives an error that names the value, the rule and the cure."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_moriep as jm
+from jax_moriep.runtime import compat, group, library
+
+
+def mesh_of(count=4, names=("ep",), kind=AxisType.Auto):
+    shape = (count,) if len(names) == 1 else (count // 2, 2)
+    return Mesh(np.array(jax.devices()[:count]).reshape(shape), names, axis_types=(kind,) * len(names))
+
+
+CFG = jm.MoEConfig(8, 2, 16, 8, transport="native")
+
+
+def call(x=None, params=None, cfg=CFG, **options):
+    x = jnp.zeros((8, 16)) if x is None else x
+    params = jm.init_params(jax.random.key(0), CFG) if params is None else params
+    return jax.eval_shape(lambda x, p: jm.ep_moe(x, p, cfg, **{"mesh": mesh_of(), **options}), x, params)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"top_k": 9}, "top_k=9 must be at most num_experts=8; lower top_k or add experts"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"num_experts": 8.0}, "num_experts=8.0 must be an integer"),
+        ({"num_experts": True}, "num_experts=True must be an integer"),
+        ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be positive; use None"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan must be a finite number"),
+        ({"block": 0}, "block=0 must be at least 1"),
+        ({"transport": "carrier_pigeon"}, "transport='carrier_pigeon' must be one of"),
+        ({"experts": "cutlass"}, "experts='cutlass' must be one of"),
+        ({"activation": "relu"}, "activation='relu' must be one of"),
+        ({"router": "argmax"}, "router='argmax' must be one of"),
+        ({"wire_dtype": "int8"}, "wire_dtype='int8' must be one of"),
+        ({"shared_gate": True}, "shared_gate=True must come with a shared expert"),
+        ({"score_bias": True}, "score_bias=True must come with a router that uses one"),
+        ({"num_groups": 2}, "num_groups=2 must come with a grouped router"),
+        ({"router": "deepseek_v3", "num_groups": 2}, "must be set together"),
+        ({"router": "deepseek_v3", "num_groups": 3, "top_groups": 1}, "num_groups=3 must divide num_experts=8"),
+        ({"router": "deepseek_v3", "num_groups": 2, "top_groups": 3}, "top_groups=3 must be at most num_groups=2"),
+        ({"router": "deepseek_v3", "num_groups": 8, "top_groups": 1, "top_k": 2}, "top_k=2 must be at most the 1"),
+        ({"norm_topk": 1}, "norm_topk=1 must be True or False"),
+    ],
+)
+def test_config(options, text):
+    with pytest.raises(jm.ConfigError, match=re.escape(text)):
+        jm.MoEConfig(**{"num_experts": 8, "top_k": 2, "hidden_size": 16, "intermediate_size": 8, **options})
+
+
+def test_configs_are_equal_and_hash_by_value():
+    numpy_made = jm.MoEConfig(np.int64(8), np.int32(2), 16, 8, routed_scaling=np.float32(1.0))
+    assert numpy_made == jm.MoEConfig(8, 2, 16, 8)
+    assert hash(numpy_made) == hash(jm.MoEConfig(8, 2, 16, 8))
+    assert type(numpy_made.top_k) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"x": jnp.zeros((8, 15))}, jm.ConfigError, "x.shape=(8, 15) must end in hidden_size=16"),
+        ({"x": jnp.zeros((8, 16), jnp.int32)}, jm.ConfigError, "x.dtype='int32' must be float32"),
+        ({"token_mask": jnp.ones((8,))}, jm.ConfigError, "token_mask='float32[8]' must be bool[8]"),
+        ({"token_mask": jnp.ones((4,), bool)}, jm.ConfigError, "token_mask='bool[4]' must be bool[8]"),
+        ({"ep_axis": "experts"}, jm.ShardingError, "ep_axis='experts' must be an axis of the mesh {'ep': 4}"),
+        ({"tp_axis": "tp"}, jm.ShardingError, "tp_axis='tp' must be an axis of the mesh"),
+        ({"tp_axis": "ep"}, jm.ShardingError, "tp_axis='ep' must differ from ep_axis"),
+        ({"token_axes": ("dp",)}, jm.ShardingError, "token_axes='dp' must be an axis of the mesh"),
+        ({"mesh": None}, jm.ShardingError, "mesh=None must find a mesh in context"),
+        ({"params": {"router": 1}}, jm.ConfigError, "params='dict' must be a jm.MoEParams"),
+    ],
+)
+def test_layer(options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        call(**options)
+
+
+def test_tokens_must_be_split_over_the_ranks():
+    mesh = mesh_of(names=("dp", "ep"))
+    with pytest.raises(jm.ShardingError, match=re.escape("token_axes=('dp',) must contain ep_axis='ep'")):
+        call(mesh=mesh, token_axes=("dp",))
+    with pytest.raises(jm.ShardingError, match=re.escape("must not contain tp_axis='dp'")):
+        call(mesh=mesh, token_axes=("dp", "ep"), tp_axis="dp")
+
+
+def test_tp_must_divide():
+    cfg = jm.MoEConfig(8, 2, 16, 7, transport="native")
+    with pytest.raises(jm.ShardingError, match=r"intermediate_size=7 must be divisible by the 2 devices"):
+        call(params=jm.init_params(jax.random.key(0), cfg), cfg=cfg, mesh=mesh_of(names=("ep", "tp")), tp_axis="tp")
+
+
+def test_params_must_fit_the_config():
+    params = jm.init_params(jax.random.key(0), jm.MoEConfig(6, 2, 16, 8))
+    with pytest.raises(jm.ConfigError, match=re.escape("params.router.shape=(16, 6) must be (16, 8)")):
+        call(params=params)
+    biased = jm.MoEConfig(8, 2, 16, 8, expert_bias=True)
+    with pytest.raises(jm.ConfigError, match=re.escape("params.b1=None must be (8, 16) for this config")):
+        call(cfg=biased)
+
+
+def test_explicit_shardings_must_match():
+    mesh = mesh_of(kind=AxisType.Explicit)
+    params = jm.init_params(jax.random.key(0), CFG)
+    x = jax.device_put(jnp.zeros((8, 16)), NamedSharding(mesh, P("ep")))
+    with jax.set_mesh(mesh):
+        replicated = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
+        with pytest.raises(jm.ShardingError, match=r"params.w1.sharding=.* must be .*; place the weights with"):
+            jax.eval_shape(lambda x, p: jm.ep_moe(x, p, CFG), x, replicated)
+        placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, jm.param_specs(CFG))
+        whole = jax.device_put(jnp.zeros((8, 16)), NamedSharding(mesh, P()))
+        with pytest.raises(jm.ShardingError, match=r"x.sharding=.* must split the leading dimensions.*reshard"):
+            jax.eval_shape(lambda x, p: jm.ep_moe(x, p, CFG), whole, placed)
+
+
+def test_inside_a_shard_map():
+    params = jm.init_params(jax.random.key(0), CFG)
+
+    def body(x):
+        return jm.ep_moe(x, params, CFG)[0]
+
+    mapped = jax.shard_map(body, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep"))
+    with pytest.raises(jm.ShardingError, match="cannot run inside one.*call jm.route, jm.dispatch"):
+        jax.eval_shape(mapped, jnp.zeros((8, 16)))
+
+
+def in_shard_map(fn, *args):
+    mapped = jax.shard_map(fn, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep"))
+    return jax.eval_shape(mapped, *args)
+
+
+@pytest.mark.parametrize(
+    ("x", "ids", "weights", "text"),
+    [
+        ((8, 15), ((8, 2), jnp.int32), ((8, 2), jnp.float32), "x.shape=(2, 15) must be (T, hidden_size=16)"),
+        ((8, 16), ((8, 3), jnp.int32), ((8, 2), jnp.float32), "ids.shape=(2, 3) must be (T, top_k) = (2, 2)"),
+        ((8, 16), ((8, 2), jnp.int8), ((8, 2), jnp.float32), "ids.dtype='int8' must be int32"),
+        ((8, 16), ((8, 2), jnp.int32), ((8, 1), jnp.float32), "weights.shape=(2, 1) must be"),
+        ((8, 16), ((8, 2), jnp.int32), ((8, 2), jnp.int32), "weights.dtype='int32' must be floating"),
+    ],
+)
+def test_dispatch_operands(x, ids, weights, text):
+    with pytest.raises(jm.ConfigError, match=re.escape(text)):
+        in_shard_map(lambda *a: jm.dispatch(*a, CFG).rows, jnp.zeros(x), jnp.zeros(*ids), jnp.zeros(*weights))
+
+
+def test_dispatch_outside_a_shard_map():
+    with pytest.raises(jm.ShardingError, match="must be a mesh axis of an enclosing jax.shard_map"):
+        jm.dispatch(jnp.zeros((2, 16)), jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2)), CFG)
+
+
+def test_combine_operands():
+    def wrong_rows(x):
+        disp = jm.dispatch(x, jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2)), CFG)
+        return jm.combine(disp.rows[:-1], disp.plan)
+
+    with pytest.raises(jm.ConfigError, match=r"rows.shape=.* must be .*; pass dispatch's rows"):
+        in_shard_map(wrong_rows, jnp.zeros((8, 16)))
+
+    def wrong_axis(x):
+        disp = jm.dispatch(x, jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2)), CFG)
+        return jm.combine(disp.rows, disp.plan, axis_name="dp")
+
+    with pytest.raises(jm.ShardingError, match="axis_name='dp' must be the axis of the plan, 'ep'"):
+        in_shard_map(wrong_axis, jnp.zeros((8, 16)))
+
+
+def test_a_transport_that_cannot_run_says_why():
+    with pytest.raises(jm.TransportError, match="transport='mori' cannot run here: .*use transport="):
+        call(cfg=jm.MoEConfig(8, 2, 16, 8, transport="mori"))
+
+
+def test_library_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
+    with pytest.raises(jm.LibraryError, match=r"libmoriep_cpu.so; reinstall jax_moriep"):
+        library.load("cpu")
+    explained = jm.explain(jm.MoEConfig(8, 2, 16, 8), mesh_of())
+    assert explained.transport == "collective"
+    assert "reinstall" in str(explained)
+    with pytest.raises(jm.TransportError, match="transport='native' cannot run here: .*reinstall"):
+        call()
+
+
+def test_library_broken(monkeypatch, tmp_path):
+    (tmp_path / "libmoriep_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
+    with pytest.raises(jm.LibraryError, match="does not load"):
+        library.load("cpu")
+
+
+def test_library_of_another_api_version(tmp_path):
+    major, minor = compat.ffi_api_version()
+    library.check_api_version(tmp_path, (major, minor))
+    library.check_api_version(tmp_path, (major, max(0, minor - 1)))
+    for built in ((major, minor + 1), (major + 1, 0)):
+        with pytest.raises(jm.LibraryError, match=rf"built for XLA FFI API {built[0]}.{built[1]}.*rebuild"):
+            library.check_api_version(tmp_path, built)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
+def test_timeout_variable(monkeypatch, text):
+    monkeypatch.setenv("JAX_MORIEP_TIMEOUT", text)
+    with pytest.raises(jm.TransportError, match="must be a positive number of seconds"):
+        group.timeout_seconds()
+
+
+def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
+    """Inside a user's shard_map over devices in another order the guess is wrong: an error, not a wrong number."""
+    mesh = Mesh(np.array(jax.devices()[:4])[::-1], ("ep",))
+    ids = jnp.tile(jnp.array([[0, 5]], jnp.int32), (8, 1))
+
+    def body(x, ids):
+        disp = jm.dispatch(x, ids, jnp.ones((2, 2)), CFG)
+        return jm.combine(disp.rows, disp.plan)
+
+    x = jnp.arange(8.0 * 16).reshape(8, 16)
+    mapped = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"is rank 0 of the running mesh.*jm.initialize"):
+        jax.block_until_ready(mapped(x, ids))
+    jm.initialize(mesh)
+    np.testing.assert_allclose(np.asarray(jax.jit(lambda x: mapped(x, ids))(x)), 2 * np.asarray(x))
