@@ -116,6 +116,7 @@ class Case:
                 raise ConfigError(
                     rule("compare", name, f"be one of {COMPARABLE[self.kind]}", "pick some of these")
                 )
+        self.config()  # checks what is left
 
     @property
     def numpy_dtype(self) -> np.dtype:

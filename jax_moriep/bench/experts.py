@@ -106,18 +106,19 @@ def _program(name: str, operation: str, case: Case, share: Share) -> Callable[[]
         d_real = jax.device_put(share.host[5][share.row], rows.device)
         fn, inputs, cotangent = _dense, (real, w1[0], w2[0]), d_real
     else:
-        fn = functools.partial(_experts(name, case, share), group_sizes)
-        inputs, cotangent = (rows, row_weights, w1, w2), d_out
+        fn, inputs, cotangent = _experts(name, case, share), (rows, row_weights, w1, w2), d_out
 
-    def backward(cotangent: jax.Array, *inputs: jax.Array) -> Any:
-        out, pull = jax.vjp(fn, *inputs)
+    # The sizes are an operand: as constants they would tell the compiler what no real program knows.
+    def forward(sizes: jax.Array, cotangent: jax.Array, *inputs: jax.Array) -> Any:
+        del cotangent
+        return fn(sizes, *inputs)
+
+    def backward(sizes: jax.Array, cotangent: jax.Array, *inputs: jax.Array) -> Any:
+        out, pull = jax.vjp(functools.partial(fn, sizes), *inputs)
         return out, pull(cotangent)
 
-    if operation == FORWARD:
-        compiled = jax.jit(fn)
-        return lambda: jax.block_until_ready(compiled(*inputs))
-    compiled = jax.jit(backward)
-    return lambda: jax.block_until_ready(compiled(cotangent, *inputs))
+    compiled = jax.jit(forward if operation == FORWARD else backward)
+    return lambda: jax.block_until_ready(compiled(group_sizes, cotangent, *inputs))
 
 
 def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
@@ -138,8 +139,9 @@ def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
     return fn
 
 
-def _dense(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
+def _dense(sizes: jax.Array, x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
     """x [N, H], w1 [2*I, H], w2 [H, I]: the same FLOPs, as one expert's."""
+    del sizes
     gate, up = jnp.split(x @ w1.T, 2, axis=1)
     return (jax.nn.silu(gate) * up) @ w2.T
 

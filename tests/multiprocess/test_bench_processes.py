@@ -1,0 +1,96 @@
+"""The bench with real processes: what it writes is what it measured, and wrong values fail the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jax_moriep
+from jax_moriep.bench import patterns, traffic
+
+SIZES = "--ranks 4 --processes 2 --tokens 16 --hidden 32 --intermediate 16 --experts 6 --top-k 2".split()
+SMALL = [*SIZES, "--iters", "3", "--warmup", "1"]
+
+
+def bench(*args, path=()):
+    root = Path(jax_moriep.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), str(root)])}
+    command = [sys.executable, "-m", "jax_moriep", "bench", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=250)
+
+
+def test_a_run_writes_what_it_measured(tmp_path):
+    out = tmp_path / "out.json"
+    done = bench("exchange", *SMALL, "--memory", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "are right" in done.stdout
+    result = json.loads(out.read_text())
+    assert result["command"].startswith("jax-moriep bench exchange --ranks 4")
+    assert result["case"]["tokens"] == 16
+    assert {"jax", "jaxlib", "numpy", "jax_moriep", "python"} <= set(result["versions"])
+    assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
+
+    names = {(call["name"], call["operation"]) for call in result["calls"]}
+    operations = ("dispatch+combine", "dispatch", "combine")
+    assert names == {(name, op) for name in ("native", "collective", "memcpy") for op in operations}
+    for call in result["calls"]:
+        spans = np.array(call["spans"])
+        assert spans.shape == (3, 2, 2)  # iteration, process, start and end
+        np.testing.assert_allclose(call["seconds"], spans[..., 1].max(1) - spans[..., 0].min(1))
+        assert call["p50"] == sorted(call["seconds"])[1]
+        assert call["p90"] == max(call["seconds"])
+    # First and last result, 4 ranks, 2 transports; rows, weights and sizes of dispatch, tokens of the others.
+    assert len(result["checks"]) == 2 * 4 * 2 * 5
+    assert all(check["ok"] for check in result["checks"])
+
+    ids = patterns.uniform(np.random.default_rng(0), 64, 6, 2)
+    moved = traffic.of_routes(ids, 4, 2, 32 * 4)
+    assert result["bytes"] == {"received": moved.received.tolist(), "remote": moved.remote.tolist()}
+    for of_process in result["memory"].values():
+        assert len(of_process) == 2
+        assert all(seen["peak"] >= seen["before"] > 0 for seen in of_process)
+
+
+@pytest.mark.parametrize("kind", ["experts", "layer"])
+def test_the_other_kinds_run(kind):
+    done = bench(kind, *SMALL, "--routing", "zipf")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward+backward" in done.stdout
+    assert "are right" in done.stdout
+
+
+def test_wrong_values_fail_the_run(tmp_path):
+    # Python imports a module of this name when it starts: here it spoils one transport in every process.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from jax_moriep.transports import collective\n"
+        "right = collective.combine\n"
+        "def combine(*args, **kwargs):\n"
+        "    y, scalars, order = right(*args, **kwargs)\n"
+        "    return y * 1.001, scalars, order\n"
+        "collective.combine = combine\n"
+    )
+    out = tmp_path / "out.json"
+    done = bench("exchange", *SMALL, "--json", str(out), path=[tmp_path])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "WRONG: 16 of 80 comparisons" in done.stdout
+    wrong = [check for check in json.loads(out.read_text())["checks"] if not check["ok"]]
+    assert {(check["name"], check["operation"]) for check in wrong} == {
+        ("collective", "dispatch+combine"),
+        ("collective", "combine"),
+    }
+
+
+def test_a_process_that_fails_is_quoted(tmp_path):
+    empty = tmp_path / "lib"
+    empty.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nos.environ['JAX_MORIEP_LIB_DIR'] = {str(empty)!r}\n"
+    )
+    done = bench("exchange", *SMALL, "--transports", "native", path=[tmp_path])
+    assert done.returncode == 1
+    assert "of the bench ended with code 1; it said:" in done.stderr
+    assert "transport='native' cannot run here: the native library" in done.stderr
