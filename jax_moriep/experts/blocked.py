@@ -1,0 +1,308 @@
+"""experts="blocked": pure JAX, a loop over the used rows only, with its own backward pass.
+
+Every expert's run of rows is cut into tiles, from large to small, and the loops' trip counts come from
+``group_sizes``. So time follows the real rows, whatever the capacity is; only the zeros of the results
+are as long as the capacity.
+
+What the form of the loops answers to, all measured on XLA:CPU:
+- A loop updates its carry in place, while ``lax.cond`` or ``lax.switch`` copies what a branch changes. So the
+  smaller tiles at the end of a run are loops of few trips, not branches.
+- One expert's weights are sliced, hence copied, once per expert and not once per block, and an update of
+  dw1 and dw2 costs a pass over them. So tiles are as large as a run allows, up to ``_MAX_TILE`` rows.
+- Fresh memory costs more than arithmetic on it: XLA zero-fills a loop's results, and each page of them
+  faults. So pre-activations are kept for ``spec.saved_rows`` rows, not for the whole capacity.
+- Operands enter a dot in the rows' dtype and sums leave it in f32, which is the fastest form for every dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_moriep.experts.activation import gated
+from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.plan import run_starts
+from jax_moriep.runtime import compat
+
+_MAX_TILE = 512
+# A smaller tile does not keep a core's matrix loop busy, so a run's last tile is rounded up to this.
+_MIN_TILE = 64
+
+_Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+
+
+def unavailable_reason(platform: str) -> str | None:
+    """None: it runs on every platform."""
+    del platform
+    return None
+
+
+def expert_mlp(
+    rows: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    b1: jax.Array | None,
+    b2: jax.Array | None,
+    spec: ExpertSpec,
+) -> jax.Array:
+    """Row r of expert e gives ``row_weights[r] * (act(rows[r] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
+
+    With ``spec.weight_input`` the weight multiplies ``rows[r]`` instead. Operands may vary over different
+    mesh axes; the result varies over all of them. Differentiable in all operands but ``group_sizes``,
+    in reverse mode, once.
+
+    Args:
+      rows: [C, H], f32, bf16 or f16, sorted by expert; runs start at multiples of ``spec.block``. Rows
+        that are not in a run are never used, whatever they hold.
+      row_weights: f32[C].
+      group_sizes: i32[L], real rows of each expert; the aligned runs must fit into C.
+      w1: [L, 2*I, H], gate rows, then up rows. Weights of another float dtype than the rows' are cast.
+      w2: [L, H, I].
+      b1: [L, 2*I] or None.
+      b2: [L, H] or None; both biases or neither.
+      spec: the static side.
+
+    Returns:
+      [C, H] in the rows' dtype, zero in the rows that are in no run. Sums run in f32.
+    """
+    operands = (rows, row_weights, group_sizes, w1, w2, b1, b2)
+    leaves, tree = jax.tree.flatten(operands)
+    # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
+    return _expert_mlp(spec, jax.tree.unflatten(tree, compat.union_varying(*leaves)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
+    return _forward(spec, operands, saved_rows=0)[0]
+
+
+def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
+    out, saved = _forward(spec, operands, _saved_rows(spec, operands[0].shape[0]))
+    return out, (operands, saved)
+
+
+def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
+    operands, saved = residuals
+    return (_backward(spec, operands, saved, d_out),)
+
+
+_expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
+
+
+def _forward(spec: ExpertSpec, operands: _Operands, saved_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The result, and pre-activations: of all C rows, or [saved_rows + the largest tile, 2*I]."""
+    rows, row_weights, group_sizes, *weights = operands
+    capacity = rows.shape[0]
+    sizes = tile_sizes(spec.block, capacity)
+    spare = sizes[0] if 0 < saved_rows < capacity else 0
+
+    def run(carry: Any, xs: Any) -> tuple[Any, None]:
+        start, size, *weights = xs
+        expert = _Expert.of(spec, rows.dtype, *weights)
+
+        def tile(at: _Tile, carry: Any) -> Any:
+            out, saved = carry
+            x, weight = at.read(rows), at.read(row_weights)[:, None]
+            pre = expert.pre(_scaled(x, weight) if spec.weight_input else x)
+            y = expert.down(expert.activate(pre).astype(x.dtype))
+            if not spec.weight_input:
+                y = y * weight
+            if saved_rows:
+                # Tiles that are not kept are written to the spare rows at the end, one over the other.
+                saved = _write(saved, pre, jnp.where(at.end <= saved_rows, at.first, saved_rows))
+            return _write(out, at.mask(y), at.first), saved
+
+        return _for_tiles(sizes, start, size, tile, carry), None
+
+    out = compat.zeros_like_varying(rows.shape, rows.dtype, rows)
+    saved = compat.zeros_like_varying((saved_rows + spare, operands[3].shape[1]), rows.dtype, rows)
+    return lax.scan(run, (out, saved), (run_starts(group_sizes, spec.block), group_sizes, *weights))[0]
+
+
+def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: jax.Array) -> Any:
+    """The cotangents of the operands, None for ``group_sizes``."""
+    rows, row_weights, group_sizes, *weights = operands
+    capacity = rows.shape[0]
+    sizes = tile_sizes(spec.block, capacity)
+    saved_rows = _saved_rows(spec, capacity)
+
+    def run(carry: Any, xs: Any) -> tuple[Any, Any]:
+        start, size, *weights = xs
+        expert = _Expert.of(spec, rows.dtype, *weights)
+
+        def tile(at: _Tile, carry: Any) -> Any:
+            (d_rows, d_row_weights), d_weights = carry
+            row, weight = at.read(rows), at.read(row_weights)[:, None]
+            x = _scaled(row, weight) if spec.weight_input else row
+            if saved_rows == capacity:
+                pre = at.read(saved)
+            else:
+                recompute = functools.partial(lambda x: expert.pre(x).astype(x.dtype), x)
+                pre = lax.cond(at.end <= saved_rows, functools.partial(at.read, saved), recompute)
+            d_row, d_weight, added = _tile_backward(expert, x, row, weight, pre, at.read(d_out))
+            d_weights = jax.tree.map(jnp.add, d_weights, added)
+            written = _write(d_rows, d_row, at.first), _write(d_row_weights, d_weight, at.first)
+            return written, d_weights
+
+        zeros = jax.tree.map(lambda w: compat.zeros_like_varying(w.shape, jnp.float32, w), weights)
+        carry, d_weights = _for_tiles(sizes, start, size, tile, (carry, zeros))
+        return carry, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+
+    d_rows = compat.zeros_like_varying(rows.shape, rows.dtype, rows)
+    d_row_weights = compat.zeros_like_varying(row_weights.shape, row_weights.dtype, rows)
+    (d_rows, d_row_weights), d_weights = lax.scan(
+        run, (d_rows, d_row_weights), (run_starts(group_sizes, spec.block), group_sizes, *weights)
+    )
+    return (d_rows, d_row_weights, None, *d_weights)
+
+
+def _tile_backward(
+    expert: _Expert, x: jax.Array, row: jax.Array, weight: jax.Array, pre: jax.Array, d_y: jax.Array
+) -> tuple[jax.Array, jax.Array, list[jax.Array | None]]:
+    """Cotangents of one tile's rows and row weights, and what it adds to those of w1, w2, b1 and b2, in f32.
+
+    The gradient of an output weight needs no second product of the forward pass:
+    ``<d_y, w2 h + b2> = <w2.T d_y, h> + <d_y, b2>``.
+    """
+    h, activate_vjp = jax.vjp(expert.activate, pre.astype(jnp.float32))
+    d_h = _dot(d_y, expert.w2, 1, 0)
+    d_y = d_y.astype(jnp.float32)
+    d_weight = None
+    if not expert.spec.weight_input:
+        d_weight = jnp.sum(d_h * h, 1)
+        if expert.b2 is not None:
+            d_weight += jnp.sum(d_y * expert.b2, 1)
+        d_h, d_y = d_h * weight, d_y * weight
+    (d_pre,) = activate_vjp(d_h)
+    d_pre_low = d_pre.astype(x.dtype)
+    d_row = _dot(d_pre_low, expert.w1, 1, 0)
+    if d_weight is None:
+        d_weight = jnp.sum(d_row * row, 1)
+        d_row = d_row * weight
+    dw1 = _dot(d_pre_low, x, 0, 0)
+    dw2 = _dot(d_y.astype(x.dtype), h.astype(x.dtype), 0, 0)
+    db1, db2 = (None, None) if expert.b2 is None else (jnp.sum(d_pre, 0), jnp.sum(d_y, 0))
+    return d_row, d_weight, [dw1, dw2, db1, db2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expert:
+    """One expert: its weights [2*I, H], [H, I] in the rows' dtype, its biases [2*I], [H] in f32 or None."""
+
+    spec: ExpertSpec
+    w1: jax.Array
+    w2: jax.Array
+    b1: jax.Array | None
+    b2: jax.Array | None
+
+    @classmethod
+    def of(cls, spec: ExpertSpec, dtype: Any, w1: Any, w2: Any, b1: Any, b2: Any) -> _Expert:
+        b1, b2 = (None if b is None else b.astype(jnp.float32) for b in (b1, b2))
+        return cls(spec, w1.astype(dtype), w2.astype(dtype), b1, b2)
+
+    def pre(self, x: jax.Array) -> jax.Array:
+        """Pre-activations f32[t, 2*I] of rows [t, H]."""
+        pre = _dot(x, self.w1, 1, 1)
+        return pre if self.b1 is None else pre + self.b1
+
+    def activate(self, pre: jax.Array) -> jax.Array:
+        return gated(pre, self.spec.activation, self.spec.activation_limit, self.spec.activation_alpha)
+
+    def down(self, h: jax.Array) -> jax.Array:
+        """Results f32[t, H] of activations [t, I]."""
+        y = _dot(h, self.w2, 1, 1)
+        return y if self.b2 is None else y + self.b2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """``size`` rows from row ``first`` on; those from row ``stop`` on are padding."""
+
+    first: jax.Array
+    size: int
+    stop: jax.Array
+
+    @property
+    def end(self) -> jax.Array:
+        return self.first + self.size
+
+    def mask(self, values: jax.Array) -> jax.Array:
+        """``values`` [size, ...] with zeros in the padding; a select, so that a NaN there is gone."""
+        real = self.first + jnp.arange(self.size) < self.stop
+        return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+
+    def read(self, array: jax.Array) -> jax.Array:
+        return self.mask(lax.dynamic_slice_in_dim(array, self.first, self.size))
+
+
+def tile_sizes(block: int, capacity: int) -> tuple[int, ...]:
+    """Rows per tile, from large to small, each a multiple of the next.
+
+    The smallest divides ``block``, so that a run rounded up to it stays inside the run's own blocks, and the
+    sizes are few, because every size is one more copy of the loop's body to compile.
+
+    Args:
+      block: rows per block.
+      capacity: C; no tile is larger.
+
+    Returns:
+      The sizes.
+    """
+    size = block
+    while size % 2 == 0 and size > _MIN_TILE:
+        size //= 2
+    factor = 2 if size >= _MIN_TILE else 4
+    sizes = [size]
+    while sizes[-1] * factor <= min(_MAX_TILE, capacity):
+        sizes.append(sizes[-1] * factor)
+    return tuple(reversed(sizes))
+
+
+def _for_tiles(
+    sizes: tuple[int, ...],
+    start: jax.Array,
+    count: jax.Array,
+    body: Callable[[_Tile, Any], Any],
+    carry: Any,
+) -> Any:
+    """Folds ``body`` over the tiles that cover the ``count`` rows from ``start`` on, large tiles first."""
+    stop = start + count
+    left = -(-count // sizes[-1]) * sizes[-1]
+    for size in sizes:
+        trips = left // size
+
+        def step(i: jax.Array, carry: Any, start: jax.Array = start, size: int = size) -> Any:
+            return body(_Tile(start + i * size, size, stop), carry)
+
+        carry = lax.fori_loop(0, trips, step, carry)
+        start, left = start + trips * size, left - trips * size
+    return carry
+
+
+def _saved_rows(spec: ExpertSpec, capacity: int) -> int:
+    """How many rows' pre-activations are kept; all, if the spare rows would be as long as the rest."""
+    if spec.saved_rows is None or spec.saved_rows + tile_sizes(spec.block, capacity)[0] >= capacity:
+        return capacity
+    return spec.saved_rows
+
+
+def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    """Contracts one dimension of each, sums in f32."""
+    dims = (((a_dim,), (b_dim,)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _scaled(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return (x * weight).astype(x.dtype)
+
+
+def _write(array: jax.Array, values: jax.Array, first: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), first, 0)
