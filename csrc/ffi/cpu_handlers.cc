@@ -31,7 +31,8 @@ Status find_place(std::string_view name, int32_t device, const I32& rank, Place*
     return Status(Code::kFailedPrecondition,
                   "device " + std::to_string(device) + " is rank " + std::to_string(rank.typed_data()[0]) +
                       " of the running mesh, which is not its place in group " + group +
-                      "; pass the mesh with jax.set_mesh, or open it with jm.initialize(mesh, ep_axis)");
+                      "; before the program is traced, set the mesh with jax.set_mesh or open it with "
+                      "jm.initialize(mesh, ep_axis)");
   }
   place->group = table->groups[static_cast<size_t>(found->second.first)];
   place->rank = place->group->local(found->second.second);
