@@ -35,7 +35,9 @@ def checkpoint_policy() -> Any:
     return jax.checkpoint_policies.save_only_these_names(DISPATCH_NAME, COMBINE_NAME)
 
 
-def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, *, axis_name: str = "ep") -> Dispatched:
+def dispatch(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, *, axis_name: str = "ep"
+) -> Dispatched:
     """Sends each token to the ranks of its experts; inside shard_map.
 
     Args:
@@ -56,7 +58,9 @@ def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, *
     link = link_in_shard_map(x, ids, weights, cfg, axis_name)
     key = _chain_key(link, x, ids, weights)
     token = order_chain.last(key)
-    disp, token = ordered_dispatch(link, cfg, x, ids, weights, order_chain.start() if token is None else token)
+    disp, token = ordered_dispatch(
+        link, cfg, x, ids, weights, order_chain.start() if token is None else token
+    )
     order_chain.leave(key, token)
     return disp
 
@@ -78,12 +82,22 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
     """
     if axis_name != plan.link.axis_name:
         raise ShardingError(
-            rule("axis_name", axis_name, f"be the axis of the plan, {plan.link.axis_name!r}", "use one axis for both")
+            rule(
+                "axis_name",
+                axis_name,
+                f"be the axis of the plan, {plan.link.axis_name!r}",
+                "use one axis for both",
+            )
         )
     shape = plan.link.shape
     if rows.shape != (shape.capacity, shape.hidden_size):
         raise ConfigError(
-            rule("rows.shape", rows.shape, f"be {(shape.capacity, shape.hidden_size)}", "pass dispatch's rows, transformed")
+            rule(
+                "rows.shape",
+                rows.shape,
+                f"be {(shape.capacity, shape.hidden_size)}",
+                "pass dispatch's rows, transformed",
+            )
         )
     key = _chain_key(plan.link, rows, plan.routes)
     token = order_chain.last(key)
@@ -98,9 +112,8 @@ def ordered_dispatch(
     """dispatch with the order token in the caller's hands; f32[1] goes in and comes out."""
     x, ids, weights, token = _varying_over(link.axis_name, x, ids, weights, token)
     with jax.named_scope("moriep.dispatch"):
-        rows, row_weights, group_sizes, plan, token = _dispatch(
-            link, cfg.wire_dtype == "fp8", x, ids, weights.astype(jnp.float32), token
-        )
+        outputs: Any = _dispatch(link, cfg.wire_dtype == "fp8", x, ids, weights.astype(jnp.float32), token)
+    rows, row_weights, group_sizes, plan, token = outputs
     return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), token
 
 
@@ -134,7 +147,9 @@ def link_in_shard_map(
     want = (x.shape[0], cfg.top_k)
     for name, array in (("ids", ids), ("weights", weights)):
         if array.shape != want:
-            raise ConfigError(rule(f"{name}.shape", array.shape, f"be (T, top_k) = {want}", "pass jm.route's arrays"))
+            raise ConfigError(
+                rule(f"{name}.shape", array.shape, f"be (T, top_k) = {want}", "pass jm.route's arrays")
+            )
     if ids.dtype != jnp.int32:
         raise ConfigError(rule("ids.dtype", str(ids.dtype), "be int32", "cast them"))
     if not jnp.issubdtype(weights.dtype, jnp.floating):
@@ -158,7 +173,9 @@ def transport_for(cfg: MoEConfig, mesh: Any, axis_name: str) -> tuple[str, str]:
 def check_tokens(x: jax.Array, cfg: MoEConfig) -> None:
     """Raises ConfigError unless x is [T, hidden_size] of a dtype that rows can have."""
     if x.ndim != 2 or x.shape[1] != cfg.hidden_size:
-        raise ConfigError(rule("x.shape", x.shape, f"be (T, hidden_size={cfg.hidden_size})", "reshape x to [T, H]"))
+        raise ConfigError(
+            rule("x.shape", x.shape, f"be (T, hidden_size={cfg.hidden_size})", "reshape x to [T, H]")
+        )
     if str(x.dtype) not in ("float32", "bfloat16", "float16"):
         raise ConfigError(rule("x.dtype", str(x.dtype), "be float32, bfloat16 or float16", "cast x"))
 
@@ -182,7 +199,9 @@ def _to_token(order: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dispatch(link: Link, fp8: bool, x: jax.Array, ids: jax.Array, weights: jax.Array, token: jax.Array) -> Any:
+def _dispatch(
+    link: Link, fp8: bool, x: jax.Array, ids: jax.Array, weights: jax.Array, token: jax.Array
+) -> Any:
     return _dispatch_fwd(link, fp8, x, ids, weights, token)[0]
 
 
@@ -191,7 +210,9 @@ def _dispatch_fwd(
 ) -> tuple[Any, Plan]:
     transport = IMPLEMENTATIONS[link.transport]
     wire = quant.pack(x) if fp8 else x
-    rows, row_weights, group_sizes, plan, order = transport.dispatch(link, wire, ids, weights, _to_order(token))
+    rows, row_weights, group_sizes, plan, order = transport.dispatch(
+        link, wire, ids, weights, _to_order(token)
+    )
     # Named together and here, so that a checkpoint policy saves all of them or none: rows made again beside
     # a saved plan would be an exchange that nothing orders.
     rows, row_weights, group_sizes, plan, order = checkpoint_name(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jax_moriep import exchange, experts, order, params as parameters, routing, stats
+from jax_moriep import exchange, experts, order, routing, stats
+from jax_moriep import params as parameters
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Link
@@ -64,7 +65,11 @@ def ep_moe(
     layout = _Layout.of(mesh, ep_axis, token_axes, tp_axis)
     _check_operands(x, params, cfg, layout, token_mask)
     x = unbatched(x, _VMAP_CURE)
-    params = parameters.pad_params(params, layout.num_ranks) if not layout.explicit else _padded_explicit(params, cfg, layout)
+    params = (
+        parameters.pad_params(params, layout.num_ranks)
+        if not layout.explicit
+        else _padded_explicit(params, cfg, layout)
+    )
 
     lead = x.shape[:-1]
     x_spec, divides = layout.spec_of_tokens(x)
@@ -83,7 +88,9 @@ def ep_moe(
     num_tokens = math.prod(x.shape[:-1]) // layout.num_shards
     link = exchange.make_link(cfg, num_tokens, layout.num_ranks, ep_axis, transport, group_name)
 
-    def body(x: jax.Array, params: MoEParams, token: jax.Array, *mask: jax.Array) -> tuple[Any, MoEStats, jax.Array]:
+    def body(
+        x: jax.Array, params: MoEParams, token: jax.Array, *mask: jax.Array
+    ) -> tuple[Any, MoEStats, jax.Array]:
         return _local_moe(x, params, cfg, link, layout, token, mask[0] if mask else None)
 
     y, measured, token = jax.shard_map(
@@ -96,8 +103,8 @@ def ep_moe(
 
 
 _VMAP_CURE = (
-    "ep_moe cannot be batched by jax.vmap, because a batched exchange is another exchange; x may have any number "
-    "of leading dimensions, so pass the whole batch as x [..., H] in one call"
+    "ep_moe cannot be batched by jax.vmap, because a batched exchange is another exchange; x may have any "
+    "number of leading dimensions, so pass the whole batch as x [..., H] in one call"
 )
 
 
@@ -142,14 +149,14 @@ def _local_moe(
 
 
 def _for_tp(params: MoEParams, layout: _Layout) -> MoEParams:
-    """This tensor-parallel rank's slice of the experts: I / tp gates, their ups, and as many columns of w2."""
+    """This tensor-parallel rank's slice of the experts: I / tp gates, their ups, their columns of w2."""
     axis = layout.tp_axis
     if axis is None:
         return params
     size, index = layout.mesh_shape[axis], lax.axis_index(axis)
 
     def rows_for_hidden(w: jax.Array) -> jax.Array:
-        """[.., 2*I, H/tp] -> [.., 2*I/tp, H]: trades the split of H for one that keeps gate and up together."""
+        """[.., 2*I, H/tp] -> [.., 2*I/tp, H]: trades the split of H for one that keeps gate by up."""
         inner = w.shape[-2] // 2
         halves = w.reshape(*w.shape[:-2], 2, inner, w.shape[-1])
         halves = lax.all_to_all(halves, axis, halves.ndim - 2, halves.ndim - 1, tiled=True)
@@ -206,10 +213,17 @@ class _Layout:
         for axis in names:
             group.check_axis(mesh, axis, "token_axes")
         if ep_axis not in names:
-            raise ShardingError(rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks"))
+            raise ShardingError(
+                rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks")
+            )
         if tp_axis in names:
             raise ShardingError(
-                rule("token_axes", names, f"not contain tp_axis={tp_axis!r}", "tokens are the same on all tp ranks")
+                rule(
+                    "token_axes",
+                    names,
+                    f"not contain tp_axis={tp_axis!r}",
+                    "tokens are the same on all tp ranks",
+                )
             )
         kinds = {t for t in mesh.axis_types if t != AxisType.Manual}
         return cls(dict(mesh.shape), kinds == {AxisType.Explicit}, ep_axis, tp_axis, names, spec)
@@ -244,7 +258,12 @@ class _Layout:
         if len(spec) > x.ndim - 1:
             if self.token_spec is not None:
                 raise ShardingError(
-                    rule("token_axes", spec, f"name at most the {x.ndim - 1} leading dimensions of x", "shorten it")
+                    rule(
+                        "token_axes",
+                        spec,
+                        f"name at most the {x.ndim - 1} leading dimensions of x",
+                        "shorten it",
+                    )
                 )
             return spec, False
         sizes = [math.prod(self.mesh_shape[a] for a in _axes_of(PartitionSpec(part))) for part in spec]
@@ -289,7 +308,9 @@ def _resolve_mesh(mesh: Any) -> Any:
         return found
     if not context.empty:
         return context
-    raise ShardingError("mesh=None must find a mesh in context; pass mesh=, or call ep_moe under jax.set_mesh(mesh)")
+    raise ShardingError(
+        "mesh=None must find a mesh in context; pass mesh=, or call ep_moe under jax.set_mesh(mesh)"
+    )
 
 
 def _check_operands(
@@ -298,7 +319,9 @@ def _check_operands(
     if not isinstance(cfg, MoEConfig):
         raise ConfigError(rule("cfg", type(cfg).__name__, "be a jm.MoEConfig", "make one"))
     if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:
-        raise ConfigError(rule("x.shape", x.shape, f"end in hidden_size={cfg.hidden_size}", "pass x as [..., H]"))
+        raise ConfigError(
+            rule("x.shape", x.shape, f"end in hidden_size={cfg.hidden_size}", "pass x as [..., H]")
+        )
     if str(x.dtype) not in ("float32", "bfloat16", "float16"):
         raise ConfigError(rule("x.dtype", str(x.dtype), "be float32, bfloat16 or float16", "cast x"))
     if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != jnp.bool_):
@@ -317,7 +340,12 @@ def _check_operands(
             value = getattr(cfg, name)
             if value is not None and value % size:
                 raise ShardingError(
-                    rule(name, value, f"be divisible by the {size} devices of tp_axis={layout.tp_axis!r}", "change one")
+                    rule(
+                        name,
+                        value,
+                        f"be divisible by the {size} devices of tp_axis={layout.tp_axis!r}",
+                        "change one",
+                    )
                 )
 
 
@@ -356,9 +384,7 @@ def _trim(spec: PartitionSpec) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _pad_tokens(
-    x: jax.Array, token_mask: jax.Array | None, num_shards: int
-) -> tuple[jax.Array, jax.Array]:
+def _pad_tokens(x: jax.Array, token_mask: jax.Array | None, num_shards: int) -> tuple[jax.Array, jax.Array]:
     """Flattens x to [N, H] and pads N to a multiple of the shards; the added tokens are masked."""
     count = math.prod(x.shape[:-1])
     added = -count % num_shards

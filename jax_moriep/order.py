@@ -57,4 +57,4 @@ def leave(key: Hashable, token: jax.Array) -> None:
 
 
 def _deleted(token: jax.Array) -> bool:
-    return not isinstance(token, jax.core.Tracer) and token.is_deleted()
+    return not compat.is_tracer(token) and token.is_deleted()

@@ -135,7 +135,9 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
       num_ranks: R.
     """
     if not isinstance(params, MoEParams):
-        raise ConfigError(rule("params", type(params).__name__, "be a jm.MoEParams", "make it with jm.init_params"))
+        raise ConfigError(
+            rule("params", type(params).__name__, "be a jm.MoEParams", "make it with jm.init_params")
+        )
     padded = num_ranks * experts_per_rank(cfg.num_experts, num_ranks)
     shapes = param_shapes(cfg)
     for field in dataclasses.fields(MoEParams):
@@ -156,8 +158,12 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
             allowed.append((padded, *want[1:]))
         if tuple(got.shape) not in allowed:
             raise ConfigError(
-                rule(f"params.{name}.shape", tuple(got.shape), f"be {' or '.join(map(str, dict.fromkeys(allowed)))}",
-                     "make params and config agree")
+                rule(
+                    f"params.{name}.shape",
+                    tuple(got.shape),
+                    f"be {' or '.join(map(str, dict.fromkeys(allowed)))}",
+                    "make params and config agree",
+                )
             )
         if not jnp.issubdtype(got.dtype, jnp.floating):
             raise ConfigError(rule(f"params.{name}.dtype", str(got.dtype), "be floating", "cast it"))

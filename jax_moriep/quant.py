@@ -35,7 +35,9 @@ def pack(x: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     scales = jnp.where(largest == 0, 0.0, largest / float(jnp.finfo(_FORMAT).max))
     scaled = jnp.where(scales == 0, 0.0, values / jnp.where(scales == 0, 1.0, scales))
-    value_bytes = lax.bitcast_convert_type(scaled.astype(_FORMAT), jnp.uint8).reshape(num_rows, groups * GROUP)
+    value_bytes = lax.bitcast_convert_type(scaled.astype(_FORMAT), jnp.uint8).reshape(
+        num_rows, groups * GROUP
+    )
     scale_bytes = lax.bitcast_convert_type(scales[..., 0], jnp.uint8).reshape(num_rows, groups * _SCALE_BYTES)
     return jnp.concatenate([value_bytes, scale_bytes], axis=1)
 

@@ -36,7 +36,9 @@ def collect(
     """
     ids = route.ids.reshape(-1)
     valid = (ids >= 0) & (ids < cfg.num_experts)
-    counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1].astype(jnp.int32)
+    counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1].astype(
+        jnp.int32
+    )
     sums = routing.router_sums(route, token_mask)
     other_axes = tuple(axis for axis in token_axes if axis != ep_axis)
 
@@ -80,7 +82,7 @@ def check_stats(stats: MoEStats) -> None:
     layer, rank = np.unravel_index(int(recv.argmax()), recv.shape)
     where = f"rank {rank}" if len(recv) == 1 else f"rank {rank} in entry {layer}"
     raise CapacityOverflow(
-        f"dropped={dropped} of {routes} routes did not fit; {where} was asked to hold {recv.max()} rows while the "
-        f"mean over the ranks is {recv[layer].mean():.0f}; raise capacity_factor to at least "
+        f"dropped={dropped} of {routes} routes did not fit; {where} was asked to hold {recv.max()} rows "
+        f"while the mean over the ranks is {recv[layer].mean():.0f}; raise capacity_factor to at least "
         f"{recv.max() / max(1.0, recv[layer].mean()):.2f}, use capacity_factor=None, or balance the router"
     )

@@ -81,7 +81,7 @@ def expert_mlp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
-    return _forward(spec, operands, saved_rows=0)[0]
+    return _forward(spec, operands, saved_rows=None)[0]
 
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
@@ -97,12 +97,13 @@ def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
 
 
-def _forward(spec: ExpertSpec, operands: _Operands, saved_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The result, and pre-activations: of all C rows, or [saved_rows + the largest tile, 2*I]."""
+def _forward(
+    spec: ExpertSpec, operands: _Operands, saved_rows: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The result, and pre-activations: of all C rows, or [saved_rows + the largest tile, 2*I], or None."""
     rows, row_weights, group_sizes, *weights = operands
     capacity = rows.shape[0]
     sizes = tile_sizes(spec.block, capacity)
-    spare = sizes[0] if 0 < saved_rows < capacity else 0
 
     def run(carry: Any, xs: Any) -> tuple[Any, None]:
         start, size, *weights = xs
@@ -115,7 +116,7 @@ def _forward(spec: ExpertSpec, operands: _Operands, saved_rows: int) -> tuple[ja
             y = expert.down(expert.activate(pre).astype(x.dtype))
             if not spec.weight_input:
                 y = y * weight
-            if saved_rows:
+            if saved_rows is not None:
                 # Tiles that are not kept are written to the spare rows at the end, one over the other.
                 saved = _write(saved, pre, jnp.where(at.end <= saved_rows, at.first, saved_rows))
             return _write(out, at.mask(y), at.first), saved
@@ -123,7 +124,10 @@ def _forward(spec: ExpertSpec, operands: _Operands, saved_rows: int) -> tuple[ja
         return _for_tiles(sizes, start, size, tile, carry), None
 
     out = compat.zeros_like_varying(rows.shape, rows.dtype, rows)
-    saved = compat.zeros_like_varying((saved_rows + spare, operands[3].shape[1]), rows.dtype, rows)
+    saved = None
+    if saved_rows is not None:
+        kept = capacity if saved_rows == capacity else saved_rows + sizes[0]
+        saved = compat.zeros_like_varying((kept, operands[3].shape[1]), rows.dtype, rows)
     return lax.scan(run, (out, saved), (run_starts(group_sizes, spec.block), group_sizes, *weights))[0]
 
 

@@ -16,6 +16,7 @@ import jaxlib
 from jax._src import distributed as _distributed
 from jax._src import mesh as _mesh
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 
 
@@ -64,6 +65,11 @@ def coordination_service(address: str, num_processes: int) -> Any:
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()
+
+
+def is_tracer(x: Any) -> bool:
+    """Whether x stands for a value in a program that is being traced."""
+    return isinstance(x, Tracer)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -44,7 +44,9 @@ def timeout_seconds() -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise TransportError(rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it"))
+        raise TransportError(
+            rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it")
+        )
     return value
 
 
@@ -67,7 +69,7 @@ class Groups:
 
     @property
     def platform(self) -> str:
-        """"cpu" or "gpu"."""
+        """ "cpu" or "gpu"."""
         return self.devices.flat[0].platform
 
 
@@ -101,7 +103,12 @@ def check_axis(mesh: Any, axis: str, name: str) -> None:
     """Raises ShardingError unless the mesh has the axis."""
     if axis not in mesh.axis_names:
         raise ShardingError(
-            rule(name, axis, f"be an axis of the mesh {dict(mesh.shape)}", "name an axis of the mesh, or pass another mesh")
+            rule(
+                name,
+                axis,
+                f"be an axis of the mesh {dict(mesh.shape)}",
+                "name an axis of the mesh, or pass another mesh",
+            )
         )
 
 
@@ -109,8 +116,8 @@ def mesh_in_shard_map(axis_name: str) -> Any:
     """The mesh of the shard_map around the call, with its devices.
 
     The context there tells the mesh's shape but not its devices. They are taken from ``jax.set_mesh``, else
-    from a mesh that ``initialize`` opened, else from ``jax.devices()`` in order; the native handlers check that
-    each device's rank is the one the program computes, so a wrong guess is an error, never a wrong number.
+    from a mesh that ``initialize`` opened, else from ``jax.devices()`` in order; the native handlers check
+    that each device's rank is the one the program computes, so a wrong guess is an error and no wrong number.
 
     Returns:
       A ``Mesh``, or the context's ``AbstractMesh`` where there are too few devices to run it.
@@ -120,7 +127,9 @@ def mesh_in_shard_map(axis_name: str) -> Any:
     """
     abstract = jax.sharding.get_abstract_mesh()
     if abstract.empty:
-        raise ShardingError(f"axis_name={axis_name!r} must be a mesh axis of an enclosing jax.shard_map; there is none")
+        raise ShardingError(
+            f"axis_name={axis_name!r} must be a mesh axis of an enclosing jax.shard_map; there is none"
+        )
     check_axis(abstract, axis_name, "axis_name")
     wanted = dict(abstract.shape)
     context = compat.concrete_mesh()
@@ -130,7 +139,9 @@ def mesh_in_shard_map(axis_name: str) -> Any:
     devices = jax.devices()
     if len(devices) < abstract.size:
         return abstract
-    return jax.sharding.Mesh(np.array(devices[: abstract.size]).reshape(tuple(wanted.values())), tuple(wanted))
+    return jax.sharding.Mesh(
+        np.array(devices[: abstract.size]).reshape(tuple(wanted.values())), tuple(wanted)
+    )
 
 
 def one_machine(groups: Groups) -> bool:
@@ -148,8 +159,8 @@ def _host_of_process(index: int) -> str:
         return store.get(f"jax_moriep/host/{index}", time.monotonic() + timeout_seconds()).decode()
     except TimeoutError as e:
         raise TransportError(
-            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does every "
-            "process trace the same program?"
+            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does "
+            "every process trace the same program?"
         ) from e
 
 
@@ -174,9 +185,9 @@ def remember_mesh(mesh: jax.sharding.Mesh) -> None:
 def initialize(mesh: jax.sharding.Mesh, ep_axis: str = "ep") -> None:
     """Opens the groups of a mesh now and waits until all their ranks are connected; optional and idempotent.
 
-    ``ep_moe`` opens groups when it is traced. Call this before running a deserialised executable, before using
-    ``jm.dispatch`` in a shard_map whose mesh is not in context, or to begin anew after a group has failed. Every
-    process of the mesh must call it.
+    ``ep_moe`` opens groups when it is traced. Call this before running a deserialised executable, before
+    using ``jm.dispatch`` in a shard_map whose mesh is not in context, or to begin anew after a group has
+    failed. Every process of the mesh must call it.
 
     Args:
       mesh: the mesh.
@@ -258,7 +269,10 @@ def _open(groups: Groups) -> None:
     missing = [(g, int(r)) for g in mine for r in np.flatnonzero(~local[g].astype(bool))]
     deadline = time.monotonic() + timeout_seconds()
     threading.Thread(
-        target=_connect, args=(groups.name, prefix, store, host, missing, deadline), daemon=True, name="moriep-connect"
+        target=_connect,
+        args=(groups.name, prefix, store, host, missing, deadline),
+        daemon=True,
+        name="moriep-connect",
     ).start()
 
 
@@ -272,7 +286,8 @@ def _connect(
             peer = json.loads(store.get(f"{prefix}/{g}/{r}", deadline))
             if peer["host"] != host:
                 raise TransportError(
-                    "it runs on another machine, and transport='native' needs one machine; use transport='collective'"
+                    "it runs on another machine, and transport='native' needs one machine; "
+                    "use transport='collective'"
                 )
             address = (ctypes.c_int64 * 5)(*peer["address"])
             _check(native.moriep_group_connect(name.encode(), g, r, address, *_error_buffer()))
@@ -286,10 +301,13 @@ def _wait_connected(name: str) -> None:
     deadline = time.monotonic() + timeout_seconds()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
-            raise TransportError(f"group {name} has failed; restart the job, or call jm.initialize in every process")
+            raise TransportError(
+                f"group {name} has failed; restart the job, or call jm.initialize in every process"
+            )
         if time.monotonic() > deadline:
             raise TransportError(
-                f"group {name} was not connected within {timeout_seconds():g} s; does every process call jm.initialize?"
+                f"group {name} was not connected within {timeout_seconds():g} s; does every process call "
+                "jm.initialize?"
             )
         time.sleep(0.005)
 

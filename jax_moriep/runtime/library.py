@@ -15,7 +15,9 @@ from jax_moriep.errors import LibraryError
 from jax_moriep.runtime import compat
 
 BACKENDS = ("cpu", "cuda", "rocm")
-_BUILD_HINT = "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
+_BUILD_HINT = (
+    "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
+)
 
 
 def folder() -> Path:
@@ -48,7 +50,9 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         version = lib.moriep_ffi_api_version
     except AttributeError as e:
-        raise LibraryError(f"{path} is not a jax_moriep library (no moriep_ffi_api_version); {_BUILD_HINT}") from e
+        raise LibraryError(
+            f"{path} is not a jax_moriep library (no moriep_ffi_api_version); {_BUILD_HINT}"
+        ) from e
     version.restype = ctypes.c_int
     check_api_version(path, divmod(version(), 1000))
     return lib

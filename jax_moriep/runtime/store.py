@@ -49,7 +49,9 @@ class DistributedStore:
             if left <= 0:
                 raise TimeoutError(f"nobody published {key!r} in time")
             try:
-                return self._client.blocking_key_value_get_bytes(key, max(1, int(1000 * min(left, _SLICE_SECONDS))))
+                return self._client.blocking_key_value_get_bytes(
+                    key, max(1, int(1000 * min(left, _SLICE_SECONDS)))
+                )
             except Exception as e:  # noqa: BLE001 - jaxlib raises its own type, told apart by the code in the text
                 if "DEADLINE_EXCEEDED" not in str(e):
                     raise

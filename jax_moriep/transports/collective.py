@@ -62,7 +62,9 @@ def combine(
     shape = link.shape
     filled = plan.routes >= 0
     row = jnp.maximum(plan.routes, 0)
-    sums = compat.zeros_like_varying((shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, row)
+    sums = compat.zeros_like_varying(
+        (shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, row
+    )
     for k in range(shape.top_k):
         sums = sums + _pick(rows, row[:, :, k], filled[:, :, k]).astype(jnp.float32)
     parts = lax.all_to_all(sums.astype(rows.dtype), link.axis_name, 0, 0)
@@ -79,7 +81,9 @@ def _route_of_row(plan: Plan) -> tuple[jax.Array, jax.Array]:
     rows = plan.routes.reshape(-1)
     route = jnp.full_like(rows, -1, shape=(capacity,))
     route = compat.pcast_varying(route, compat.varying_axes(rows))
-    route = route.at[jnp.where(rows >= 0, rows, capacity)].set(jnp.arange(rows.size, dtype=jnp.int32), mode="drop")
+    route = route.at[jnp.where(rows >= 0, rows, capacity)].set(
+        jnp.arange(rows.size, dtype=jnp.int32), mode="drop"
+    )
     return jnp.maximum(route, 0), route >= 0
 
 

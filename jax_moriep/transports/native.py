@@ -82,13 +82,22 @@ def combine(
         compat.result_type(rows, (1,), jnp.int32),
     )
     y, token_scalars, order = targets.call(
-        targets.COMBINE, results, rows, scalars, plan.routes, plan.slots, plan.ids, _rank(link, rows), order, link=link
+        targets.COMBINE,
+        results,
+        rows,
+        scalars,
+        plan.routes,
+        plan.slots,
+        plan.ids,
+        _rank(link, rows),
+        order,
+        link=link,
     )
     return y, token_scalars if carried else None, order
 
 
 def _rank(link: Link, like: jax.Array) -> jax.Array:
-    """This device's rank as data: the module stays the same on all ranks, and the handler can check its table."""
+    """This device's rank as data: the module is the same on all ranks, and the handler checks its table."""
     rank = lax.axis_index(link.axis_name).astype(jnp.int32).reshape(1)
     return compat.pcast_varying(rank, compat.varying_axes(like))
 
@@ -96,5 +105,10 @@ def _rank(link: Link, like: jax.Array) -> jax.Array:
 def _check_dtype(x: jax.Array, allowed: tuple[str, ...]) -> None:
     if str(x.dtype) not in allowed:
         raise ConfigError(
-            rule("dtype", str(x.dtype), f"be one of {_ROW_DTYPES} with transport='native'", "cast x, or use another transport")
+            rule(
+                "dtype",
+                str(x.dtype),
+                f"be one of {_ROW_DTYPES} with transport='native'",
+                "cast x, or use another transport",
+            )
         )

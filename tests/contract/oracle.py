@@ -16,7 +16,7 @@ class Received:
 
 
 def dispatched(x, ids, weights, num_experts, num_local, block, capacity):
-    """x [R, T, H], ids and weights [R, T, K] -> for each rank what it holds, and the set of dropped routes."""
+    """x [R, T, H], ids and weights [R, T, K] -> what each rank holds, and the set of dropped routes."""
     num_ranks, num_tokens, width = x.shape
     received, dropped = [], set()
     for rank in range(num_ranks):

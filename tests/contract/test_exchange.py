@@ -26,7 +26,10 @@ def config(transport, num_experts=10, top_k=3, hidden=16, **options):
 def random_case(rng, num_ranks, num_tokens, cfg):
     x = rng.normal(size=(num_ranks, num_tokens, cfg.hidden_size)).astype(np.float32)
     ids = np.array(
-        [[rng.permutation(cfg.num_experts)[: cfg.top_k] for _ in range(num_tokens)] for _ in range(num_ranks)],
+        [
+            [rng.permutation(cfg.num_experts)[: cfg.top_k] for _ in range(num_tokens)]
+            for _ in range(num_ranks)
+        ],
         dtype=np.int32,
     ).reshape(num_ranks, num_tokens, cfg.top_k)
     weights = rng.uniform(0.1, 1, size=ids.shape).astype(np.float32)
@@ -59,7 +62,10 @@ def run(cfg, x, ids, weights, dtype="float32", poison=0.0):
     y, (rows, row_weights, sizes) = exchange(cfg, num_ranks)(
         jnp.asarray(flat(x), dtype), flat(ids), flat(weights), jnp.asarray(poison, dtype)
     )
-    split = [np.asarray(a.astype(jnp.float32) if a.dtype != jnp.int32 else a) for a in (y, rows, row_weights, sizes)]
+    split = [
+        np.asarray(a.astype(jnp.float32) if a.dtype != jnp.int32 else a)
+        for a in (y, rows, row_weights, sizes)
+    ]
     return [a.reshape(num_ranks, -1, *a.shape[1:]) for a in split]
 
 
@@ -69,7 +75,9 @@ def check(cfg, x, ids, weights, dtype="float32", poison=0.0):
     num_ranks, num_tokens = x.shape[:2]
     num_local = -(-cfg.num_experts // num_ranks)
     exact = np.asarray(jnp.asarray(x, dtype).astype(jnp.float32), np.float64)
-    want, dropped = oracle.dispatched(exact, ids, weights, cfg.num_experts, num_local, cfg.block, rows.shape[1])
+    want, dropped = oracle.dispatched(
+        exact, ids, weights, cfg.num_experts, num_local, cfg.block, rows.shape[1]
+    )
     for rank in range(num_ranks):
         np.testing.assert_array_equal(rows[rank], want[rank].rows)
         np.testing.assert_array_equal(row_weights[rank], want[rank].row_weights.astype(np.float32))
@@ -115,7 +123,9 @@ def test_one_expert_named_twice_by_a_token(transport):
     check(cfg, x, ids, weights)
 
 
-@pytest.mark.parametrize("case", ["a rank without tokens", "all to one expert", "an expert with none", "none"])
+@pytest.mark.parametrize(
+    "case", ["a rank without tokens", "all to one expert", "an expert with none", "none"]
+)
 def test_lopsided_routing(transport, case):
     cfg = config(transport)
     x, ids, weights = random_case(np.random.default_rng(4), 4, 5, cfg)
@@ -194,7 +204,9 @@ def test_gradients_are_the_transpose(transport, num_ranks):
         disp = jm.dispatch(x, flat_ids(ids), weights, cfg, axis_name="ep")
         # A cotangent of NaN on rows that nobody owns: padding carries no gradient.
         filled = disp.row_weights > 0
-        value = jnp.sum(jnp.where(filled[:, None], disp.rows * d_rows, 0)) + jnp.sum(disp.row_weights * d_weights)
+        value = jnp.sum(jnp.where(filled[:, None], disp.rows * d_rows, 0)) + jnp.sum(
+            disp.row_weights * d_weights
+        )
         return jax.lax.psum(value, "ep")
 
     def flat_ids(ids):

@@ -45,12 +45,16 @@ def compare(cfg, mesh, layer, x, dy, mask=None, tol=3e-5, **options):
     (_, (y, stats)), (d_x, d_params) = step(cfg, mesh, **options)(x, params_of(layer), dy, mask)
     flat_mask = None if mask is None else np.asarray(mask).reshape(-1)
     want_y, want = layer.forward_backward(
-        np.asarray(x, np.float64).reshape(-1, HIDDEN), np.asarray(dy, np.float64).reshape(-1, HIDDEN), flat_mask
+        np.asarray(x, np.float64).reshape(-1, HIDDEN),
+        np.asarray(dy, np.float64).reshape(-1, HIDDEN),
+        flat_mask,
     )
     np.testing.assert_allclose(np.asarray(y).reshape(-1, HIDDEN), want_y, atol=tol, rtol=tol)
     np.testing.assert_allclose(np.asarray(d_x).reshape(-1, HIDDEN), want.pop("x"), atol=tol, rtol=tol)
     for name, grad in want.items():
-        np.testing.assert_allclose(np.asarray(getattr(d_params, name)), grad, atol=10 * tol, rtol=tol, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(getattr(d_params, name)), grad, atol=10 * tol, rtol=tol, err_msg=name
+        )
     return stats
 
 
@@ -107,9 +111,7 @@ def test_no_tokens_at_all(transport):
 def test_shared_expert_and_unnormalised_weights(transport):
     rng = np.random.default_rng(22)
     layer = oracle.random_layer(rng, 8, 3, HIDDEN, INNER, shared=8, norm=False)
-    cfg = jm.MoEConfig(
-        8, 3, HIDDEN, INNER, transport=transport, shared_intermediate_size=8, norm_topk=False
-    )
+    cfg = jm.MoEConfig(8, 3, HIDDEN, INNER, transport=transport, shared_intermediate_size=8, norm_topk=False)
     compare(cfg, mesh_of(4), layer, *tokens(rng, 4, 5))
 
 
@@ -156,13 +158,15 @@ def test_finite_differences(transport):
             (x, params),
         )
         eps = 1e-2
-
-        def at(sign, direction=direction, eps=eps):
-            moved = jax.tree.map(lambda leaf, d: leaf + sign * eps * d, (x, params), direction)
-            return float(run(*moved, dy, None)[0][0])
-
-        slope = (at(1) - at(-1)) / (2 * eps)
-        want = sum(float(np.sum(g * d)) for g, d in zip(jax.tree.leaves((d_x, d_params)), jax.tree.leaves(direction), strict=True))
+        values = []
+        for by in (eps, -eps):
+            moved = jax.tree.map(lambda leaf, d, by=by: leaf + by * d, (x, params), direction)
+            values.append(float(run(*moved, dy, None)[0][0]))
+        slope = (values[0] - values[1]) / (2 * eps)
+        want = sum(
+            float(np.sum(g * d))
+            for g, d in zip(jax.tree.leaves((d_x, d_params)), jax.tree.leaves(direction), strict=True)
+        )
         assert slope == pytest.approx(want, rel=3e-2, abs=3e-2)
 
 
@@ -174,7 +178,8 @@ def test_half_precision(transport, dtype):
     x, dy = (jnp.asarray(a, dtype) for a in tokens(rng, 4, 5))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params_of(layer))
     exact = oracle.Layer(
-        *(np.asarray(getattr(params, n).astype(jnp.float32), np.float64) for n in ("router", "w1", "w2")), top_k=2
+        *(np.asarray(getattr(params, n).astype(jnp.float32), np.float64) for n in ("router", "w1", "w2")),
+        top_k=2,
     )
     (_, (y, _)), (d_x, d_params) = step(cfg, mesh_of(4))(x, params, dy, None)
     assert y.dtype == d_x.dtype == jnp.dtype(dtype)
@@ -182,11 +187,15 @@ def test_half_precision(transport, dtype):
         *(np.asarray(a.astype(jnp.float32), np.float64).reshape(-1, HIDDEN) for a in (x, dy))
     )
     tol = {"bfloat16": 4e-2, "float16": 6e-3}[dtype]
-    np.testing.assert_allclose(np.asarray(y.astype(jnp.float32)).reshape(-1, HIDDEN), want_y, atol=tol, rtol=tol)
+    np.testing.assert_allclose(
+        np.asarray(y.astype(jnp.float32)).reshape(-1, HIDDEN), want_y, atol=tol, rtol=tol
+    )
     np.testing.assert_allclose(
         np.asarray(d_x.astype(jnp.float32)).reshape(-1, HIDDEN), want["x"], atol=2 * tol, rtol=2 * tol
     )
-    np.testing.assert_allclose(np.asarray(d_params.w2.astype(jnp.float32)), want["w2"], atol=3 * tol, rtol=3 * tol)
+    np.testing.assert_allclose(
+        np.asarray(d_params.w2.astype(jnp.float32)), want["w2"], atol=3 * tol, rtol=3 * tol
+    )
 
 
 def test_overflow_is_counted_and_raised_when_asked(transport):
@@ -202,7 +211,9 @@ def test_overflow_is_counted_and_raised_when_asked(transport):
     assert bool(stats.overflow)
     assert int(stats.dropped) >= int((wanted - shape.capacity).clip(0).sum())
     assert np.isfinite(np.asarray(y)).all()
-    with pytest.raises(jm.CapacityOverflow, match=rf"dropped={int(stats.dropped)} of 128 routes.*capacity_factor"):
+    with pytest.raises(
+        jm.CapacityOverflow, match=rf"dropped={int(stats.dropped)} of 128 routes.*capacity_factor"
+    ):
         jm.check_stats(stats)
 
 

@@ -1,4 +1,4 @@
-"""ep_moe under JAX's transformations and mesh kinds: what a user composes must give what the plain call gives."""
+"""ep_moe under JAX's transformations and mesh kinds gives what the plain call gives."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ def plain(x, params, cfg, mesh):
 
 
 def close(a, b):
-    jax.tree.map(lambda u, v: np.testing.assert_allclose(np.asarray(u), np.asarray(v), atol=2e-5, rtol=2e-4), a, b)
+    jax.tree.map(
+        lambda u, v: np.testing.assert_allclose(np.asarray(u), np.asarray(v), atol=2e-5, rtol=2e-4), a, b
+    )
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def test_explicit_mesh():
     cfg = config(shared_intermediate_size=8, expert_bias=True, router_bias=True)
     params = jm.init_params(jax.random.key(1), cfg)
     x = tokens(8, 6)
-    want_grad = jax.jit(jax.grad(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh_of(4))[0].sum(), argnums=(0, 1)))(x, params)
+    want_grad = jax.jit(
+        jax.grad(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh_of(4))[0].sum(), argnums=(0, 1))
+    )(x, params)
     mesh = mesh_of(2, 4, names=("dp", "ep"), kind=AxisType.Explicit)
     placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, jm.param_specs(cfg))
     x_placed = jax.device_put(x, NamedSharding(mesh, P(("dp", "ep"))))
@@ -84,7 +88,9 @@ def test_explicit_mesh_pads_replicated_experts():
     placed = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
     x = tokens(4, 6)
     with jax.set_mesh(mesh):
-        y = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg)[0])(jax.device_put(x, NamedSharding(mesh, P("ep"))), placed)
+        y = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg)[0])(
+            jax.device_put(x, NamedSharding(mesh, P("ep"))), placed
+        )
     close(y, plain(x, params, cfg, mesh_of(4)))
 
 
@@ -125,8 +131,10 @@ def test_scan_over_layers(remat):
         return jnp.sum(jnp.sin(x)) + total
 
     del layers
-    close(jax.jit(jax.value_and_grad(scanned, argnums=(0, 1)))(x, stack),
-          jax.jit(jax.value_and_grad(unrolled, argnums=(0, 1)))(x, stack))
+    close(
+        jax.jit(jax.value_and_grad(scanned, argnums=(0, 1)))(x, stack),
+        jax.jit(jax.value_and_grad(unrolled, argnums=(0, 1)))(x, stack),
+    )
 
 
 def test_gradient_accumulation(case):

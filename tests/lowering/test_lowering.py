@@ -1,4 +1,4 @@
-"""Programs for CUDA and ROCm, lowered on a machine that has neither: targets, attributes and the order token."""
+"""Programs for CUDA and ROCm, lowered on a machine that has neither: targets, attributes, order token."""
 
 import re
 
@@ -29,7 +29,11 @@ def lowered(platform, grad=False):
 
 def calls(text):
     """Every custom call of ours: (target, its text)."""
-    return [(m.group(1), line) for line in text.splitlines() if (m := re.search(r"custom_call @(moriep_\w+)", line))]
+    return [
+        (m.group(1), line)
+        for line in text.splitlines()
+        if (m := re.search(r"custom_call @(moriep_\w+)", line))
+    ]
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda", "cpu"])

@@ -1,4 +1,4 @@
-"""Run by the launcher: trains in a loop until one process misbehaves in the way that the first argument names."""
+"""Run by the launcher: steps in a loop until one process misbehaves as the first argument names."""
 
 import os
 import signal

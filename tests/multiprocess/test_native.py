@@ -181,7 +181,8 @@ def test_threads_may_run_programs_of_their_own_groups():
         results[name] = [np.asarray(fn(x, params)) for _ in range(20)]
 
     threads = [
-        threading.Thread(target=work, args=(i, jax.devices()[4 * i : 4 * i + 4]), daemon=True) for i in range(2)
+        threading.Thread(target=work, args=(i, jax.devices()[4 * i : 4 * i + 4]), daemon=True)
+        for i in range(2)
     ]
     for thread in threads:
         thread.start()

@@ -46,9 +46,18 @@ def call(x=None, params=None, cfg=CFG, **options):
         ({"score_bias": True}, "score_bias=True must come with a router that uses one"),
         ({"num_groups": 2}, "num_groups=2 must come with a grouped router"),
         ({"router": "deepseek_v3", "num_groups": 2}, "must be set together"),
-        ({"router": "deepseek_v3", "num_groups": 3, "top_groups": 1}, "num_groups=3 must divide num_experts=8"),
-        ({"router": "deepseek_v3", "num_groups": 2, "top_groups": 3}, "top_groups=3 must be at most num_groups=2"),
-        ({"router": "deepseek_v3", "num_groups": 8, "top_groups": 1, "top_k": 2}, "top_k=2 must be at most the 1"),
+        (
+            {"router": "deepseek_v3", "num_groups": 3, "top_groups": 1},
+            "num_groups=3 must divide num_experts=8",
+        ),
+        (
+            {"router": "deepseek_v3", "num_groups": 2, "top_groups": 3},
+            "top_groups=3 must be at most num_groups=2",
+        ),
+        (
+            {"router": "deepseek_v3", "num_groups": 8, "top_groups": 1, "top_k": 2},
+            "top_k=2 must be at most the 1",
+        ),
         ({"norm_topk": 1}, "norm_topk=1 must be True or False"),
     ],
 )
@@ -95,7 +104,12 @@ def test_tokens_must_be_split_over_the_ranks():
 def test_tp_must_divide():
     cfg = jm.MoEConfig(8, 2, 16, 7, transport="native")
     with pytest.raises(jm.ShardingError, match=r"intermediate_size=7 must be divisible by the 2 devices"):
-        call(params=jm.init_params(jax.random.key(0), cfg), cfg=cfg, mesh=mesh_of(names=("ep", "tp")), tp_axis="tp")
+        call(
+            params=jm.init_params(jax.random.key(0), cfg),
+            cfg=cfg,
+            mesh=mesh_of(names=("ep", "tp")),
+            tp_axis="tp",
+        )
 
 
 def test_params_must_fit_the_config():
@@ -113,11 +127,17 @@ def test_explicit_shardings_must_match():
     x = jax.device_put(jnp.zeros((8, 16)), NamedSharding(mesh, P("ep")))
     with jax.set_mesh(mesh):
         replicated = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
-        with pytest.raises(jm.ShardingError, match=r"params.w1.sharding=.* must be .*; place the weights with"):
+        with pytest.raises(
+            jm.ShardingError, match=r"params.w1.sharding=.* must be .*; place the weights with"
+        ):
             jax.eval_shape(lambda x, p: jm.ep_moe(x, p, CFG), x, replicated)
-        placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, jm.param_specs(CFG))
+        placed = jax.tree.map(
+            lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, jm.param_specs(CFG)
+        )
         whole = jax.device_put(jnp.zeros((8, 16)), NamedSharding(mesh, P()))
-        with pytest.raises(jm.ShardingError, match=r"x.sharding=.* must split the leading dimensions.*reshard"):
+        with pytest.raises(
+            jm.ShardingError, match=r"x.sharding=.* must split the leading dimensions.*reshard"
+        ):
             jax.eval_shape(lambda x, p: jm.ep_moe(x, p, CFG), whole, placed)
 
 
@@ -213,7 +233,7 @@ def test_timeout_variable(monkeypatch, text):
 
 
 def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
-    """Inside a user's shard_map over devices in another order the guess is wrong: an error, not a wrong number."""
+    """In a shard_map over devices in another order the guess is wrong: an error, not a wrong number."""
     mesh = Mesh(np.array(jax.devices()[:4])[::-1], ("ep",))
     ids = jnp.tile(jnp.array([[0, 5]], jnp.int32), (8, 1))
 
@@ -222,6 +242,7 @@ def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
         return jm.combine(disp.rows, disp.plan)
 
     x = jnp.arange(8.0 * 16).reshape(8, 16)
+
     def traced_anew():
         return jax.jit(jax.shard_map(lambda *a: body(*a), mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
 
