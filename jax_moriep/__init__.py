@@ -1,5 +1,8 @@
 """Expert-parallel mixture-of-experts for JAX; see docs/design.md for the words and the contracts."""
 
+import importlib
+from types import ModuleType
+
 from jax_moriep import weights
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import (
@@ -43,6 +46,7 @@ __all__ = [
     "ep_moe",
     "expert_mlp",
     "explain",
+    "flax",
     "init_params",
     "initialize",
     "pad_params",
@@ -51,3 +55,10 @@ __all__ = [
     "update_score_bias",
     "weights",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports ``jm.flax`` on first use, so that jax_moriep itself needs no Flax."""
+    if name == "flax":
+        return importlib.import_module("jax_moriep.flax")
+    raise AttributeError(f"module 'jax_moriep' has no attribute {name!r}")

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep.plan import ExchangeShape
 from tests.contract import oracle
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
@@ -213,7 +214,7 @@ def test_gradients_are_the_transpose(transport, num_ranks):
         rank = jax.lax.axis_index("ep")
         return jnp.asarray(ids)[rank]
 
-    shape = jm.plan.ExchangeShape.of(cfg, num_ranks, 6)
+    shape = ExchangeShape.of(cfg, num_ranks, 6)
     d_rows = rng.normal(size=(num_ranks, shape.capacity, 16)).astype(np.float32)
     d_weights = rng.normal(size=(num_ranks, shape.capacity)).astype(np.float32)
     mapped = jax.shard_map(loss, mesh=mesh_of(num_ranks), in_specs=P("ep"), out_specs=P())

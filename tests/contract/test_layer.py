@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jax_moriep as jm
+from jax_moriep.plan import ExchangeShape
 from tests.contract import oracle
 
 HIDDEN, INNER = 16, 8
@@ -206,7 +207,7 @@ def test_overflow_is_counted_and_raised_when_asked(transport):
     x = np.abs(rng.normal(size=(4, 16, HIDDEN))).astype(np.float32) * np.sign(layer.router[:, 3])
     (_, (y, stats)), _ = step(cfg, mesh_of(4))(x.astype(np.float32), params_of(layer), np.ones_like(x), None)
     wanted = np.asarray(stats.recv_rows)
-    shape = jm.plan.ExchangeShape.of(cfg, 4, 16)
+    shape = ExchangeShape.of(cfg, 4, 16)
     assert int(stats.dropped) > 0
     assert bool(stats.overflow)
     assert int(stats.dropped) >= int((wanted - shape.capacity).clip(0).sum())

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,15 @@ from jax_moriep.errors import ConfigError, MoriepError
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.transports import collective
 
-SMALL = {"tokens": 12, "hidden": 16, "intermediate": 8, "experts": 6, "top_k": 2, "iters": 1, "warmup": 1}
+SMALL: dict[str, Any] = {
+    "tokens": 12,
+    "hidden": 16,
+    "intermediate": 8,
+    "experts": 6,
+    "top_k": 2,
+    "iters": 1,
+    "warmup": 1,
+}
 
 
 @pytest.mark.parametrize("name", patterns.PATTERNS)
