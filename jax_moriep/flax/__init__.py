@@ -1,0 +1,15 @@
+"""The layer as a Flax module: ``EpMoE`` for nnx, ``LinenEpMoE`` for linen. Only this folder imports Flax."""
+
+try:
+    import flax as _flax
+except ImportError as e:
+    raise ImportError(
+        f"jax_moriep.flax needs flax, and importing it failed ({e}); pip install 'jax-moriep[flax]'"
+    ) from e
+
+from jax_moriep.flax.linen_moe import LinenEpMoE
+from jax_moriep.flax.nnx_moe import EpMoE, ScoreBias
+
+__all__ = ["EpMoE", "LinenEpMoE", "ScoreBias"]
+
+del _flax

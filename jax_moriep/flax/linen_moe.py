@@ -1,0 +1,95 @@
+"""LinenEpMoE: ``ep_moe`` with its weights held by a Flax linen module."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jax_moriep import layer
+from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.flax import shared
+from jax_moriep.routing import update_score_bias
+
+
+class LinenEpMoE(nn.Module):
+    """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
+
+    The weights are in the collection "params" under the names that they have in ``jm.MoEParams``, boxed by
+    ``nn.with_partitioning`` with the specs of ``jm.param_specs``; where E does not divide by the ranks the
+    experts are padded (``jm.pad_params``). ``score_bias`` is in the collection "score_bias", which optimizers
+    do not see; as with BatchNorm, a call for which that collection is mutable updates it.
+
+    Attributes:
+      cfg: the layer.
+      mesh: the mesh; None takes the one of ``jax.set_mesh``.
+      ep_axis: as in ``jm.ep_moe``.
+      tp_axis: as in ``jm.ep_moe``.
+      token_axes: as in ``jm.ep_moe``; names as a tuple.
+      dtype: x and the experts' weights are cast to it; None computes in x's dtype. Routing is in f32 always.
+      param_dtype: of the weights.
+      score_bias_rate: by how much a call moves a bias (``jm.update_score_bias``).
+
+    Example::
+
+      moe = jm.flax.LinenEpMoE(cfg, mesh=mesh)
+      variables = moe.init(jax.random.key(0), x)
+      y, stats = moe.apply(variables, x)
+    """
+
+    cfg: MoEConfig
+    mesh: Any = None
+    ep_axis: str = "ep"
+    tp_axis: str | None = None
+    token_axes: Any = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    score_bias_rate: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+        """Applies the layer; see ``jm.ep_moe``.
+
+        Args:
+          x: [..., H].
+          token_mask: bool, x's shape without H.
+
+        Returns:
+          y like x, in ``dtype``, and the statistics of the call.
+        """
+        specs = shared.param_specs(self.cfg, self.ep_axis, self.tp_axis)
+        held: dict[str, Any] = {f.name: None for f in dataclasses.fields(MoEParams)}
+        for name in held:
+            spec = getattr(specs, name)
+            if spec is not None and name != "score_bias":
+                init = nn.with_partitioning(self._initializer(name), tuple(spec), self.mesh)
+                held[name] = self.param(name, init)
+        bias = None
+        if self.cfg.score_bias:
+            bias = self.variable("score_bias", "score_bias", jnp.zeros, (self.cfg.num_experts,), jnp.float32)
+            held["score_bias"] = bias.value
+
+        x = x if self.dtype is None else x.astype(self.dtype)
+        y, stats = layer.ep_moe(
+            x,
+            shared.cast_experts(MoEParams(**held), x.dtype),
+            self.cfg,
+            mesh=self.mesh,
+            ep_axis=self.ep_axis,
+            tp_axis=self.tp_axis,
+            token_axes=self.token_axes,
+            token_mask=token_mask,
+        )
+        if bias is not None and self.is_mutable_collection("score_bias") and not self.is_initializing():
+            bias.value = update_score_bias(bias.value, stats.expert_counts, self.score_bias_rate)
+        return y, stats
+
+    def _initializer(self, name: str) -> Any:
+        def init(key: jax.Array) -> jax.Array:
+            made = shared.init_padded(key, self.cfg, self.mesh, self.ep_axis, self.tp_axis, self.param_dtype)
+            return getattr(made, name)
+
+        return init

@@ -1,0 +1,130 @@
+"""EpMoE: ``ep_moe`` with its weights held by a Flax nnx module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jax_moriep import layer
+from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.errors import ConfigError, rule
+from jax_moriep.flax import shared
+from jax_moriep.routing import update_score_bias
+
+
+class ScoreBias(nnx.Variable):
+    """The bias that only steers the selection of experts; no ``nnx.Param``, so optimizers leave it alone."""
+
+
+class EpMoE(nnx.Module):
+    """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
+
+    Each weight is an attribute with the name that it has in ``jm.MoEParams``; what the config does not use is
+    None. All are ``nnx.Param`` but ``score_bias``, a ``ScoreBias``. Their ``out_sharding`` is the spec of
+    ``jm.param_specs``, which ``nnx.get_partition_spec`` reads; where E does not divide by the ranks the
+    experts are padded (``jm.pad_params``). On a mesh of several processes, make the module under ``jax.jit``
+    or ``nnx.jit``, for only a compiled program can make arrays that no process holds whole.
+
+    Args:
+      cfg: the layer.
+      mesh: the mesh; None takes the one of ``jax.set_mesh``, here for the padding and again in every call.
+      ep_axis: as in ``jm.ep_moe``.
+      tp_axis: as in ``jm.ep_moe``.
+      token_axes: as in ``jm.ep_moe``.
+      dtype: x and the experts' weights are cast to it; None computes in x's dtype. Routing is in f32 always.
+      param_dtype: of the weights.
+      rngs: takes one key from its stream "params".
+
+    Raises:
+      ShardingError: there is no mesh, or it lacks an axis.
+
+    Example::
+
+      moe = jm.flax.EpMoE(cfg, mesh=mesh, rngs=nnx.Rngs(0))
+      y, stats = moe(x)
+    """
+
+    router: nnx.Param
+    w1: nnx.Param
+    w2: nnx.Param
+    router_bias: nnx.Param | None
+    score_bias: ScoreBias | None
+    b1: nnx.Param | None
+    b2: nnx.Param | None
+    shared_w1: nnx.Param | None
+    shared_w2: nnx.Param | None
+    shared_gate: nnx.Param | None
+
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        *,
+        mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+        ep_axis: str = "ep",
+        tp_axis: str | None = None,
+        token_axes: str | Sequence[str] | PartitionSpec | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.cfg = cfg
+        self.mesh = mesh
+        self.ep_axis = ep_axis
+        self.tp_axis = tp_axis
+        self.token_axes = shared.hashable_axes(token_axes)
+        self.dtype = dtype
+        weights = shared.init_padded(rngs.params(), cfg, mesh, ep_axis, tp_axis, param_dtype)
+        specs = shared.param_specs(cfg, ep_axis, tp_axis)
+        for field in dataclasses.fields(MoEParams):
+            value = getattr(weights, field.name)
+            if value is not None:
+                kind = ScoreBias if field.name == "score_bias" else nnx.Param
+                value = kind(value, out_sharding=getattr(specs, field.name), mesh=mesh)
+            setattr(self, field.name, value)
+
+    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+        """Applies the layer; see ``jm.ep_moe``.
+
+        Args:
+          x: [..., H].
+          token_mask: bool, x's shape without H.
+
+        Returns:
+          y like x, in ``dtype``, and the statistics of the call.
+        """
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return layer.ep_moe(
+            x,
+            shared.cast_experts(self.weights(), x.dtype),
+            self.cfg,
+            mesh=self.mesh,
+            ep_axis=self.ep_axis,
+            tp_axis=self.tp_axis,
+            token_axes=self.token_axes,
+            token_mask=token_mask,
+        )
+
+    def weights(self) -> MoEParams:
+        """The weights as ``jm.ep_moe`` takes them."""
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(MoEParams)}
+        return MoEParams(**{name: None if var is None else var[...] for name, var in held.items()})
+
+    def update_score_bias(self, expert_counts: jax.Array, rate: float) -> None:
+        """Moves ``score_bias`` against the load, by ``jm.update_score_bias``; call it once per training step.
+
+        Args:
+          expert_counts: i32[E], of the statistics of the step's call.
+          rate: by how much a bias changes.
+
+        Raises:
+          ConfigError: the config has no ``score_bias``.
+        """
+        if self.score_bias is None:
+            raise ConfigError(rule("cfg.score_bias", False, "be True", "set it, with a router that uses one"))
+        self.score_bias[...] = update_score_bias(self.score_bias[...], expert_counts, rate)

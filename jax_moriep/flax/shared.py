@@ -1,0 +1,76 @@
+"""What the nnx and the linen module have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_moriep import params as parameters
+from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.errors import ShardingError
+from jax_moriep.runtime import group
+
+_EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2", "shared_w1", "shared_w2")
+
+
+def init_padded(
+    key: jax.Array, cfg: MoEConfig, mesh: Any, ep_axis: str, tp_axis: str | None, dtype: Any
+) -> MoEParams:
+    """Random weights, their experts padded to a multiple of the ranks; sharded too on an Explicit mesh.
+
+    Args:
+      key: a PRNG key.
+      cfg: the layer.
+      mesh: the mesh; None takes the one of ``jax.set_mesh``.
+      ep_axis: its expert-parallel axis.
+      tp_axis: its tensor-parallel axis, if any.
+      dtype: of the weights.
+
+    Raises:
+      ShardingError: there is no mesh, or it lacks an axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ShardingError(
+            "mesh=None must find a mesh in context; pass mesh=, or make the module under jax.set_mesh(mesh)"
+        )
+    group.check_axis(mesh, ep_axis, "ep_axis")
+    if tp_axis is not None:
+        group.check_axis(mesh, tp_axis, "tp_axis")
+    made = parameters.pad_params(parameters.init_params(key, cfg, dtype), mesh.shape[ep_axis])
+    if not mesh.are_all_axes_explicit:
+        return made
+    # On an Explicit mesh a sharding is part of an array's type, which linen only checks.
+    specs = param_specs(cfg, ep_axis, tp_axis)
+    return jax.tree.map(lambda w, spec: jax.sharding.reshard(w, NamedSharding(mesh, spec)), made, specs)
+
+
+def param_specs(cfg: MoEConfig, ep_axis: str, tp_axis: str | None) -> MoEParams:
+    """``jm.param_specs`` with an entry for every dimension, for Flax adds and removes some when it scans."""
+    specs = parameters.param_specs(cfg, ep_axis, tp_axis)
+    shapes = parameters.param_shapes(cfg)
+
+    def full(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+        return PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
+
+    fields = [
+        (f.name, getattr(specs, f.name), getattr(shapes, f.name)) for f in dataclasses.fields(MoEParams)
+    ]
+    return MoEParams(**{name: None if spec is None else full(spec, shape) for name, spec, shape in fields})
+
+
+def cast_experts(params: MoEParams, dtype: Any) -> MoEParams:
+    """Casts what the experts compute with; the router's weights keep their precision, routing is in f32."""
+    held = {name: getattr(params, name) for name in _EXPERT_WEIGHTS}
+    return dataclasses.replace(params, **{name: w.astype(dtype) for name, w in held.items() if w is not None})
+
+
+def hashable_axes(token_axes: str | Sequence[str] | PartitionSpec | None) -> Any:
+    """token_axes in a form that may be part of a module's static description."""
+    if token_axes is None or isinstance(token_axes, str | PartitionSpec):
+        return token_axes
+    return tuple(token_axes)
