@@ -6,6 +6,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -31,7 +33,7 @@ int64_t process_start_time(int64_t pid) {
   char path[64];
   std::snprintf(path, sizeof(path), "/proc/%lld/stat", static_cast<long long>(pid));
   std::FILE* file = std::fopen(path, "re");
-  if (file == nullptr) return 0;
+  if (file == nullptr) return errno == ENOENT || errno == ESRCH ? 0 : -1;
   char text[1024];
   const size_t size = std::fread(text, 1, sizeof(text) - 1, file);
   std::fclose(file);
@@ -46,6 +48,11 @@ int64_t process_start_time(int64_t pid) {
     return 0;
   }
   return state == 'Z' || state == 'X' ? 0 : start;
+}
+
+bool has_ended(const ArenaAddress& address) {
+  const int64_t start = process_start_time(address.pid);
+  return start >= 0 && start != address.start_time;
 }
 
 Status Arena::create(int32_t rank, int32_t num_ranks, std::unique_ptr<Arena>* out) {
@@ -89,7 +96,7 @@ Status Arena::open(const ArenaAddress& address, int32_t rank, int32_t num_ranks,
   if (fstat(arena->fd_, &info) != 0) return system_error("fstat of the arena of " + who);
   const int seals = fcntl(arena->fd_, F_GET_SEALS);
   if (!S_ISREG(info.st_mode) || info.st_size != kArenaBytes || info.st_uid != geteuid() ||
-      (info.st_mode & 0777) != 0600 || (seals & kSeals) != kSeals) {
+      (info.st_mode & 0777) != 0600 || seals < 0 || (seals & kSeals) != kSeals) {
     return Status(Code::kFailedPrecondition, "the arena of " + who + " has another size, owner, mode or seals");
   }
   if (Status status = arena->map_control(); !status.ok()) return status;
@@ -117,7 +124,8 @@ Status Arena::slot(uint32_t step, int64_t bytes, std::byte** out) {
   std::lock_guard<std::mutex> lock(mutex_);
   Mapping& mapping = current_[step % kNumSlots];
   if (mapping.bytes < bytes) {
-    const int64_t rounded = (bytes + kMapGranule - 1) / kMapGranule * kMapGranule;
+    // Doubling bounds the number of mappings that a growing size leaves behind.
+    const auto rounded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(bytes, kMapGranule))));
     std::byte* data = map(fd_, slot_offset(step), rounded);
     if (data == nullptr) return system_error("mapping a slot of an arena");
     // Another rank of this process may still use the smaller mapping.

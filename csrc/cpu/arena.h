@@ -30,7 +30,7 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  Control& control() { return *control_; }
+  Control& control() const { return *control_; }
   const ArenaAddress& address() const { return address_; }
 
   // Maps the first `bytes` of a step's slot, or gives the mapping that is already there. Pages take memory
@@ -54,7 +54,11 @@ class Arena {
   std::vector<Mapping> outgrown_;
 };
 
-// Start time of a process in clock ticks since boot; 0 when it is gone or a zombie.
+// Start time of a process in clock ticks since boot; 0 when it is gone or a zombie, -1 when that cannot be told,
+// for want of file descriptors for instance.
 int64_t process_start_time(int64_t pid);
+
+// Whether the process that made an arena has certainly ended.
+bool has_ended(const ArenaAddress& address);
 
 }  // namespace moriep

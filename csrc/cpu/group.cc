@@ -1,8 +1,19 @@
 #include "group.h"
 
+#include <algorithm>
+#include <exception>
+#include <iterator>
 #include <utility>
 
 namespace moriep {
+namespace {
+
+// Longer waits would overflow the clock's nanoseconds.
+constexpr std::chrono::duration<double> kLongestTimeout{1e9};
+
+Status closed() { return Status(Code::kFailedPrecondition, "the group is closed"); }
+
+}  // namespace
 
 LocalRank::LocalRank(Group& group, int32_t rank, std::shared_ptr<Arena> arena)
     : group_(group), rank_(rank), arena_(std::move(arena)) {}
@@ -10,16 +21,47 @@ LocalRank::LocalRank(Group& group, int32_t rank, std::shared_ptr<Arena> arena)
 LocalRank::~LocalRank() { stop(); }
 
 void LocalRank::submit(Op op, Done done) {
+  if (getpid() != arena_->address().pid) {
+    return done(Status(Code::kFailedPrecondition, "a forked process cannot use its parent's groups; use spawn"));
+  }
+  Status refused;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!stopping_) {
+    refused = stopping_ ? closed() : start_thread();
+    if (refused.ok()) {
       queue_.push_back({std::move(op), std::move(done)});
-      if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
       ready_.notify_one();
       return;
     }
   }
-  done(Status(Code::kFailedPrecondition, "the group is closed"));
+  done(refused);
+}
+
+Status LocalRank::start_thread() try {
+  if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
+  return Status();
+} catch (const std::system_error& error) {
+  const std::string text = "rank " + std::to_string(rank_) + " cannot start its thread: " + error.what();
+  fail(text);
+  return Status(Code::kInternal, text);
+}
+
+void LocalRank::fail(const std::string& why) {
+  Control& control = arena_->control();
+  // The first reason stays: peers may be reading it.
+  if (control.failed.load(std::memory_order_relaxed) != 0) return;
+  copy_text(why, control.failure, kFailureChars);
+  control.failed.store(1, std::memory_order_release);
+  futex_wake_all(control.posted);
+}
+
+Status LocalRank::run(const Op& op) try { return op(); } catch (const std::exception& error) {
+  // Memory has run out, most likely. The peers wait for this rank, so they have to hear of it.
+  const std::string text = "rank " + std::to_string(rank_) + ", step " +
+                           std::to_string(arena_->control().posted.load(std::memory_order_relaxed) + 1) + ": " +
+                           error.what();
+  fail(text);
+  return Status(Code::kInternal, text);
 }
 
 void LocalRank::work() {
@@ -27,11 +69,13 @@ void LocalRank::work() {
   while (true) {
     ready_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
     if (queue_.empty()) return;
-    Item item = std::move(queue_.front());
-    queue_.pop_front();
-    const bool run = !stopping_;
-    lock.unlock();
-    item.done(run ? item.op() : Status(Code::kFailedPrecondition, "the group is closed"));
+    {
+      const Item item = std::move(queue_.front());
+      queue_.pop_front();
+      const bool begin = !stopping_;
+      lock.unlock();
+      item.done(begin ? run(item.op) : closed());
+    }
     lock.lock();
   }
 }
@@ -50,7 +94,7 @@ void LocalRank::stop() {
 
 Group::Group(int32_t num_ranks, std::chrono::duration<double> timeout)
     : num_ranks_(num_ranks),
-      timeout_(timeout),
+      timeout_(std::min(timeout, kLongestTimeout)),
       arenas_(static_cast<size_t>(num_ranks)),
       locals_(static_cast<size_t>(num_ranks)) {}
 
@@ -70,7 +114,12 @@ Status Group::connect(int32_t rank, const ArenaAddress& address) {
   std::unique_ptr<Arena> arena;
   if (Status status = Arena::open(address, rank, num_ranks_, &arena); !status.ok()) return status;
   std::lock_guard<std::mutex> lock(mutex_);
-  arenas_[static_cast<size_t>(rank)] = std::move(arena);
+  auto& place = arenas_[static_cast<size_t>(rank)];
+  // Steps hold on to the arenas that they found.
+  if (place != nullptr) {
+    return Status(Code::kFailedPrecondition, "rank " + std::to_string(rank) + " is connected already");
+  }
+  place = std::move(arena);
   changed_.notify_all();
   return Status();
 }
@@ -127,10 +176,10 @@ void Group::stop() {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_.store(true);
     changed_.notify_all();
-  }
-  // Waiting steps look at the flag when they wake; wake them first, then join all.
-  for (const auto& arena : arenas_) {
-    if (arena != nullptr) futex_wake_all(arena->control().posted);
+    // Waiting steps look at the flag when they wake; wake them first, then join all.
+    for (const auto& arena : arenas_) {
+      if (arena != nullptr) futex_wake_all(arena->control().posted);
+    }
   }
   for (const auto& local : locals_) {
     if (local != nullptr) local->stop();
@@ -160,9 +209,12 @@ void Registry::close_all() {
   std::vector<std::shared_ptr<GroupTable>> tables;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    tables.swap(replaced_);
-    for (auto& [name, table] : tables_) tables.push_back(std::move(table));
+    for (auto& [name, table] : tables_) replaced_.push_back(std::move(table));
     tables_.clear();
+    const auto mine = std::stable_partition(replaced_.begin(), replaced_.end(),
+                                            [](const auto& table) { return table->owner != getpid(); });
+    std::move(mine, replaced_.end(), std::back_inserter(tables));
+    replaced_.erase(mine, replaced_.end());
   }
   for (const auto& table : tables) {
     for (const auto& group : table->groups) {

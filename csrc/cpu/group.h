@@ -2,6 +2,8 @@
 // that runs each local rank's steps one after another.
 #pragma once
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -34,8 +36,11 @@ class LocalRank {
   int32_t rank() const { return rank_; }
   Arena& arena() { return *arena_; }
 
-  // Runs op after the ones submitted before it and hands its result to done.
+  // Runs op after the ones submitted before it and hands its result to done. An exception from op fails the rank.
   void submit(Op op, Done done);
+
+  // Tells the peers, now and for good, why this rank takes no further part.
+  void fail(const std::string& why);
 
   // Ends the thread; steps not yet begun end with an error.
   void stop();
@@ -46,6 +51,8 @@ class LocalRank {
     Done done;
   };
 
+  Status start_thread();
+  Status run(const Op& op);
   void work();
 
   Group& group_;
@@ -98,6 +105,8 @@ class Group {
 struct GroupTable {
   std::vector<std::shared_ptr<Group>> groups;  // null where no rank lives in this process
   std::map<int64_t, std::pair<int32_t, int32_t>> place_of_device;  // device id -> (group, rank)
+  // A child that fork() made has copies of the tables, but neither their threads nor their ranks.
+  const pid_t owner = getpid();
 };
 
 // All tables of this process, by name.
@@ -108,7 +117,8 @@ class Registry {
   std::shared_ptr<GroupTable> find(const std::string& name);
   // Replaces a table. The old one is kept until the process closes, because its steps may still be ending.
   void put(const std::string& name, std::shared_ptr<GroupTable> table);
-  // Ends every group: peers learn that this process has left in good order.
+  // Ends every group of this process: peers learn that it has left in good order. Its parent's groups, if it was
+  // forked, go on in the parent.
   void close_all();
 
  private:

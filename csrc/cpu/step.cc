@@ -11,12 +11,6 @@ constexpr int kSpins = 50;
 
 std::string rank_name(int32_t rank) { return "rank " + std::to_string(rank); }
 
-void copy_text(const std::string& from, char* to, int64_t size) {
-  const size_t length = std::min(from.size(), static_cast<size_t>(size) - 1);
-  std::memcpy(to, from.data(), length);
-  to[length] = '\0';
-}
-
 std::string seconds(std::chrono::duration<double> duration) {
   char text[32];
   std::snprintf(text, sizeof(text), "%g s", duration.count());
@@ -29,8 +23,7 @@ Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool wit
            const std::string& config)
     : me_(me),
       kind_(kind),
-      step_(me.arena().control().posted.load(std::memory_order_relaxed) + 1),
-      header_(me.arena().control().headers[step_ % kNumSlots]) {
+      step_(me.arena().control().posted.load(std::memory_order_relaxed) + 1) {
   header_.kind = static_cast<int32_t>(kind);
   header_.order = order;
   header_.dtype = dtype;
@@ -52,6 +45,7 @@ Status Step::slots(int64_t bytes, std::vector<std::byte*>* out) {
                                                  "; restart the job, or open the group again with jm.initialize");
   }
   if (Status status = me_.group().arenas(me_.rank(), &arenas_); !status.ok()) return fail(status);
+  me_.arena().control().headers[step_ % kNumSlots] = header_;
   out->resize(arenas_.size());
   for (size_t r = 0; r < arenas_.size(); ++r) {
     if (Status status = arenas_[r]->slot(step_, bytes, &(*out)[r]); !status.ok()) return fail(status);
@@ -74,37 +68,52 @@ Status Step::publish_and_wait() {
 }
 
 Status Step::wait_for(int32_t peer, Clock::time_point deadline) {
-  Arena& arena = *arenas_[static_cast<size_t>(peer)];
-  Control& theirs = arena.control();
-  for (int spins = 0;; ++spins) {
-    const uint32_t posted = theirs.posted.load(std::memory_order_acquire);
+  const Arena& arena = *arenas_[static_cast<size_t>(peer)];
+  const std::atomic<uint32_t>& word = arena.control().posted;
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (reached(word.load(std::memory_order_acquire), step_)) return Status();
+  }
+  auto next_look = Clock::now() + kSlice;
+  while (true) {
+    const uint32_t posted = word.load(std::memory_order_acquire);
     if (reached(posted, step_)) return Status();
-    if (spins < kSpins) continue;
-    const std::string last = "; its last step was " + std::to_string(posted);
-    if (theirs.failed.load(std::memory_order_acquire) != 0) {
-      char text[kFailureChars];
-      copy_text(std::string(theirs.failure, strnlen(theirs.failure, kFailureChars)), text, kFailureChars);
-      return Status(Code::kUnavailable, rank_name(peer) + " failed: " + text);
+    const auto now = Clock::now();
+    // All ranks are looked at, because this one may be busy for long while another is gone already.
+    for (int32_t rank = 0; rank < me_.group().num_ranks(); ++rank) {
+      if (Status status = look_at(rank, now >= next_look); !status.ok()) return status;
     }
-    if (theirs.closed.load(std::memory_order_acquire) != 0) {
-      return Status(Code::kUnavailable,
-                    rank_name(peer) + " has left the group" + last +
-                        "; do all ranks run the same number of layers and steps?");
-    }
+    if (now >= next_look) next_look = now + kSlice;
     if (me_.group().stopping()) return Status(Code::kFailedPrecondition, "the group is closed");
-    const int64_t pid = arena.address().pid;
-    if (me_.group().is_remote(peer) && process_start_time(pid) != arena.address().start_time) {
-      return Status(Code::kUnavailable,
-                    "the process of " + rank_name(peer) + " (pid " + std::to_string(pid) + ") has died" + last);
-    }
-    if (Clock::now() >= deadline) {
+    if (now >= deadline) {
       return Status(Code::kDeadlineExceeded,
                     "waited " + seconds(me_.group().timeout()) + " for " + rank_name(peer) + " (pid " +
-                        std::to_string(pid) + ", alive: stopped, or busy elsewhere)" + last +
-                        "; JAX_MORIEP_TIMEOUT sets the limit");
+                        std::to_string(arena.address().pid) + ", alive: stopped, or busy elsewhere); its last step was " +
+                        std::to_string(posted) + "; JAX_MORIEP_TIMEOUT sets the limit");
     }
-    futex_wait_slice(theirs.posted, posted);
+    futex_wait_slice(word, posted);
   }
+}
+
+Status Step::look_at(int32_t peer, bool at_process) {
+  const Arena& arena = *arenas_[static_cast<size_t>(peer)];
+  const Control& theirs = arena.control();
+  if (peer == me_.rank() || reached(theirs.posted.load(std::memory_order_acquire), step_)) return Status();
+  const std::string name = rank_name(peer);
+  std::string what, cure;
+  if (theirs.failed.load(std::memory_order_acquire) != 0) {
+    what = name + " failed: " + read_text(theirs.failure, kFailureChars);
+  } else if (theirs.closed.load(std::memory_order_acquire) != 0) {
+    what = name + " has left the group";
+    cure = "; do all ranks run the same number of layers and steps?";
+  } else if (at_process && me_.group().is_remote(peer) && has_ended(arena.address())) {
+    what = "the process of " + name + " (pid " + std::to_string(arena.address().pid) + ") has died";
+  } else {
+    return Status();
+  }
+  // It may have published this step after the first look and have ended then, all in good order.
+  const uint32_t posted = theirs.posted.load(std::memory_order_acquire);
+  if (reached(posted, step_)) return Status();
+  return Status(Code::kUnavailable, what + "; its last step was " + std::to_string(posted) + cure);
 }
 
 Status Step::compare_with(int32_t peer) {
@@ -129,7 +138,7 @@ Status Step::compare_with(int32_t peer) {
   compare_number("dtype code", header_.dtype, theirs.dtype);
   compare_number("scalars carried", header_.with_scalars, theirs.with_scalars);
   compare_number("the call's position in the program is", header_.order, theirs.order);
-  compare("config", header_.config, std::string(theirs.config, strnlen(theirs.config, kConfigChars)));
+  compare("config", header_.config, read_text(theirs.config, kConfigChars));
   if (differs.empty()) return Status();
   return Status(Code::kInvalidArgument, rank_name(peer) + " runs another program: " + differs +
                                             "; every rank must run the same layers, in the same order, on "
@@ -139,10 +148,7 @@ Status Step::compare_with(int32_t peer) {
 Status Step::fail(const Status& why) {
   const std::string text = std::string(kind_name(kind_)) + ", " + rank_name(me_.rank()) + ", step " +
                            std::to_string(step_) + ": " + why.text();
-  Control& mine = me_.arena().control();
-  copy_text(text, mine.failure, kFailureChars);
-  mine.failed.store(1, std::memory_order_release);
-  futex_wake_all(mine.posted);
+  me_.fail(text);
   return Status(why.code(), text);
 }
 

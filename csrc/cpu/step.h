@@ -15,7 +15,8 @@ class Step {
   Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars, int32_t order,
        const std::string& config);
 
-  // Gives every rank's slot of this step, at least `bytes` long.
+  // Gives every rank's slot of this step, at least `bytes` long, unless the group has failed. Only then may this
+  // rank write anything: a step that failed has ended before its peers did, who may still read the step before it.
   Status slots(int64_t bytes, std::vector<std::byte*>* out);
 
   // Publishes this rank's data and waits until every peer has published; compares the headers.
@@ -26,12 +27,14 @@ class Step {
 
  private:
   Status wait_for(int32_t peer, Clock::time_point deadline);
+  // Says why a rank will not publish this step, if that is certain; looking at its process costs a file read.
+  Status look_at(int32_t peer, bool at_process);
   Status compare_with(int32_t peer);
 
   LocalRank& me_;
   const Kind kind_;
   const uint32_t step_;
-  StepHeader& header_;
+  StepHeader header_;
   std::vector<Arena*> arenas_;
 };
 

@@ -10,9 +10,6 @@
 namespace moriep {
 namespace {
 
-// Long enough to cost nothing, short enough that a dead peer is noticed soon.
-constexpr long kSliceNanos = 50'000'000;
-
 long futex(const std::atomic<uint32_t>& word, int op, uint32_t value, const timespec* timeout) {
   static_assert(sizeof(word) == sizeof(uint32_t));
   // Not FUTEX_PRIVATE_FLAG: the word lies in memory that several processes share.
@@ -22,7 +19,7 @@ long futex(const std::atomic<uint32_t>& word, int op, uint32_t value, const time
 }  // namespace
 
 void futex_wait_slice(const std::atomic<uint32_t>& word, uint32_t seen) {
-  const timespec slice{0, kSliceNanos};
+  const timespec slice{0, std::chrono::nanoseconds(kSlice).count()};
   futex(word, FUTEX_WAIT, seen, &slice);
 }
 

@@ -9,6 +9,9 @@ namespace moriep {
 
 using Clock = std::chrono::steady_clock;
 
+// Long enough to cost nothing, short enough that a dead peer is noticed soon.
+inline constexpr std::chrono::milliseconds kSlice{50};
+
 // Sleeps until the word differs from `seen`, somebody wakes it, or a slice has passed.
 void futex_wait_slice(const std::atomic<uint32_t>& word, uint32_t seen);
 

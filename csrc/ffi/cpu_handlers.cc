@@ -78,7 +78,9 @@ Status decode_call(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyB
 }
 
 // Runs a step on its rank's thread. XLA keeps the buffers alive until the future is ready.
-ffi::Future run(const Place& place, int32_t* order_out, int32_t next_order, LocalRank::Op op) {
+ffi::Future run(const Place& place, int32_t* order_out, int32_t order, LocalRank::Op op) {
+  // The token is the user's array: it may hold any number, and wraps as XLA's own integers do.
+  const auto next_order = static_cast<int32_t>(static_cast<uint32_t>(order) + 1);
   ffi::Promise promise;
   ffi::Future future(promise);
   place.rank->submit(std::move(op), [promise, group = place.group, order_out, next_order](const Status& status) mutable {
@@ -128,7 +130,7 @@ ffi::Future dispatch_handler(int32_t device, ffi::AnyBuffer x, I32 ids, F32Buffe
                            .group_sizes = group_sizes->typed_data(),
                            .routes = routes->typed_data(),
                            .slots = slots->typed_data()};
-  return run(place, order_out->typed_data(), call.order + 1,
+  return run(place, order_out->typed_data(), call.order,
              [me = place.rank, call, at] { return dispatch(*me, call, at); });
 }
 
@@ -148,7 +150,7 @@ ffi::Future replay_handler(int32_t device, ffi::AnyBuffer x, I32 routes, I32 ids
   }
   const ReplayBuffers at{
       .x = bytes_of(x), .routes = routes.typed_data(), .ids = ids.typed_data(), .rows = bytes_of(*rows)};
-  return run(place, order_out->typed_data(), call.order + 1,
+  return run(place, order_out->typed_data(), call.order,
              [me = place.rank, call, at] { return replay(*me, call, at); });
 }
 
@@ -181,7 +183,7 @@ ffi::Future combine_handler(int32_t device, ffi::AnyBuffer rows, F32Buffer scala
                           .ids = ids.typed_data(),
                           .y = bytes_of(*y),
                           .token_scalars = with_scalars ? token_scalars->typed_data() : nullptr};
-  return run(place, order_out->typed_data(), call.order + 1,
+  return run(place, order_out->typed_data(), call.order,
              [me = place.rank, call, at] { return combine(*me, call, at); });
 }
 

@@ -79,15 +79,8 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
                  .num_local_experts = attributes.num_local_experts,
                  .block = attributes.block,
                  .capacity = row_dims[0]};
-  if (shape->block < 1 || shape->num_experts < 1 || shape->num_local_experts < 1 || shape->top_k < 1 ||
-      shape->num_local_experts * num_ranks < shape->num_experts) {
-    return bad_argument("num_experts=" + std::to_string(shape->num_experts) + ", num_local_experts=" +
-                        std::to_string(shape->num_local_experts) + ", block=" + std::to_string(shape->block) +
-                        ", top_k=" + std::to_string(shape->top_k) + " do not describe a layer over " +
-                        std::to_string(num_ranks) + " ranks");
-  }
   if (tokens.element_type() != rows.element_type()) return bad_argument("tokens and rows must have one dtype");
-  return first_failure({expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
+  return first_failure({check_shape(*shape), expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
                         expect_shape("rows", rows, {shape->capacity, shape->hidden_size})});
 }
 

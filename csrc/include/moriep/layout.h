@@ -3,8 +3,12 @@
 // thereby left step n-1: nobody can still be reading the slot that step n+1 writes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <string>
 
 #include "moriep/plan.h"
 
@@ -15,7 +19,7 @@ inline constexpr uint32_t kArenaVersion = 1;
 inline constexpr int kNumSlots = 2;
 inline constexpr int64_t kConfigChars = 1024;
 inline constexpr int64_t kFailureChars = 512;
-inline constexpr int64_t kPageBytes = 4096;
+inline constexpr int64_t kPageBytes = 65536;  // the largest page of the machines we know; 4096 divides it
 inline constexpr int64_t kRowAlign = 64;
 
 enum class Kind : int32_t { kDispatch = 1, kReplay = 2, kCombine = 3 };
@@ -66,6 +70,24 @@ struct Control {
 
   alignas(64) StepHeader headers[kNumSlots];
 };
+
+// Processes that share an arena may have been built apart: whoever moves a field raises kArenaVersion.
+static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
+static_assert(offsetof(Control, nonce) == 24 && offsetof(Control, posted) == 64);
+static_assert(offsetof(Control, failed) == 128 && offsetof(Control, closed) == 132 && offsetof(Control, failure) == 136);
+static_assert(offsetof(Control, headers) == 704 && sizeof(StepHeader) == 1104 && sizeof(Control) == 2944);
+
+// Texts of a control page are cut to their field and always end with a zero.
+inline void copy_text(const std::string& from, char* to, int64_t size) {
+  const size_t length = std::min(from.size(), static_cast<size_t>(size) - 1);
+  std::memcpy(to, from.data(), length);
+  to[length] = '\0';
+}
+
+// Reads such a text without trusting that its writer ended it.
+inline std::string read_text(const char* text, int64_t size) {
+  return std::string(text, strnlen(text, static_cast<size_t>(size)));
+}
 
 inline constexpr int64_t kControlBytes = (sizeof(Control) + kPageBytes - 1) / kPageBytes * kPageBytes;
 

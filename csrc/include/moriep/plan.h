@@ -2,9 +2,14 @@
 // The Python module plan.py states the same rules; nothing here knows XLA, shared memory or a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <string>
 #include <vector>
+
+#include "moriep/status.h"
 
 namespace moriep {
 
@@ -27,6 +32,28 @@ struct Shape {
   // Largest number of (token, rank) pairs that one rank's tokens can make.
   int64_t max_fanout() const { return num_tokens * (top_k < num_ranks ? top_k : num_ranks); }
 };
+
+// Refuses sizes that describe no layer, and sizes whose products could overflow: rows and places are int32, and
+// a slot of rows of the widest type must have a size that int64 holds.
+inline Status check_shape(const Shape& shape) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMaxHidden = int64_t{1} << 28;
+  constexpr int64_t kMaxExperts = int64_t{1} << 24;  // of which every step makes a table
+  const auto [least, most] = std::minmax({shape.num_ranks, shape.top_k, shape.num_experts, shape.num_local_experts,
+                                          shape.block, shape.capacity});
+  const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 && shape.num_tokens <= kMax &&
+                    shape.hidden_size >= 0 && shape.hidden_size <= kMaxHidden && shape.num_experts <= kMaxExperts &&
+                    shape.max_fanout() <= kMax &&
+                    (shape.num_experts - 1) / shape.num_local_experts < shape.num_ranks;
+  if (sane) return Status();
+  return Status(Code::kInvalidArgument,
+                "num_experts=" + std::to_string(shape.num_experts) +
+                    ", num_local_experts=" + std::to_string(shape.num_local_experts) +
+                    ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
+                    ", hidden_size=" + std::to_string(shape.hidden_size) +
+                    ", capacity=" + std::to_string(shape.capacity) + " and " + std::to_string(shape.num_tokens) +
+                    " tokens per rank do not describe a layer over " + std::to_string(shape.num_ranks) + " ranks");
+}
 
 // The rank that holds each expert, looked up instead of divided: a plan asks for every route of the group.
 class Owners {
