@@ -23,7 +23,8 @@ Status system_error(const std::string& what) {
 }
 
 std::byte* map(int fd, int64_t offset, int64_t bytes) {
-  void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+  void* data =
+      mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
   return data == MAP_FAILED ? nullptr : static_cast<std::byte*>(data);
 }
 
@@ -43,8 +44,10 @@ int64_t process_start_time(int64_t pid) {
   char state = 0;
   long long start = 0;
   if (after == nullptr ||
-      std::sscanf(after + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %lld",
-                  &state, &start) != 2) {
+      std::sscanf(
+          after + 1,
+          " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %lld",
+          &state, &start) != 2) {
     return 0;
   }
   return state == 'Z' || state == 'X' ? 0 : start;
@@ -80,10 +83,13 @@ Status Arena::create(int32_t rank, int32_t num_ranks, std::unique_ptr<Arena>* ou
   return Status();
 }
 
-Status Arena::open(const ArenaAddress& address, int32_t rank, int32_t num_ranks, std::unique_ptr<Arena>* out) {
-  const std::string who = "rank " + std::to_string(rank) + " (process " + std::to_string(address.pid) + ")";
+Status Arena::open(const ArenaAddress& address, int32_t rank, int32_t num_ranks,
+                   std::unique_ptr<Arena>* out) {
+  const std::string who =
+      "rank " + std::to_string(rank) + " (process " + std::to_string(address.pid) + ")";
   if (address.start_time == 0 || process_start_time(address.pid) != address.start_time) {
-    return Status(Code::kUnavailable, who + " has ended, or runs on another machine or in another PID namespace");
+    return Status(Code::kUnavailable,
+                  who + " has ended, or runs on another machine or in another PID namespace");
   }
   char path[64];
   std::snprintf(path, sizeof(path), "/proc/%lld/fd/%lld", static_cast<long long>(address.pid),
@@ -97,7 +103,8 @@ Status Arena::open(const ArenaAddress& address, int32_t rank, int32_t num_ranks,
   const int seals = fcntl(arena->fd_, F_GET_SEALS);
   if (!S_ISREG(info.st_mode) || info.st_size != kArenaBytes || info.st_uid != geteuid() ||
       (info.st_mode & 0777) != 0600 || seals < 0 || (seals & kSeals) != kSeals) {
-    return Status(Code::kFailedPrecondition, "the arena of " + who + " has another size, owner, mode or seals");
+    return Status(Code::kFailedPrecondition,
+                  "the arena of " + who + " has another size, owner, mode or seals");
   }
   if (Status status = arena->map_control(); !status.ok()) return status;
   const Control& control = arena->control();
@@ -105,7 +112,8 @@ Status Arena::open(const ArenaAddress& address, int32_t rank, int32_t num_ranks,
       control.num_ranks != num_ranks ||
       std::memcmp(control.nonce, address.nonce, sizeof(control.nonce)) != 0) {
     return Status(Code::kFailedPrecondition,
-                  "the arena of " + who + " is not the one announced; do all ranks run one version of jax_moriep?");
+                  "the arena of " + who +
+                      " is not the one announced; do all ranks run one version of jax_moriep?");
   }
   *out = std::move(arena);
   return Status();
@@ -118,14 +126,16 @@ Status Arena::map_control() {
 
 Status Arena::slot(uint32_t step, int64_t bytes, std::byte** out) {
   if (bytes > kSlotStride) {
-    return Status(Code::kInvalidArgument, "a step needs " + std::to_string(bytes) + " bytes of arena, more than " +
+    return Status(Code::kInvalidArgument, "a step needs " + std::to_string(bytes) +
+                                              " bytes of arena, more than " +
                                               std::to_string(kSlotStride));
   }
   std::lock_guard<std::mutex> lock(mutex_);
   Mapping& mapping = current_[step % kNumSlots];
   if (mapping.bytes < bytes) {
     // Doubling bounds the number of mappings that a growing size leaves behind.
-    const auto rounded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(bytes, kMapGranule))));
+    const auto rounded =
+        static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(bytes, kMapGranule))));
     std::byte* data = map(fd_, slot_offset(step), rounded);
     if (data == nullptr) return system_error("mapping a slot of an arena");
     // Another rank of this process may still use the smaller mapping.

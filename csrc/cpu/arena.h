@@ -1,6 +1,7 @@
-// One rank's shared memory. It is a memfd: it has no name in any file system, so nothing is left behind
-// however its owner ends, and it is not limited by the size of /dev/shm. Peers of the same user open it
-// through /proc/<pid>/fd and check its mode, size, seals and a random nonce before they use it.
+// One rank's shared memory. It is a memfd: it has no name in any file system, so nothing is left
+// behind however its owner ends, and it is not limited by the size of /dev/shm. Peers of the same
+// user open it through /proc/<pid>/fd and check its mode, size, seals and a random nonce before
+// they use it.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,8 @@ struct ArenaAddress {
 class Arena {
  public:
   static Status create(int32_t rank, int32_t num_ranks, std::unique_ptr<Arena>* out);
-  static Status open(const ArenaAddress& address, int32_t rank, int32_t num_ranks, std::unique_ptr<Arena>* out);
+  static Status open(const ArenaAddress& address, int32_t rank, int32_t num_ranks,
+                     std::unique_ptr<Arena>* out);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -33,8 +35,8 @@ class Arena {
   Control& control() const { return *control_; }
   const ArenaAddress& address() const { return address_; }
 
-  // Maps the first `bytes` of a step's slot, or gives the mapping that is already there. Pages take memory
-  // only once they are written. A mapping stays valid until the arena is gone.
+  // Maps the first `bytes` of a step's slot, or gives the mapping that is already there. Pages take
+  // memory only once they are written. A mapping stays valid until the arena is gone.
   Status slot(uint32_t step, int64_t bytes, std::byte** out);
 
  private:
@@ -54,8 +56,8 @@ class Arena {
   std::vector<Mapping> outgrown_;
 };
 
-// Start time of a process in clock ticks since boot; 0 when it is gone or a zombie, -1 when that cannot be told,
-// for want of file descriptors for instance.
+// Start time of a process in clock ticks since boot; 0 when it is gone or a zombie, -1 when that
+// cannot be told, for want of file descriptors for instance.
 int64_t process_start_time(int64_t pid);
 
 // Whether the process that made an arena has certainly ended.

@@ -29,21 +29,25 @@ std::string first_local_failure(const GroupTable& table) {
 
 Status find_group(const char* name, int64_t group, int64_t rank, std::shared_ptr<Group>* out) {
   const auto table = Registry::get().find(name);
-  if (table == nullptr) return Status(Code::kFailedPrecondition, std::string("group ") + name + " is not open");
+  if (table == nullptr)
+    return Status(Code::kFailedPrecondition, std::string("group ") + name + " is not open");
   if (group < 0 || group >= static_cast<int64_t>(table->groups.size()) ||
       table->groups[static_cast<size_t>(group)] == nullptr) {
-    return Status(Code::kInvalidArgument, std::string("group ") + name + " has no local group " + std::to_string(group));
+    return Status(Code::kInvalidArgument,
+                  std::string("group ") + name + " has no local group " + std::to_string(group));
   }
   *out = table->groups[static_cast<size_t>(group)];
   if (rank < 0 || rank >= (*out)->num_ranks()) {
-    return Status(Code::kInvalidArgument, std::string("group ") + name + " has no rank " + std::to_string(rank));
+    return Status(Code::kInvalidArgument,
+                  std::string("group ") + name + " has no rank " + std::to_string(rank));
   }
   return Status();
 }
 
-Status open_table(const char* name, int64_t num_groups, int64_t num_ranks, const int64_t* device_ids,
-                  const uint8_t* local, double timeout_seconds) {
-  if (const auto known = Registry::get().find(name); known != nullptr && first_local_failure(*known).empty()) {
+Status open_table(const char* name, int64_t num_groups, int64_t num_ranks,
+                  const int64_t* device_ids, const uint8_t* local, double timeout_seconds) {
+  if (const auto known = Registry::get().find(name);
+      known != nullptr && first_local_failure(*known).empty()) {
     return Status();
   }
   auto table = std::make_shared<GroupTable>();
@@ -54,7 +58,8 @@ Status open_table(const char* name, int64_t num_groups, int64_t num_ranks, const
     const auto rank = static_cast<int32_t>(i % num_ranks);
     auto& place = table->groups[static_cast<size_t>(group)];
     if (place == nullptr) {
-      place = std::make_shared<Group>(static_cast<int32_t>(num_ranks), std::chrono::duration<double>(timeout_seconds));
+      place = std::make_shared<Group>(static_cast<int32_t>(num_ranks),
+                                      std::chrono::duration<double>(timeout_seconds));
     }
     if (Status status = place->add_local(rank); !status.ok()) return status;
     table->place_of_device[device_ids[i]] = {group, rank};
@@ -69,18 +74,21 @@ Status open_table(const char* name, int64_t num_groups, int64_t num_ranks, const
 using moriep::Group;
 using moriep::Status;
 
-int32_t moriep_group_open(const char* name, int64_t num_groups, int64_t num_ranks, const int64_t* device_ids,
-                          const uint8_t* local, double timeout_seconds, char* error, int64_t error_size) {
-  return moriep::report(moriep::open_table(name, num_groups, num_ranks, device_ids, local, timeout_seconds), error,
-                        error_size);
+int32_t moriep_group_open(const char* name, int64_t num_groups, int64_t num_ranks,
+                          const int64_t* device_ids, const uint8_t* local, double timeout_seconds,
+                          char* error, int64_t error_size) {
+  return moriep::report(
+      moriep::open_table(name, num_groups, num_ranks, device_ids, local, timeout_seconds), error,
+      error_size);
 }
 
-int32_t moriep_group_address(const char* name, int64_t group, int64_t rank, int64_t address[5], char* error,
-                             int64_t error_size) {
+int32_t moriep_group_address(const char* name, int64_t group, int64_t rank, int64_t address[5],
+                             char* error, int64_t error_size) {
   std::shared_ptr<Group> found;
   Status status = moriep::find_group(name, group, rank, &found);
   if (status.ok() && found->is_remote(static_cast<int32_t>(rank))) {
-    status = Status(moriep::Code::kInvalidArgument, "rank " + std::to_string(rank) + " is another process's");
+    status = Status(moriep::Code::kInvalidArgument,
+                    "rank " + std::to_string(rank) + " is another process's");
   }
   if (status.ok()) {
     const moriep::ArenaAddress& at = found->local(static_cast<int32_t>(rank))->arena().address();
@@ -93,8 +101,8 @@ int32_t moriep_group_address(const char* name, int64_t group, int64_t rank, int6
   return moriep::report(status, error, error_size);
 }
 
-int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank, const int64_t address[5], char* error,
-                             int64_t error_size) {
+int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank,
+                             const int64_t address[5], char* error, int64_t error_size) {
   std::shared_ptr<Group> found;
   Status status = moriep::find_group(name, group, rank, &found);
   if (status.ok()) {

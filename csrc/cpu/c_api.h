@@ -1,4 +1,5 @@
-// What Python calls by ctypes (jax_moriep/runtime/group.py): opening and connecting groups. No XLA here.
+// What Python calls by ctypes (jax_moriep/runtime/group.py): opening and connecting groups. No XLA
+// here.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +14,21 @@ enum MoriepGroupState : int32_t {
   MORIEP_GROUP_FAILED = 3,
 };
 
-// Opens a table of num_groups x num_ranks devices; local[i] != 0 marks the devices of this process, whose
-// arenas are made now. A table that is open already is kept unless it has failed. Gives 0, or a status code
-// with its text in `error`.
+// Opens a table of num_groups x num_ranks devices; local[i] != 0 marks the devices of this process,
+// whose arenas are made now. A table that is open already is kept unless it has failed. Gives 0, or
+// a status code with its text in `error`.
 MORIEP_EXPORT int32_t moriep_group_open(const char* name, int64_t num_groups, int64_t num_ranks,
-                                        const int64_t* device_ids, const uint8_t* local, double timeout_seconds,
-                                        char* error, int64_t error_size);
+                                        const int64_t* device_ids, const uint8_t* local,
+                                        double timeout_seconds, char* error, int64_t error_size);
 
 // Writes pid, start time, fd and the two halves of the nonce of a local rank's arena.
-MORIEP_EXPORT int32_t moriep_group_address(const char* name, int64_t group, int64_t rank, int64_t address[5],
-                                           char* error, int64_t error_size);
+MORIEP_EXPORT int32_t moriep_group_address(const char* name, int64_t group, int64_t rank,
+                                           int64_t address[5], char* error, int64_t error_size);
 
 // Opens another process's arena from its address.
-MORIEP_EXPORT int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank, const int64_t address[5],
-                                           char* error, int64_t error_size);
+MORIEP_EXPORT int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank,
+                                           const int64_t address[5], char* error,
+                                           int64_t error_size);
 
 // Tells those who wait for the group's connections why there will be none.
 MORIEP_EXPORT void moriep_group_connect_failed(const char* name, int64_t group, const char* why);

@@ -10,12 +10,14 @@
 namespace moriep {
 namespace {
 
-// Walks the ranks beginning with the one after `me`, so that not all read the same peer at the same time.
+// Walks the ranks beginning with the one after `me`, so that not all read the same peer at the same
+// time.
 int64_t nth_peer(int64_t me, int64_t i, int64_t num_ranks) { return (me + 1 + i) % num_ranks; }
 
-// Copies this rank's tokens that some other rank needs into its slot; its own are read where they are.
-void stage_rows(const Shape& shape, const Owners& owners, int64_t me, const std::byte* x, const int32_t* ids, int64_t row_bytes,
-                int64_t row_stride, std::byte* staged) {
+// Copies this rank's tokens that some other rank needs into its slot; its own are read where they
+// are.
+void stage_rows(const Shape& shape, const Owners& owners, int64_t me, const std::byte* x,
+                const int32_t* ids, int64_t row_bytes, int64_t row_stride, std::byte* staged) {
   const Store store = store_for(shape.num_tokens * row_bytes);
   for (int64_t t = 0; t < shape.num_tokens; ++t) {
     const int32_t* token_ids = ids + t * shape.top_k;
@@ -34,9 +36,10 @@ struct Source {
   int64_t stride;
 };
 
-// Reads every token that has rows here once and writes all its rows; clears the rows that nobody owns.
-void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& sources, const int32_t* routes,
-               int64_t row_bytes, std::byte* rows) {
+// Reads every token that has rows here once and writes all its rows; clears the rows that nobody
+// owns.
+void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& sources,
+               const int32_t* routes, int64_t row_bytes, std::byte* rows) {
   std::vector<bool> written(static_cast<size_t>(shape.capacity));
   int64_t num_rows = 0;
   int64_t end = 0;
@@ -54,7 +57,8 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
     for (int64_t route = 0; route < shape.num_routes(); ++route) {
       const int32_t row = source_routes[route];
       if (row < 0) continue;
-      copy_row(from.rows + route / shape.top_k * from.stride, rows + row * row_bytes, row_bytes, store);
+      copy_row(from.rows + route / shape.top_k * from.stride, rows + row * row_bytes, row_bytes,
+               store);
       written[static_cast<size_t>(row)] = true;
     }
   }
@@ -67,12 +71,15 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
   }
 }
 
-// Gives every route of the group that ends here its row, in the order local expert, source rank, source
-// token; and every (source, token) pair that ends here its place in the source's arena.
-void plan_routes(const Shape& shape, const Owners& owners, int64_t me, const std::vector<int32_t>& all_ids, int32_t* group_sizes,
-                 int32_t* routes, int32_t* slots) {
+// Gives every route of the group that ends here its row, in the order local expert, source rank,
+// source token; and every (source, token) pair that ends here its place in the source's arena.
+void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
+                 const std::vector<int32_t>& all_ids, int32_t* group_sizes, int32_t* routes,
+                 int32_t* slots) {
   const int64_t first_expert = me * shape.num_local_experts;
-  const auto local_expert = [&](int32_t id) { return owners.rank_of(id) == me ? id - first_expert : -1; };
+  const auto local_expert = [&](int32_t id) {
+    return owners.rank_of(id) == me ? id - first_expert : -1;
+  };
 
   std::vector<int64_t> counts(static_cast<size_t>(shape.num_local_experts));
   for (int32_t id : all_ids) {
@@ -80,7 +87,8 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me, const std
   }
   std::vector<int64_t> next = run_starts(counts, shape.block);
   for (size_t e = 0; e < counts.size(); ++e) {
-    group_sizes[e] = static_cast<int32_t>(std::clamp<int64_t>(shape.capacity - next[e], 0, counts[e]));
+    group_sizes[e] =
+        static_cast<int32_t>(std::clamp<int64_t>(shape.capacity - next[e], 0, counts[e]));
   }
 
   std::vector<int32_t> ranks;
@@ -91,7 +99,8 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me, const std
       const int32_t* ids = all_ids.data() + token * shape.top_k;
       owners.ranks_of(ids, ranks);
       const auto place = std::find(ranks.begin(), ranks.end(), me);
-      slots[token] = place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
+      slots[token] =
+          place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
       next_slot += static_cast<int32_t>(ranks.size());
       for (int64_t k = 0; k < shape.top_k; ++k) {
         const int64_t e = local_expert(ids[k]);
@@ -113,12 +122,14 @@ Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slot
   for (int64_t i = 0; i < num_routes; ++i) {
     if (routes[i] >= shape.capacity) {
       return Status(Code::kInvalidArgument, "plan.routes names row " + std::to_string(routes[i]) +
-                                                " but the capacity is " + std::to_string(shape.capacity));
+                                                " but the capacity is " +
+                                                std::to_string(shape.capacity));
     }
   }
   for (int64_t i = 0; slots != nullptr && i < shape.num_ranks * shape.num_tokens; ++i) {
     if (slots[i] >= shape.max_fanout()) {
-      return Status(Code::kInvalidArgument, "plan.slots names place " + std::to_string(slots[i]) + " but there are " +
+      return Status(Code::kInvalidArgument, "plan.slots names place " + std::to_string(slots[i]) +
+                                                " but there are " +
                                                 std::to_string(shape.max_fanout()));
     }
   }
@@ -131,7 +142,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   const Shape& shape = call.shape;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   const auto layout = SlotLayout::of(Kind::kDispatch, shape, row_bytes, false);
-  Step step(me, Kind::kDispatch, shape, static_cast<int32_t>(call.type), false, call.order, call.config);
+  Step step(me, Kind::kDispatch, shape, static_cast<int32_t>(call.type), false, call.order,
+            call.config);
   std::vector<std::byte*> slots;
   if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
 
@@ -142,7 +154,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   if (shape.num_ranks > 1) {
     std::memcpy(mine + layout.ids, at.ids, ids_bytes);
     std::memcpy(mine + layout.weights, at.weights, ids_bytes);
-    stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride, mine + layout.rows);
+    stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
+               mine + layout.rows);
   }
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
@@ -155,7 +168,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     const std::byte* slot = slots[static_cast<size_t>(source)];
     const void* ids = own ? static_cast<const void*>(at.ids) : slot + layout.ids;
     if (ids_bytes > 0) std::memcpy(all_ids.data() + source * shape.num_routes(), ids, ids_bytes);
-    sources.push_back(own ? Source{at.x, row_bytes} : Source{slot + layout.rows, layout.row_stride});
+    sources.push_back(own ? Source{at.x, row_bytes}
+                          : Source{slot + layout.rows, layout.row_stride});
     weights.push_back(own ? at.weights : reinterpret_cast<const float*>(slot + layout.weights));
   }
   plan_routes(shape, owners, my_rank, all_ids, at.group_sizes, at.routes, at.slots);
@@ -175,7 +189,8 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
   const Shape& shape = call.shape;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   const auto layout = SlotLayout::of(Kind::kReplay, shape, row_bytes, false);
-  Step step(me, Kind::kReplay, shape, static_cast<int32_t>(call.type), false, call.order, call.config);
+  Step step(me, Kind::kReplay, shape, static_cast<int32_t>(call.type), false, call.order,
+            call.config);
   std::vector<std::byte*> slots;
   if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
   if (Status status = check_plan(shape, at.routes, nullptr); !status.ok()) return step.fail(status);
@@ -188,9 +203,9 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
 
   std::vector<Source> sources;
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
-    sources.push_back(source == my_rank
-                          ? Source{at.x, row_bytes}
-                          : Source{slots[static_cast<size_t>(source)] + layout.rows, layout.row_stride});
+    sources.push_back(source == my_rank ? Source{at.x, row_bytes}
+                                        : Source{slots[static_cast<size_t>(source)] + layout.rows,
+                                                 layout.row_stride});
   }
   pull_rows(shape, my_rank, sources, at.routes, row_bytes, at.rows);
   return Status();
@@ -201,10 +216,12 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   const bool with_scalars = at.scalars != nullptr;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   const auto layout = SlotLayout::of(Kind::kCombine, shape, row_bytes, with_scalars);
-  Step step(me, Kind::kCombine, shape, static_cast<int32_t>(call.type), with_scalars, call.order, call.config);
+  Step step(me, Kind::kCombine, shape, static_cast<int32_t>(call.type), with_scalars, call.order,
+            call.config);
   std::vector<std::byte*> slots;
   if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
-  if (Status status = check_plan(shape, at.routes, at.slots); !status.ok()) return step.fail(status);
+  if (Status status = check_plan(shape, at.routes, at.slots); !status.ok())
+    return step.fail(status);
 
   const int64_t my_rank = me.rank();
   const Owners owners(shape);
@@ -220,7 +237,8 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
     return n;
   };
 
-  // Push: one row per (token, rank) into the owner's arena. This rank's own tokens need no such trip.
+  // Push: one row per (token, rank) into the owner's arena. This rank's own tokens need no such
+  // trip.
   for (int64_t i = 0; i + 1 < shape.num_ranks; ++i) {
     const int64_t owner = nth_peer(my_rank, i, shape.num_ranks);
     std::byte* slot = slots[static_cast<size_t>(owner)];
@@ -228,8 +246,8 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
     for (int64_t t = 0; t < shape.num_tokens; ++t) {
       const int64_t token = owner * shape.num_tokens + t;
       if (at.slots[token] < 0) continue;
-      sum_rows(call.type, terms.data(), rows_of(owner, t), slot + layout.rows + at.slots[token] * layout.row_stride,
-               shape.hidden_size, store);
+      sum_rows(call.type, terms.data(), rows_of(owner, t),
+               slot + layout.rows + at.slots[token] * layout.row_stride, shape.hidden_size, store);
       for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
         const int32_t row = at.routes[token * shape.top_k + k];
         if (row != kNotHere) scalars[t * shape.top_k + k] = row >= 0 ? at.scalars[row] : 0.0f;

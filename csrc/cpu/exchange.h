@@ -1,4 +1,5 @@
-// The three exchanges of one rank: dispatch (pull), replay (pull along a known plan), combine (push).
+// The three exchanges of one rank: dispatch (pull), replay (pull along a known plan), combine
+// (push).
 #pragma once
 
 #include <cstddef>
@@ -21,14 +22,14 @@ struct Call {
 };
 
 struct DispatchBuffers {
-  const std::byte* x;      // [T, H]
-  const int32_t* ids;      // [T, K]
-  const float* weights;    // [T, K]
-  std::byte* rows;         // [C, H]
-  float* row_weights;      // [C]
-  int32_t* group_sizes;    // [L]
-  int32_t* routes;         // [R, T, K]
-  int32_t* slots;          // [R, T]
+  const std::byte* x;    // [T, H]
+  const int32_t* ids;    // [T, K]
+  const float* weights;  // [T, K]
+  std::byte* rows;       // [C, H]
+  float* row_weights;    // [C]
+  int32_t* group_sizes;  // [L]
+  int32_t* routes;       // [R, T, K]
+  int32_t* slots;        // [R, T]
 };
 
 struct ReplayBuffers {
@@ -39,13 +40,13 @@ struct ReplayBuffers {
 };
 
 struct CombineBuffers {
-  const std::byte* rows;   // [C, H]
-  const float* scalars;    // [C], or null
-  const int32_t* routes;   // [R, T, K]
-  const int32_t* slots;    // [R, T]
-  const int32_t* ids;      // [T, K]
-  std::byte* y;            // [T, H]
-  float* token_scalars;    // [T, K], or null
+  const std::byte* rows;  // [C, H]
+  const float* scalars;   // [C], or null
+  const int32_t* routes;  // [R, T, K]
+  const int32_t* slots;   // [R, T]
+  const int32_t* ids;     // [T, K]
+  std::byte* y;           // [T, H]
+  float* token_scalars;   // [T, K], or null
 };
 
 Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at);

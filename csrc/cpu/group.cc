@@ -22,7 +22,8 @@ LocalRank::~LocalRank() { stop(); }
 
 void LocalRank::submit(Op op, Done done) {
   if (getpid() != arena_->address().pid) {
-    return done(Status(Code::kFailedPrecondition, "a forked process cannot use its parent's groups; use spawn"));
+    return done(Status(Code::kFailedPrecondition,
+                       "a forked process cannot use its parent's groups; use spawn"));
   }
   Status refused;
   {
@@ -41,7 +42,8 @@ Status LocalRank::start_thread() try {
   if (!thread_.joinable()) thread_ = std::thread([this] { work(); });
   return Status();
 } catch (const std::system_error& error) {
-  const std::string text = "rank " + std::to_string(rank_) + " cannot start its thread: " + error.what();
+  const std::string text =
+      "rank " + std::to_string(rank_) + " cannot start its thread: " + error.what();
   fail(text);
   return Status(Code::kInternal, text);
 }
@@ -57,9 +59,10 @@ void LocalRank::fail(const std::string& why) {
 
 Status LocalRank::run(const Op& op) try { return op(); } catch (const std::exception& error) {
   // Memory has run out, most likely. The peers wait for this rank, so they have to hear of it.
-  const std::string text = "rank " + std::to_string(rank_) + ", step " +
-                           std::to_string(arena_->control().posted.load(std::memory_order_relaxed) + 1) + ": " +
-                           error.what();
+  const std::string text =
+      "rank " + std::to_string(rank_) + ", step " +
+      std::to_string(arena_->control().posted.load(std::memory_order_relaxed) + 1) + ": " +
+      error.what();
   fail(text);
   return Status(Code::kInternal, text);
 }
@@ -117,7 +120,8 @@ Status Group::connect(int32_t rank, const ArenaAddress& address) {
   auto& place = arenas_[static_cast<size_t>(rank)];
   // Steps hold on to the arenas that they found.
   if (place != nullptr) {
-    return Status(Code::kFailedPrecondition, "rank " + std::to_string(rank) + " is connected already");
+    return Status(Code::kFailedPrecondition,
+                  "rank " + std::to_string(rank) + " is connected already");
   }
   place = std::move(arena);
   changed_.notify_all();
@@ -211,8 +215,9 @@ void Registry::close_all() {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& [name, table] : tables_) replaced_.push_back(std::move(table));
     tables_.clear();
-    const auto mine = std::stable_partition(replaced_.begin(), replaced_.end(),
-                                            [](const auto& table) { return table->owner != getpid(); });
+    const auto mine =
+        std::stable_partition(replaced_.begin(), replaced_.end(),
+                              [](const auto& table) { return table->owner != getpid(); });
     std::move(mine, replaced_.end(), std::back_inserter(tables));
     replaced_.erase(mine, replaced_.end());
   }

@@ -1,5 +1,5 @@
-// Groups of ranks on one machine: who the ranks are, which of them live in this process, and the thread
-// that runs each local rank's steps one after another.
+// Groups of ranks on one machine: who the ranks are, which of them live in this process, and the
+// thread that runs each local rank's steps one after another.
 #pragma once
 
 #include <unistd.h>
@@ -22,8 +22,9 @@ namespace moriep {
 
 class Group;
 
-// A rank that is a device of this process. Its steps run on a thread of its own, so that a step that waits
-// for a peer never holds one of XLA's threads: with those parked, XLA could not run what the peer needs.
+// A rank that is a device of this process. Its steps run on a thread of its own, so that a step
+// that waits for a peer never holds one of XLA's threads: with those parked, XLA could not run what
+// the peer needs.
 class LocalRank {
  public:
   using Op = std::function<Status()>;
@@ -36,7 +37,8 @@ class LocalRank {
   int32_t rank() const { return rank_; }
   Arena& arena() { return *arena_; }
 
-  // Runs op after the ones submitted before it and hands its result to done. An exception from op fails the rank.
+  // Runs op after the ones submitted before it and hands its result to done. An exception from op
+  // fails the rank.
   void submit(Op op, Done done);
 
   // Tells the peers, now and for good, why this rank takes no further part.
@@ -115,10 +117,11 @@ class Registry {
   static Registry& get();
 
   std::shared_ptr<GroupTable> find(const std::string& name);
-  // Replaces a table. The old one is kept until the process closes, because its steps may still be ending.
+  // Replaces a table. The old one is kept until the process closes, because its steps may still be
+  // ending.
   void put(const std::string& name, std::shared_ptr<GroupTable> table);
-  // Ends every group of this process: peers learn that it has left in good order. Its parent's groups, if it was
-  // forked, go on in the parent.
+  // Ends every group of this process: peers learn that it has left in good order. Its parent's
+  // groups, if it was forked, go on in the parent.
   void close_all();
 
  private:

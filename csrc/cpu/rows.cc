@@ -14,9 +14,10 @@
 
 // One binary for every x86-64 machine: the loops are compiled several times and the loader picks.
 // ThreadSanitizer runs before the loader's choice is possible, so it gets the plain version.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define MORIEP_FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#define MORIEP_FOR_EACH_CPU \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MORIEP_FOR_EACH_CPU
 #endif
@@ -36,11 +37,14 @@ struct F32 {
 
 struct BF16 {
   using Bits = uint16_t;
-  static float load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  static float load(uint16_t bits) {
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  }
   static uint16_t store(float value) {
     const auto bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    const uint32_t nan = (bits >> 16) | 0x40;                            // stays NaN when its payload is cut
+    const uint32_t rounded =
+        (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const uint32_t nan = (bits >> 16) | 0x40;        // stays NaN when its payload is cut
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
   }
 };
@@ -76,16 +80,18 @@ void copy_bytes(const std::byte* from, std::byte* to, int64_t bytes, Store store
 
 // Adds N rows in one pass, from left to right; N is known, so that the loop has no inner loop.
 template <typename Type, size_t... J>
-[[gnu::always_inline]] inline void add_rows(const std::byte* const* rows, int64_t start, int64_t size,
-                                            typename Type::Bits* to, std::index_sequence<J...>) {
-  const typename Type::Bits* from[] = {reinterpret_cast<const typename Type::Bits*>(rows[J]) + start...};
+[[gnu::always_inline]] inline void add_rows(const std::byte* const* rows, int64_t start,
+                                            int64_t size, typename Type::Bits* to,
+                                            std::index_sequence<J...>) {
+  const typename Type::Bits* from[] = {reinterpret_cast<const typename Type::Bits*>(rows[J]) +
+                                       start...};
   for (int64_t i = 0; i < size; ++i) to[i] = Type::store((... + Type::load(from[J][i])));
 }
 
 // Adds any number of rows, one after the other.
 template <typename Type>
-[[gnu::always_inline]] inline void add_rows(const std::byte* const* rows, int64_t n, int64_t start, int64_t size,
-                                            typename Type::Bits* to) {
+[[gnu::always_inline]] inline void add_rows(const std::byte* const* rows, int64_t n, int64_t start,
+                                            int64_t size, typename Type::Bits* to) {
   using Bits = typename Type::Bits;
   float sums[kChunk];
   const auto* first = reinterpret_cast<const Bits*>(rows[0]) + start;
@@ -113,23 +119,24 @@ template <typename Type>
     } else {
       add_rows<Type>(rows, n, start, size, sums);
     }
-    copy_bytes(reinterpret_cast<const std::byte*>(sums), out + start * static_cast<int64_t>(sizeof(Bits)),
+    copy_bytes(reinterpret_cast<const std::byte*>(sums),
+               out + start * static_cast<int64_t>(sizeof(Bits)),
                size * static_cast<int64_t>(sizeof(Bits)), store);
   }
 }
 
-MORIEP_FOR_EACH_CPU void sum_f32(const std::byte* const* rows, int64_t n, std::byte* out, int64_t hidden_size,
-                                  Store store) {
+MORIEP_FOR_EACH_CPU void sum_f32(const std::byte* const* rows, int64_t n, std::byte* out,
+                                 int64_t hidden_size, Store store) {
   sum_loop<F32>(rows, n, out, hidden_size, store);
 }
 
-MORIEP_FOR_EACH_CPU void sum_bf16(const std::byte* const* rows, int64_t n, std::byte* out, int64_t hidden_size,
-                                  Store store) {
+MORIEP_FOR_EACH_CPU void sum_bf16(const std::byte* const* rows, int64_t n, std::byte* out,
+                                  int64_t hidden_size, Store store) {
   sum_loop<BF16>(rows, n, out, hidden_size, store);
 }
 
-MORIEP_FOR_EACH_CPU void sum_f16(const std::byte* const* rows, int64_t n, std::byte* out, int64_t hidden_size,
-                                  Store store) {
+MORIEP_FOR_EACH_CPU void sum_f16(const std::byte* const* rows, int64_t n, std::byte* out,
+                                 int64_t hidden_size, Store store) {
   sum_loop<F16>(rows, n, out, hidden_size, store);
 }
 
@@ -139,8 +146,8 @@ void copy_row(const std::byte* from, std::byte* to, int64_t bytes, Store store) 
   copy_bytes(from, to, bytes, store);
 }
 
-void sum_rows(RowType type, const std::byte* const* rows, int64_t n, std::byte* out, int64_t hidden_size,
-              Store store) {
+void sum_rows(RowType type, const std::byte* const* rows, int64_t n, std::byte* out,
+              int64_t hidden_size, Store store) {
   const int64_t bytes = hidden_size * element_bytes(type);
   if (n == 0) {
     std::memset(out, 0, static_cast<size_t>(bytes));
@@ -163,8 +170,10 @@ void finish_stores() {
 
 void prefer_large_pages(std::byte* data, int64_t bytes) {
   constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
+  const uintptr_t first =
+      (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
   // Advice only: where the system does not grant it, the result is the same.
   if (first >= last) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -189,8 +198,9 @@ void zero_fill(std::byte* data, int64_t bytes) {
   std::memset(data, 0, first - begin);
   std::memset(reinterpret_cast<void*>(last), 0, end - last);
   auto* pages = reinterpret_cast<std::byte*>(first);
-  // Dropped pages of private anonymous memory read as zero; of any other kind of memory they may not.
-  // So a mark goes into the first and the last page, and if either survives, everything is written.
+  // Dropped pages of private anonymous memory read as zero; of any other kind of memory they may
+  // not. So a mark goes into the first and the last page, and if either survives, everything is
+  // written.
   auto* head = reinterpret_cast<volatile uint64_t*>(first);
   auto* tail = reinterpret_cast<volatile uint64_t*>(last) - 1;
   *head = 1;

@@ -19,11 +19,9 @@ std::string seconds(std::chrono::duration<double> duration) {
 
 }  // namespace
 
-Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars, int32_t order,
-           const std::string& config)
-    : me_(me),
-      kind_(kind),
-      step_(me.arena().control().posted.load(std::memory_order_relaxed) + 1) {
+Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars,
+           int32_t order, const std::string& config)
+    : me_(me), kind_(kind), step_(me.arena().control().posted.load(std::memory_order_relaxed) + 1) {
   header_.kind = static_cast<int32_t>(kind);
   header_.order = order;
   header_.dtype = dtype;
@@ -41,14 +39,16 @@ Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool wit
 
 Status Step::slots(int64_t bytes, std::vector<std::byte*>* out) {
   if (me_.arena().control().failed.load(std::memory_order_relaxed) != 0) {
-    return Status(Code::kFailedPrecondition, "the group failed before: " + std::string(me_.arena().control().failure) +
-                                                 "; restart the job, or open the group again with jm.initialize");
+    return Status(Code::kFailedPrecondition,
+                  "the group failed before: " + std::string(me_.arena().control().failure) +
+                      "; restart the job, or open the group again with jm.initialize");
   }
   if (Status status = me_.group().arenas(me_.rank(), &arenas_); !status.ok()) return fail(status);
   me_.arena().control().headers[step_ % kNumSlots] = header_;
   out->resize(arenas_.size());
   for (size_t r = 0; r < arenas_.size(); ++r) {
-    if (Status status = arenas_[r]->slot(step_, bytes, &(*out)[r]); !status.ok()) return fail(status);
+    if (Status status = arenas_[r]->slot(step_, bytes, &(*out)[r]); !status.ok())
+      return fail(status);
   }
   return Status();
 }
@@ -57,7 +57,8 @@ Status Step::publish_and_wait() {
   Control& mine = me_.arena().control();
   mine.posted.store(step_, std::memory_order_release);
   futex_wake_all(mine.posted);
-  const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(me_.group().timeout());
+  const auto deadline =
+      Clock::now() + std::chrono::duration_cast<Clock::duration>(me_.group().timeout());
   const auto num_ranks = static_cast<int32_t>(arenas_.size());
   for (int32_t i = 1; i < num_ranks; ++i) {
     const int32_t peer = (me_.rank() + i) % num_ranks;
@@ -86,8 +87,9 @@ Status Step::wait_for(int32_t peer, Clock::time_point deadline) {
     if (me_.group().stopping()) return Status(Code::kFailedPrecondition, "the group is closed");
     if (now >= deadline) {
       return Status(Code::kDeadlineExceeded,
-                    "waited " + seconds(me_.group().timeout()) + " for " + rank_name(peer) + " (pid " +
-                        std::to_string(arena.address().pid) + ", alive: stopped, or busy elsewhere); its last step was " +
+                    "waited " + seconds(me_.group().timeout()) + " for " + rank_name(peer) +
+                        " (pid " + std::to_string(arena.address().pid) +
+                        ", alive: stopped, or busy elsewhere); its last step was " +
                         std::to_string(posted) + "; JAX_MORIEP_TIMEOUT sets the limit");
     }
     futex_wait_slice(word, posted);
@@ -97,7 +99,8 @@ Status Step::wait_for(int32_t peer, Clock::time_point deadline) {
 Status Step::look_at(int32_t peer, bool at_process) {
   const Arena& arena = *arenas_[static_cast<size_t>(peer)];
   const Control& theirs = arena.control();
-  if (peer == me_.rank() || reached(theirs.posted.load(std::memory_order_acquire), step_)) return Status();
+  if (peer == me_.rank() || reached(theirs.posted.load(std::memory_order_acquire), step_))
+    return Status();
   const std::string name = rank_name(peer);
   std::string what, cure;
   if (theirs.failed.load(std::memory_order_acquire) != 0) {
@@ -117,7 +120,8 @@ Status Step::look_at(int32_t peer, bool at_process) {
 }
 
 Status Step::compare_with(int32_t peer) {
-  const StepHeader& theirs = arenas_[static_cast<size_t>(peer)]->control().headers[step_ % kNumSlots];
+  const StepHeader& theirs =
+      arenas_[static_cast<size_t>(peer)]->control().headers[step_ % kNumSlots];
   std::string differs;
   const auto compare = [&](const char* what, const std::string& mine, const std::string& other) {
     if (mine == other) return;
@@ -140,14 +144,15 @@ Status Step::compare_with(int32_t peer) {
   compare_number("the call's position in the program is", header_.order, theirs.order);
   compare("config", header_.config, read_text(theirs.config, kConfigChars));
   if (differs.empty()) return Status();
-  return Status(Code::kInvalidArgument, rank_name(peer) + " runs another program: " + differs +
-                                            "; every rank must run the same layers, in the same order, on "
-                                            "arrays of the same shapes");
+  return Status(Code::kInvalidArgument,
+                rank_name(peer) + " runs another program: " + differs +
+                    "; every rank must run the same layers, in the same order, on "
+                    "arrays of the same shapes");
 }
 
 Status Step::fail(const Status& why) {
-  const std::string text = std::string(kind_name(kind_)) + ", " + rank_name(me_.rank()) + ", step " +
-                           std::to_string(step_) + ": " + why.text();
+  const std::string text = std::string(kind_name(kind_)) + ", " + rank_name(me_.rank()) +
+                           ", step " + std::to_string(step_) + ": " + why.text();
   me_.fail(text);
   return Status(why.code(), text);
 }

@@ -1,4 +1,5 @@
-// One step of a group: this rank publishes a header and data, and goes on when every peer has done so.
+// One step of a group: this rank publishes a header and data, and goes on when every peer has done
+// so.
 #pragma once
 
 #include <string>
@@ -12,11 +13,12 @@ namespace moriep {
 class Step {
  public:
   // Begins the next step of a rank; the step's number is one more than what its control page shows.
-  Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars, int32_t order,
-       const std::string& config);
+  Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars,
+       int32_t order, const std::string& config);
 
-  // Gives every rank's slot of this step, at least `bytes` long, unless the group has failed. Only then may this
-  // rank write anything: a step that failed has ended before its peers did, who may still read the step before it.
+  // Gives every rank's slot of this step, at least `bytes` long, unless the group has failed. Only
+  // then may this rank write anything: a step that failed has ended before its peers did, who may
+  // still read the step before it.
   Status slots(int64_t bytes, std::vector<std::byte*>* out);
 
   // Publishes this rank's data and waits until every peer has published; compares the headers.
@@ -27,7 +29,8 @@ class Step {
 
  private:
   Status wait_for(int32_t peer, Clock::time_point deadline);
-  // Says why a rank will not publish this step, if that is certain; looking at its process costs a file read.
+  // Says why a rank will not publish this step, if that is certain; looking at its process costs a
+  // file read.
   Status look_at(int32_t peer, bool at_process);
   Status compare_with(int32_t peer);
 

@@ -13,7 +13,8 @@ namespace {
 long futex(const std::atomic<uint32_t>& word, int op, uint32_t value, const timespec* timeout) {
   static_assert(sizeof(word) == sizeof(uint32_t));
   // Not FUTEX_PRIVATE_FLAG: the word lies in memory that several processes share.
-  return syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), op, value, timeout, nullptr, 0);
+  return syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), op, value, timeout, nullptr,
+                 0);
 }
 
 }  // namespace
@@ -23,6 +24,8 @@ void futex_wait_slice(const std::atomic<uint32_t>& word, uint32_t seen) {
   futex(word, FUTEX_WAIT, seen, &slice);
 }
 
-void futex_wake_all(const std::atomic<uint32_t>& word) { futex(word, FUTEX_WAKE, INT_MAX, nullptr); }
+void futex_wake_all(const std::atomic<uint32_t>& word) {
+  futex(word, FUTEX_WAKE, INT_MAX, nullptr);
+}
 
 }  // namespace moriep

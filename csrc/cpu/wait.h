@@ -1,4 +1,5 @@
-// Waiting for another rank: a short spin, then a futex in slices, with a deadline and an eye on the peer.
+// Waiting for another rank: a short spin, then a futex in slices, with a deadline and an eye on the
+// peer.
 #pragma once
 
 #include <atomic>
@@ -19,6 +20,8 @@ void futex_wait_slice(const std::atomic<uint32_t>& word, uint32_t seen);
 void futex_wake_all(const std::atomic<uint32_t>& word);
 
 // Steps are counted modulo 2^32.
-inline bool reached(uint32_t posted, uint32_t step) { return static_cast<int32_t>(posted - step) >= 0; }
+inline bool reached(uint32_t posted, uint32_t step) {
+  return static_cast<int32_t>(posted - step) >= 0;
+}
 
 }  // namespace moriep

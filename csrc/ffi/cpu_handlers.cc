@@ -16,23 +16,26 @@ struct Place {
   LocalRank* rank = nullptr;
 };
 
-// Finds the rank that a device is in its group, and checks it against the rank that the program computed.
+// Finds the rank that a device is in its group, and checks it against the rank that the program
+// computed.
 Status find_place(std::string_view name, int32_t device, const I32& rank, Place* place) {
   const std::string group(name);
   if (Status status = expect_shape("rank", rank, {1}); !status.ok()) return status;
   const auto table = Registry::get().find(group);
   if (table == nullptr) {
-    return Status(Code::kFailedPrecondition, "group " + group +
-                                                 " is not open in this process; call jm.initialize(mesh, ep_axis) "
-                                                 "before running a deserialised executable");
+    return Status(Code::kFailedPrecondition,
+                  "group " + group +
+                      " is not open in this process; call jm.initialize(mesh, ep_axis) "
+                      "before running a deserialised executable");
   }
   const auto found = table->place_of_device.find(device);
   if (found == table->place_of_device.end() || found->second.second != rank.typed_data()[0]) {
-    return Status(Code::kFailedPrecondition,
-                  "device " + std::to_string(device) + " is rank " + std::to_string(rank.typed_data()[0]) +
-                      " of the running mesh, which is not its place in group " + group +
-                      "; before the program is traced, set the mesh with jax.set_mesh or open it with "
-                      "jm.initialize(mesh, ep_axis)");
+    return Status(
+        Code::kFailedPrecondition,
+        "device " + std::to_string(device) + " is rank " + std::to_string(rank.typed_data()[0]) +
+            " of the running mesh, which is not its place in group " + group +
+            "; before the program is traced, set the mesh with jax.set_mesh or open it with "
+            "jm.initialize(mesh, ep_axis)");
   }
   place->group = table->groups[static_cast<size_t>(found->second.first)];
   place->rank = place->group->local(found->second.second);
@@ -60,15 +63,18 @@ Status decode_type(const ffi::AnyBuffer& rows, bool summed, RowType* type) {
   return bad_argument("rows must be float32, bfloat16 or float16");
 }
 
-std::byte* bytes_of(const ffi::AnyBuffer& buffer) { return static_cast<std::byte*>(buffer.untyped_data()); }
+std::byte* bytes_of(const ffi::AnyBuffer& buffer) {
+  return static_cast<std::byte*>(buffer.untyped_data());
+}
 
 // Decodes what every exchange has; `order` tells the call's position, `order_out` passes it on.
-Status decode_call(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyBuffer& rows, bool summed,
-                   const I32& order, I32& order_out, const Attributes& attributes, const Place& place, Call* call) {
-  if (Status status = first_failure({decode_type(rows, summed, &call->type), expect_shape("order", order, {1}),
-                                     expect_shape("order", order_out, {1}),
-                                     decode_shape(tokens, ids, rows, place.group->num_ranks(), attributes,
-                                                  &call->shape)});
+Status decode_call(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyBuffer& rows,
+                   bool summed, const I32& order, I32& order_out, const Attributes& attributes,
+                   const Place& place, Call* call) {
+  if (Status status = first_failure(
+          {decode_type(rows, summed, &call->type), expect_shape("order", order, {1}),
+           expect_shape("order", order_out, {1}),
+           decode_shape(tokens, ids, rows, place.group->num_ranks(), attributes, &call->shape)});
       !status.ok()) {
     return status;
   }
@@ -83,7 +89,8 @@ ffi::Future run(const Place& place, int32_t* order_out, int32_t order, LocalRank
   const auto next_order = static_cast<int32_t>(static_cast<uint32_t>(order) + 1);
   ffi::Promise promise;
   ffi::Future future(promise);
-  place.rank->submit(std::move(op), [promise, group = place.group, order_out, next_order](const Status& status) mutable {
+  place.rank->submit(std::move(op), [promise, group = place.group, order_out,
+                                     next_order](const Status& status) mutable {
     *order_out = next_order;
     if (status.ok()) {
       promise.SetAvailable();
@@ -101,15 +108,18 @@ ffi::Future failed(const Status& status) {
   return future;
 }
 
-ffi::Future dispatch_handler(int32_t device, ffi::AnyBuffer x, I32 ids, F32Buffer weights, I32 rank, I32 order,
-                             Out<ffi::AnyBuffer> rows, Out<F32Buffer> row_weights, Out<I32> group_sizes,
-                             Out<I32> routes, Out<I32> slots, Out<I32> order_out, std::string_view group,
-                             std::string_view config, int64_t num_experts, int64_t num_local_experts, int64_t block) {
+ffi::Future dispatch_handler(int32_t device, ffi::AnyBuffer x, I32 ids, F32Buffer weights, I32 rank,
+                             I32 order, Out<ffi::AnyBuffer> rows, Out<F32Buffer> row_weights,
+                             Out<I32> group_sizes, Out<I32> routes, Out<I32> slots,
+                             Out<I32> order_out, std::string_view group, std::string_view config,
+                             int64_t num_experts, int64_t num_local_experts, int64_t block) {
   const Attributes attributes{group, config, num_experts, num_local_experts, block};
   Place place;
   Call call;
   if (Status status = find_place(group, device, rank, &place); !status.ok()) return failed(status);
-  if (Status status = decode_call(x, ids, *rows, false, order, *order_out, attributes, place, &call); !status.ok()) {
+  if (Status status =
+          decode_call(x, ids, *rows, false, order, *order_out, attributes, place, &call);
+      !status.ok()) {
     return failed(status);
   }
   const Shape& shape = call.shape;
@@ -134,45 +144,56 @@ ffi::Future dispatch_handler(int32_t device, ffi::AnyBuffer x, I32 ids, F32Buffe
              [me = place.rank, call, at] { return dispatch(*me, call, at); });
 }
 
-ffi::Future replay_handler(int32_t device, ffi::AnyBuffer x, I32 routes, I32 ids, I32 rank, I32 order,
-                           Out<ffi::AnyBuffer> rows, Out<I32> order_out, std::string_view group,
-                           std::string_view config, int64_t num_experts, int64_t num_local_experts, int64_t block) {
+ffi::Future replay_handler(int32_t device, ffi::AnyBuffer x, I32 routes, I32 ids, I32 rank,
+                           I32 order, Out<ffi::AnyBuffer> rows, Out<I32> order_out,
+                           std::string_view group, std::string_view config, int64_t num_experts,
+                           int64_t num_local_experts, int64_t block) {
   const Attributes attributes{group, config, num_experts, num_local_experts, block};
   Place place;
   Call call;
   if (Status status = find_place(group, device, rank, &place); !status.ok()) return failed(status);
-  if (Status status = decode_call(x, ids, *rows, false, order, *order_out, attributes, place, &call); !status.ok()) {
+  if (Status status =
+          decode_call(x, ids, *rows, false, order, *order_out, attributes, place, &call);
+      !status.ok()) {
     return failed(status);
   }
   const Shape& shape = call.shape;
-  if (Status status = expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}); !status.ok()) {
+  if (Status status =
+          expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k});
+      !status.ok()) {
     return failed(status);
   }
-  const ReplayBuffers at{
-      .x = bytes_of(x), .routes = routes.typed_data(), .ids = ids.typed_data(), .rows = bytes_of(*rows)};
+  const ReplayBuffers at{.x = bytes_of(x),
+                         .routes = routes.typed_data(),
+                         .ids = ids.typed_data(),
+                         .rows = bytes_of(*rows)};
   return run(place, order_out->typed_data(), call.order,
              [me = place.rank, call, at] { return replay(*me, call, at); });
 }
 
-ffi::Future combine_handler(int32_t device, ffi::AnyBuffer rows, F32Buffer scalars, I32 routes, I32 slots, I32 ids,
-                            I32 rank, I32 order, Out<ffi::AnyBuffer> y, Out<F32Buffer> token_scalars,
-                            Out<I32> order_out, std::string_view group, std::string_view config, int64_t num_experts,
+ffi::Future combine_handler(int32_t device, ffi::AnyBuffer rows, F32Buffer scalars, I32 routes,
+                            I32 slots, I32 ids, I32 rank, I32 order, Out<ffi::AnyBuffer> y,
+                            Out<F32Buffer> token_scalars, Out<I32> order_out,
+                            std::string_view group, std::string_view config, int64_t num_experts,
                             int64_t num_local_experts, int64_t block) {
   const Attributes attributes{group, config, num_experts, num_local_experts, block};
   Place place;
   Call call;
   if (Status status = find_place(group, device, rank, &place); !status.ok()) return failed(status);
-  if (Status status = decode_call(*y, ids, rows, true, order, *order_out, attributes, place, &call); !status.ok()) {
+  if (Status status = decode_call(*y, ids, rows, true, order, *order_out, attributes, place, &call);
+      !status.ok()) {
     return failed(status);
   }
   const Shape& shape = call.shape;
-  // No scalars are carried when the operand is empty: the forward pass has none, the router's gradient has.
+  // No scalars are carried when the operand is empty: the forward pass has none, the router's
+  // gradient has.
   const bool with_scalars = scalars.element_count() > 0;
   if (Status status = first_failure(
           {expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
            expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens}),
            expect_shape("scalars", scalars, {with_scalars ? shape.capacity : 0}),
-           expect_shape("token_scalars", *token_scalars, {with_scalars ? shape.num_tokens : 0, shape.top_k})});
+           expect_shape("token_scalars", *token_scalars,
+                        {with_scalars ? shape.num_tokens : 0, shape.top_k})});
       !status.ok()) {
     return failed(status);
   }
@@ -190,10 +211,10 @@ ffi::Future combine_handler(int32_t device, ffi::AnyBuffer rows, F32Buffer scala
 // The library hides every symbol but these.
 #define MORIEP_HANDLER __attribute__((visibility("default"))) XLA_FFI_Error*
 
-#define MORIEP_ATTRIBUTES             \
-  Attr<std::string_view>("group")     \
-      .Attr<std::string_view>("config") \
-      .Attr<int64_t>("num_experts")   \
+#define MORIEP_ATTRIBUTES                 \
+  Attr<std::string_view>("group")         \
+      .Attr<std::string_view>("config")   \
+      .Attr<int64_t>("num_experts")       \
       .Attr<int64_t>("num_local_experts") \
       .Attr<int64_t>("block")
 

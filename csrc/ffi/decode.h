@@ -1,4 +1,5 @@
-// From XLA's buffers and attributes to the calls of a backend: decodes and validates, for every backend.
+// From XLA's buffers and attributes to the calls of a backend: decodes and validates, for every
+// backend.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ inline Status bad_argument(const std::string& what) { return Status(Code::kInval
 template <typename Buffer>
 std::string shape_text(const Buffer& buffer) {
   std::string text = "[";
-  for (int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  for (int64_t size : buffer.dimensions())
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
 
@@ -50,7 +52,8 @@ Status expect_shape(const char* name, const Buffer& buffer, std::initializer_lis
   if (same) return Status();
   std::string text = "[";
   for (int64_t size : want) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return bad_argument(std::string(name) + " has shape " + shape_text(buffer) + " but must be " + text + "]");
+  return bad_argument(std::string(name) + " has shape " + shape_text(buffer) + " but must be " +
+                      text + "]");
 }
 
 // Runs checks in order and gives the first failure.
@@ -68,8 +71,8 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
   const auto id_dims = ids.dimensions();
   const auto row_dims = rows.dimensions();
   if (token_dims.size() != 2 || id_dims.size() != 2 || row_dims.size() != 2) {
-    return bad_argument("tokens " + shape_text(tokens) + ", ids " + shape_text(ids) + " and rows " + shape_text(rows) +
-                        " must have two dimensions each");
+    return bad_argument("tokens " + shape_text(tokens) + ", ids " + shape_text(ids) + " and rows " +
+                        shape_text(rows) + " must have two dimensions each");
   }
   *shape = Shape{.num_ranks = num_ranks,
                  .num_tokens = token_dims[0],
@@ -79,8 +82,10 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
                  .num_local_experts = attributes.num_local_experts,
                  .block = attributes.block,
                  .capacity = row_dims[0]};
-  if (tokens.element_type() != rows.element_type()) return bad_argument("tokens and rows must have one dtype");
-  return first_failure({check_shape(*shape), expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
+  if (tokens.element_type() != rows.element_type())
+    return bad_argument("tokens and rows must have one dtype");
+  return first_failure({check_shape(*shape),
+                        expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
                         expect_shape("rows", rows, {shape->capacity, shape->hidden_size})});
 }
 

@@ -1,6 +1,7 @@
-// What one rank's arena holds: a control page that peers watch, and two slots of data that alternate from
-// step to step. Two are enough, because a rank leaves step n only after every peer has entered it, and
-// thereby left step n-1: nobody can still be reading the slot that step n+1 writes.
+// What one rank's arena holds: a control page that peers watch, and two slots of data that
+// alternate from step to step. Two are enough, because a rank leaves step n only after every peer
+// has entered it, and thereby left step n-1: nobody can still be reading the slot that step n+1
+// writes.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,8 @@ inline constexpr uint32_t kArenaVersion = 1;
 inline constexpr int kNumSlots = 2;
 inline constexpr int64_t kConfigChars = 1024;
 inline constexpr int64_t kFailureChars = 512;
-inline constexpr int64_t kPageBytes = 65536;  // the largest page of the machines we know; 4096 divides it
+inline constexpr int64_t kPageBytes =
+    65536;  // the largest page of the machines we know; 4096 divides it
 inline constexpr int64_t kRowAlign = 64;
 
 enum class Kind : int32_t { kDispatch = 1, kReplay = 2, kCombine = 3 };
@@ -64,18 +66,22 @@ struct Control {
 
   // The step whose data this rank has published; a futex word. It only grows, modulo 2^32.
   alignas(64) std::atomic<uint32_t> posted;
-  alignas(64) std::atomic<uint32_t> failed;  // 1: `failure` says why this rank takes no further part
-  std::atomic<uint32_t> closed;              // 1: the owner has ended in good order
+  alignas(
+      64) std::atomic<uint32_t> failed;  // 1: `failure` says why this rank takes no further part
+  std::atomic<uint32_t> closed;          // 1: the owner has ended in good order
   char failure[kFailureChars];
 
   alignas(64) StepHeader headers[kNumSlots];
 };
 
-// Processes that share an arena may have been built apart: whoever moves a field raises kArenaVersion.
+// Processes that share an arena may have been built apart: whoever moves a field raises
+// kArenaVersion.
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
 static_assert(offsetof(Control, nonce) == 24 && offsetof(Control, posted) == 64);
-static_assert(offsetof(Control, failed) == 128 && offsetof(Control, closed) == 132 && offsetof(Control, failure) == 136);
-static_assert(offsetof(Control, headers) == 704 && sizeof(StepHeader) == 1104 && sizeof(Control) == 2944);
+static_assert(offsetof(Control, failed) == 128 && offsetof(Control, closed) == 132 &&
+              offsetof(Control, failure) == 136);
+static_assert(offsetof(Control, headers) == 704 && sizeof(StepHeader) == 1104 &&
+              sizeof(Control) == 2944);
 
 // Texts of a control page are cut to their field and always end with a zero.
 inline void copy_text(const std::string& from, char* to, int64_t size) {
@@ -89,17 +95,21 @@ inline std::string read_text(const char* text, int64_t size) {
   return std::string(text, strnlen(text, static_cast<size_t>(size)));
 }
 
-inline constexpr int64_t kControlBytes = (sizeof(Control) + kPageBytes - 1) / kPageBytes * kPageBytes;
+inline constexpr int64_t kControlBytes =
+    (sizeof(Control) + kPageBytes - 1) / kPageBytes * kPageBytes;
 
 // Slots lie far apart in the sparse file, so that each can hold a step of any size without moving.
 inline constexpr int64_t kSlotStride = int64_t{1} << 38;
 inline constexpr int64_t kArenaBytes = kControlBytes + kNumSlots * kSlotStride;
-inline int64_t slot_offset(uint32_t step) { return kControlBytes + (step % kNumSlots) * kSlotStride; }
+inline int64_t slot_offset(uint32_t step) {
+  return kControlBytes + (step % kNumSlots) * kSlotStride;
+}
 
 inline int64_t align_up(int64_t bytes) { return (bytes + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
-// Byte offsets inside a slot. A dispatch publishes routes and staged rows; a replay only rows; a combine
-// receives one row per (token, rank) pair and, for the router's gradient, one scalar per route.
+// Byte offsets inside a slot. A dispatch publishes routes and staged rows; a replay only rows; a
+// combine receives one row per (token, rank) pair and, for the router's gradient, one scalar per
+// route.
 struct SlotLayout {
   int64_t ids = 0;
   int64_t weights = 0;

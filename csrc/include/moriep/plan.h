@@ -1,5 +1,6 @@
-// The rules of an exchange: which rank holds an expert, where a row lies, which ranks a token goes to.
-// The Python module plan.py states the same rules; nothing here knows XLA, shared memory or a GPU.
+// The rules of an exchange: which rank holds an expert, where a row lies, which ranks a token goes
+// to. The Python module plan.py states the same rules; nothing here knows XLA, shared memory or a
+// GPU.
 #pragma once
 
 #include <algorithm>
@@ -33,32 +34,37 @@ struct Shape {
   int64_t max_fanout() const { return num_tokens * (top_k < num_ranks ? top_k : num_ranks); }
 };
 
-// Refuses sizes that describe no layer, and sizes whose products could overflow: rows and places are int32, and
-// a slot of rows of the widest type must have a size that int64 holds.
+// Refuses sizes that describe no layer, and sizes whose products could overflow: rows and places
+// are int32, and a slot of rows of the widest type must have a size that int64 holds.
 inline Status check_shape(const Shape& shape) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   constexpr int64_t kMaxHidden = int64_t{1} << 28;
   constexpr int64_t kMaxExperts = int64_t{1} << 24;  // of which every step makes a table
-  const auto [least, most] = std::minmax({shape.num_ranks, shape.top_k, shape.num_experts, shape.num_local_experts,
-                                          shape.block, shape.capacity});
-  const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 && shape.num_tokens <= kMax &&
-                    shape.hidden_size >= 0 && shape.hidden_size <= kMaxHidden && shape.num_experts <= kMaxExperts &&
+  const auto [least, most] = std::minmax({shape.num_ranks, shape.top_k, shape.num_experts,
+                                          shape.num_local_experts, shape.block, shape.capacity});
+  const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 &&
+                    shape.num_tokens <= kMax && shape.hidden_size >= 0 &&
+                    shape.hidden_size <= kMaxHidden && shape.num_experts <= kMaxExperts &&
                     shape.max_fanout() <= kMax &&
                     (shape.num_experts - 1) / shape.num_local_experts < shape.num_ranks;
   if (sane) return Status();
-  return Status(Code::kInvalidArgument,
-                "num_experts=" + std::to_string(shape.num_experts) +
-                    ", num_local_experts=" + std::to_string(shape.num_local_experts) +
-                    ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
-                    ", hidden_size=" + std::to_string(shape.hidden_size) +
-                    ", capacity=" + std::to_string(shape.capacity) + " and " + std::to_string(shape.num_tokens) +
-                    " tokens per rank do not describe a layer over " + std::to_string(shape.num_ranks) + " ranks");
+  return Status(
+      Code::kInvalidArgument,
+      "num_experts=" + std::to_string(shape.num_experts) +
+          ", num_local_experts=" + std::to_string(shape.num_local_experts) +
+          ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
+          ", hidden_size=" + std::to_string(shape.hidden_size) +
+          ", capacity=" + std::to_string(shape.capacity) + " and " +
+          std::to_string(shape.num_tokens) + " tokens per rank do not describe a layer over " +
+          std::to_string(shape.num_ranks) + " ranks");
 }
 
-// The rank that holds each expert, looked up instead of divided: a plan asks for every route of the group.
+// The rank that holds each expert, looked up instead of divided: a plan asks for every route of the
+// group.
 class Owners {
  public:
-  explicit Owners(const Shape& shape) : top_k_(shape.top_k), ranks_(static_cast<size_t>(shape.num_experts)) {
+  explicit Owners(const Shape& shape)
+      : top_k_(shape.top_k), ranks_(static_cast<size_t>(shape.num_experts)) {
     for (size_t e = 0; e < ranks_.size(); ++e) {
       ranks_[e] = static_cast<int32_t>(static_cast<int64_t>(e) / shape.num_local_experts);
     }
@@ -89,7 +95,8 @@ class Owners {
   std::vector<int32_t> ranks_;
 };
 
-// First row of each local expert's run: runs follow each other, each starting at a multiple of `block`.
+// First row of each local expert's run: runs follow each other, each starting at a multiple of
+// `block`.
 inline std::vector<int64_t> run_starts(const std::vector<int64_t>& counts, int64_t block) {
   std::vector<int64_t> starts(counts.size());
   int64_t next = 0;
