@@ -1,0 +1,37 @@
+"""What the user of the demo chose, as its first process hands it to those that train."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+EVENT_MARK = "\x1emoriep "
+"""Begins a line of JSON from process 0; all else that the processes write is talk of their libraries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run of the demo."""
+
+    ranks: int
+    steps: int
+    experts: int
+    transport: str
+    seed: int
+    checkpoint_dir: str
+    checkpoint_every: int
+    resume: bool
+    context: int = 128
+    """Bytes in a window."""
+    windows: int = 24
+    """Windows in a step, over all ranks; rounded up to a multiple of the ranks."""
+    learning_rate: float = 8e-3
+
+    def to_json(self) -> str:
+        """The settings as one word of a command line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def identity(self) -> dict[str, object]:
+        """What two runs must have in common for one to go on from the other's checkpoint."""
+        shared = ("ranks", "experts", "seed", "context", "windows")
+        return {name: getattr(self, name) for name in shared}
