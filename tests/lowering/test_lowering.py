@@ -5,19 +5,19 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 
+# The axis type is said, because jax changed what a mesh has by default.
+MESH = AbstractMesh((16,), ("ep",), axis_types=(AxisType.Auto,))
 CFG = jm.MoEConfig(64, 4, 32, 16, transport="native", capacity_factor=2.0, block=16)
 
 
 def lowered(platform, grad=False):
-    mesh = AbstractMesh((16,), ("ep",))
-
     def layer(x, params):
-        y, stats = jm.ep_moe(x, params, CFG, mesh=mesh)
+        y, stats = jm.ep_moe(x, params, CFG, mesh=MESH)
         return jnp.sum(jnp.sin(y)) + stats.z_loss
 
     fn = jax.grad(layer, argnums=(0, 1)) if grad else layer
@@ -80,18 +80,16 @@ def test_one_module_for_all_ranks():
 
 
 def test_multi_platform_export():
-    mesh = AbstractMesh((16,), ("ep",))
-
     def body(x, ids, weights):
         disp = jm.dispatch(x, ids, weights, CFG)
         return jm.combine(disp.rows, disp.plan)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    mapped = jax.shard_map(body, mesh=MESH, in_specs=P("ep"), out_specs=P("ep"))
     checks = [jax.export.DisabledSafetyCheck.custom_call(f"moriep_{n}") for n in ("dispatch", "combine")]
     exported = jax.export.export(jax.jit(mapped), platforms=["rocm", "cuda", "cpu"], disabled_checks=checks)(
-        jax.ShapeDtypeStruct((128, 32), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("ep"))),
-        jax.ShapeDtypeStruct((128, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P("ep"))),
-        jax.ShapeDtypeStruct((128, 4), jnp.float32, sharding=jax.NamedSharding(mesh, P("ep"))),
+        jax.ShapeDtypeStruct((128, 32), jnp.bfloat16, sharding=jax.NamedSharding(MESH, P("ep"))),
+        jax.ShapeDtypeStruct((128, 4), jnp.int32, sharding=jax.NamedSharding(MESH, P("ep"))),
+        jax.ShapeDtypeStruct((128, 4), jnp.float32, sharding=jax.NamedSharding(MESH, P("ep"))),
     )
     assert exported.nr_devices == 16
     assert "moriep_dispatch" in exported.mlir_module()
