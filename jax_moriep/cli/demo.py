@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "library, with several processes of this machine; takes a few minutes.",
     )
     parser.add_argument("--ranks", type=int, default=4, help="number of processes (default: 4)")
-    parser.add_argument("--steps", type=int, default=500, help="steps of training (default: 500)")
+    parser.add_argument("--steps", type=int, default=360, help="steps of training (default: 360)")
     parser.add_argument("--experts", type=int, default=8, help="experts in each layer (default: 8)")
     parser.add_argument("--transport", choices=("auto", *TRANSPORTS), default="auto", help="default: auto")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")

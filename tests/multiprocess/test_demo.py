@@ -1,0 +1,86 @@
+"""The demo from end to end: it trains, reports and draws, and goes on from a checkpoint as if never stopped."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+STEPS = 4
+
+
+def demo(folder, *options):
+    """Runs a short demo in a folder of its own; returns what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "jax_moriep", "demo", "--ranks=2", "--experts=4", f"--steps={STEPS}"]
+        + ["--checkpoint-every=2", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def report(text):
+    """The closing report: everything behind the last checkpoint but the run's time."""
+    closing = text.split(f"checkpoint after step {STEPS} in checkpoints")[1]
+    return re.sub(r"\d+ s in all", "", closing)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo(folder)
+
+
+def test_it_learns_and_shows_what_it_promises(finished):
+    folder, text = finished
+    assert "transport native, experts blocked" in text
+    before, after, frequencies = map(float, re.search(r"nats per byte +(\S+) +(\S+) +(\S+)", text).groups())
+    # A model that knows nothing is at ln 256 = 5.545 nats.
+    assert before == pytest.approx(5.545, abs=1e-3)
+    assert after < before - 0.5
+    assert 2 < frequencies < 4
+    assert [step for step in range(1, STEPS + 1) if re.search(rf"step +{step}/{STEPS}  loss \d", text)] == [1, 2, 3, 4]
+    assert re.search(r"[\d,]+ tokens/s", text)
+    loads = re.findall(r"layer \d: +(.+)", text)
+    assert len(loads) == 4
+    assert all(sum(map(float, load.split())) == pytest.approx(100, abs=0.5) for load in loads)
+    assert "  | def read_lines(path):" in text
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(finished):
+    folder, text = finished
+    shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    resumed = demo(folder, "--resume")
+    assert "going on from the checkpoint after step 2" in resumed
+    assert f"step 1/{STEPS}" not in re.sub(" +", " ", resumed)
+    assert report(resumed) == report(text)
+
+
+def test_it_does_not_go_on_from_another_run(finished):
+    folder, _ = finished
+    ended = subprocess.run(
+        [sys.executable, "-m", "jax_moriep", "demo", "--ranks=2", "--experts=8", "--resume"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode != 0
+    assert "experts=8 must be 4 as in the checkpoint" in ended.stdout + ended.stderr
+
+
+def test_it_clears_no_folder_of_somebody_else(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "jax_moriep", "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode != 0
+    assert "be empty or of an earlier demo" in ended.stderr
+    assert (tmp_path / "checkpoints" / "mine").exists()
