@@ -4,7 +4,7 @@ import jax
 
 import jax_moriep as jm
 
-mesh = jax.sharding.Mesh(jax.devices(), ("ep",))
+mesh = jax.make_mesh((len(jax.devices()),), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
 cfg = jm.MoEConfig(num_experts=16, top_k=2, hidden_size=64, intermediate_size=128)
 params = jm.init_params(jax.random.key(0), cfg)
 

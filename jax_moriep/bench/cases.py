@@ -31,6 +31,8 @@ COMPARED = {
     "layer": ("native+blocked", "collective+ragged_dot"),
 }
 """What each kind of run compares unless told otherwise."""
+ITERATIONS = {"exchange": (20, 3), "experts": (7, 1), "layer": (7, 1)}
+"""Timed iterations and those before them, unless told otherwise; one of ``ragged_dot`` takes many seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
         "--routing", choices=patterns.PATTERNS, default=defaults["routing"], help="default: uniform"
     )
     number("capacity_factor", "rows reserved on a rank, in units of T*K; None is the exact bound", float)
+    defaults["iters"], defaults["warmup"] = ITERATIONS[kind]
     number("iters", "timed iterations of every call")
     number("warmup", "iterations before them")
     number("seed", "of the data")
