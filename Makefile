@@ -77,7 +77,10 @@ build: .venv/.ready
 
 .venv-newest/.ready: .venv/.ready
 	$(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -qq --upgrade jax flax optax orbax-checkpoint flatbuffers pytest pytest-timeout pytest-xdist
+	awk -F== 'sub(/^#newest /, "") { print; taken[$$1]; next } /^[A-Za-z]/ && !($$1 in taken)' constraints.txt \
+	  > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install -qq -c .venv-newest/constraints.txt \
+	  jax flax optax orbax-checkpoint flatbuffers pytest pytest-timeout pytest-xdist
 	@touch $@
 
 clean:
