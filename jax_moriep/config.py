@@ -8,8 +8,10 @@ per rank, I intermediate size, C capacity.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -133,8 +135,7 @@ class MoEConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                text = getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
-                parts.append(f"{field.name}={text}")
+                parts.append(f"{field.name}={_in_words(value)}")
         return ", ".join(parts)
 
     def _store_int(self, name: str) -> None:
@@ -209,6 +210,16 @@ class MoEConfig:
                     "raise top_groups or lower top_k",
                 )
             )
+
+
+def _in_words(value: Any) -> str:
+    """A value in words without addresses in memory, which differ between processes."""
+    if isinstance(value, functools.partial):
+        keywords = [f"{name}={_in_words(given)}" for name, given in value.keywords.items()]
+        return f"partial({', '.join([*map(_in_words, (value.func, *value.args)), *keywords])})"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 @jax.tree_util.register_dataclass

@@ -14,16 +14,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_moriep import order as order_chain
 from jax_moriep import quant
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime import compat, group
+from jax_moriep.runtime import order as order_chain
+from jax_moriep.runtime.unbatched import unbatched
 from jax_moriep.transports import IMPLEMENTATIONS, choose
 
 DISPATCH_NAME = "moriep_dispatch"
 COMBINE_NAME = "moriep_combine"
+
+_VMAP_CURE = (
+    "dispatch and combine cannot be batched by jax.vmap, because a batched exchange is another exchange; "
+    "put the batch into the tokens, x [T, H]"
+)
 
 
 def checkpoint_policy() -> Any:
@@ -56,6 +62,7 @@ def dispatch(
       TransportError: the transport cannot run here.
     """
     link = link_in_shard_map(x, ids, weights, cfg, axis_name)
+    x, ids, weights = unbatched((x, ids, weights), _VMAP_CURE)
     key = _chain_key(link, x, ids, weights)
     token = order_chain.last(key)
     disp, token = ordered_dispatch(
@@ -99,6 +106,7 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
                 "pass dispatch's rows, transformed",
             )
         )
+    rows = unbatched(rows, _VMAP_CURE)
     key = _chain_key(plan.link, rows, plan.routes)
     token = order_chain.last(key)
     y, token = ordered_combine(rows, plan, order_chain.start() if token is None else token)
@@ -240,15 +248,19 @@ def _combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, 
     return _combine_fwd(rows, plan, token)[0]
 
 
-def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, Plan]:
+def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, tuple[Plan, jax.Array]]:
     y, _, order = IMPLEMENTATIONS[plan.link.transport].combine(plan.link, rows, plan, _to_order(token))
     y, order = checkpoint_name((y, order), COMBINE_NAME)
-    return (y, _to_token(order)), plan
+    return (y, _to_token(order)), (plan, order)
 
 
-def _combine_bwd(plan: Plan, cotangents: Any) -> tuple[Any, ...]:
+def _combine_bwd(residuals: tuple[Plan, jax.Array], cotangents: Any) -> tuple[Any, ...]:
+    plan, forward = residuals
     d_y, d_token = cotangents
-    d_rows, order = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan, _to_order(d_token))
+    # Where the loss is linear in y, neither cotangent depends on the forward pass. The maximum does, so that
+    # no rank begins the way back before it has ended the way there.
+    order = jnp.maximum(_to_order(d_token), forward)
+    d_rows, order = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan, order)
     return d_rows, None, _to_token(order)
 
 

@@ -6,21 +6,23 @@ route (routing.py) -> dispatch (exchange.py, transports/) -> expert_mlp (experts
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moriep import exchange, experts, order, routing, stats
+from jax_moriep import exchange, experts, routing, stats
 from jax_moriep import params as parameters
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.layout import Layout
 from jax_moriep.plan import Link
-from jax_moriep.runtime import compat, group
+from jax_moriep.runtime import compat, order
 from jax_moriep.runtime.unbatched import unbatched
 
 
@@ -62,13 +64,13 @@ def ep_moe(
       TransportError: the transport cannot run here.
     """
     mesh = _resolve_mesh(mesh)
-    layout = _Layout.of(mesh, ep_axis, token_axes, tp_axis)
+    layout = Layout.of(mesh, ep_axis, token_axes, tp_axis)
     _check_operands(x, params, cfg, layout, token_mask)
-    x = unbatched(x, _VMAP_CURE)
+    x, params, token_mask = unbatched((x, params, token_mask), _VMAP_CURE)
     params = (
         parameters.pad_params(params, layout.num_ranks)
         if not layout.explicit
-        else _padded_explicit(params, cfg, layout)
+        else _padded_explicit(params, cfg, layout, mesh)
     )
 
     lead = x.shape[:-1]
@@ -77,25 +79,19 @@ def ep_moe(
         # Tokens that fill the last shard; they are masked, so nothing sees them.
         x, token_mask = _pad_tokens(x, token_mask, layout.num_shards)
         x_spec = PartitionSpec(layout.token_axes)
-    mask_spec = x_spec
-    operands: list[Any] = [x, params, _order_in(mesh, cfg, layout)]
-    specs: list[Any] = [x_spec, parameters.param_specs(cfg, ep_axis, tp_axis), layout.order_spec]
+    operands: list[Any] = [x, params, _order_in(mesh, params, layout)]
     if token_mask is not None:
-        operands.append(token_mask)
-        specs.append(mask_spec)
+        split = NamedSharding(mesh, x_spec)
+        operands.append(jax.sharding.reshard(token_mask, split) if layout.explicit else token_mask)
 
     transport, group_name = exchange.transport_for(cfg, mesh, ep_axis)
     num_tokens = math.prod(x.shape[:-1]) // layout.num_shards
     link = exchange.make_link(cfg, num_tokens, layout.num_ranks, ep_axis, transport, group_name)
 
-    def body(
-        x: jax.Array, params: MoEParams, token: jax.Array, *mask: jax.Array
-    ) -> tuple[Any, MoEStats, jax.Array]:
-        return _local_moe(x, params, cfg, link, layout, token, mask[0] if mask else None)
-
-    y, measured, token = jax.shard_map(
-        body, mesh=mesh, in_specs=tuple(specs), out_specs=(x_spec, PartitionSpec(), layout.order_spec)
-    )(*operands)
+    mapped = _mapped(mesh, cfg, link, layout, x_spec, token_mask is not None)
+    if not any(map(compat.is_tracer, jax.tree.leaves(operands))):
+        mapped = _compiled(mapped)
+    y, measured, token = mapped(*operands)
     order.leave(layout.chain_key(mesh), token)
     if not divides:
         y = y[: math.prod(lead)].reshape(*lead, cfg.hidden_size)
@@ -108,12 +104,38 @@ _VMAP_CURE = (
 )
 
 
+@functools.lru_cache(maxsize=256)
+def _mapped(
+    mesh: Any, cfg: MoEConfig, link: Link, layout: Layout, x_spec: PartitionSpec, masked: bool
+) -> Callable[..., tuple[jax.Array, MoEStats, jax.Array]]:
+    """The layer over the mesh: fn(x, params, order token, and if masked the mask)."""
+
+    def body(
+        x: jax.Array, params: MoEParams, token: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats, jax.Array]:
+        return _local_moe(x, params, cfg, link, layout, token, mask)
+
+    specs = (x_spec, parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis), layout.order_spec)
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(*specs, x_spec) if masked else specs,
+        out_specs=(x_spec, PartitionSpec(), layout.order_spec),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(mapped: Callable[..., Any]) -> Callable[..., Any]:
+    """For calls outside jit, where each operation of the layer would be compiled and run alone."""
+    return jax.jit(mapped)
+
+
 def _local_moe(
     x: jax.Array,
     params: MoEParams,
     cfg: MoEConfig,
     link: Link,
-    layout: _Layout,
+    layout: Layout,
     token: jax.Array,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, MoEStats, jax.Array]:
@@ -148,7 +170,7 @@ def _local_moe(
     return y.reshape(*lead, y.shape[-1]), measured, token
 
 
-def _for_tp(params: MoEParams, layout: _Layout) -> MoEParams:
+def _for_tp(params: MoEParams, layout: Layout) -> MoEParams:
     """This tensor-parallel rank's slice of the experts: I / tp gates, their ups, their columns of w2."""
     axis = layout.tp_axis
     if axis is None:
@@ -183,118 +205,7 @@ def _for_tp(params: MoEParams, layout: _Layout) -> MoEParams:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Which mesh axes do what; all static."""
-
-    mesh_shape: dict[str, int]
-    explicit: bool
-    ep_axis: str
-    tp_axis: str | None
-    token_axes: tuple[str, ...]
-    token_spec: PartitionSpec | None
-
-    @classmethod
-    def of(cls, mesh: Any, ep_axis: str, token_axes: Any, tp_axis: str | None) -> _Layout:
-        group.check_axis(mesh, ep_axis, "ep_axis")
-        if tp_axis is not None:
-            group.check_axis(mesh, tp_axis, "tp_axis")
-            if tp_axis == ep_axis:
-                raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
-        spec = token_axes if isinstance(token_axes, PartitionSpec) else None
-        if token_axes is None:
-            names = tuple(axis for axis in mesh.axis_names if axis != tp_axis)
-        elif isinstance(token_axes, str):
-            names = (token_axes,)
-        elif spec is not None:
-            names = _axes_of(spec)
-        else:
-            names = tuple(token_axes)
-        for axis in names:
-            group.check_axis(mesh, axis, "token_axes")
-        if ep_axis not in names:
-            raise ShardingError(
-                rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks")
-            )
-        if tp_axis in names:
-            raise ShardingError(
-                rule(
-                    "token_axes",
-                    names,
-                    f"not contain tp_axis={tp_axis!r}",
-                    "tokens are the same on all tp ranks",
-                )
-            )
-        kinds = {t for t in mesh.axis_types if t != AxisType.Manual}
-        return cls(dict(mesh.shape), kinds == {AxisType.Explicit}, ep_axis, tp_axis, names, spec)
-
-    @property
-    def num_ranks(self) -> int:
-        return self.mesh_shape[self.ep_axis]
-
-    @property
-    def num_shards(self) -> int:
-        return math.prod(self.mesh_shape[axis] for axis in self.token_axes)
-
-    @property
-    def order_axes(self) -> tuple[str, ...]:
-        return self.token_axes if self.tp_axis is None else (*self.token_axes, self.tp_axis)
-
-    @property
-    def order_spec(self) -> PartitionSpec:
-        return PartitionSpec(self.order_axes)
-
-    def chain_key(self, mesh: Any) -> tuple[Any, ...]:
-        return ("ep_moe", mesh, self.ep_axis, self.order_axes)
-
-    def vary_over_tp(self, array: jax.Array) -> jax.Array:
-        return array if self.tp_axis is None else compat.pcast_varying(array, frozenset({self.tp_axis}))
-
-    def spec_of_tokens(self, x: jax.Array) -> tuple[PartitionSpec, bool]:
-        """How x is split, and whether its sizes allow it."""
-        if self.explicit:
-            return self._spec_on_explicit_mesh(x), True
-        spec = self.token_spec or PartitionSpec(self.token_axes)
-        if len(spec) > x.ndim - 1:
-            if self.token_spec is not None:
-                raise ShardingError(
-                    rule(
-                        "token_axes",
-                        spec,
-                        f"name at most the {x.ndim - 1} leading dimensions of x",
-                        "shorten it",
-                    )
-                )
-            return spec, False
-        sizes = [math.prod(self.mesh_shape[a] for a in _axes_of(PartitionSpec(part))) for part in spec]
-        divides = all(x.shape[i] % size == 0 for i, size in enumerate(sizes))
-        return spec, divides
-
-    def _spec_on_explicit_mesh(self, x: jax.Array) -> PartitionSpec:
-        spec = jax.typeof(x).sharding.spec
-        last = spec[x.ndim - 1] if len(spec) == x.ndim else None
-        if set(_axes_of(spec)) != set(self.token_axes) or last is not None:
-            want = PartitionSpec(self.token_axes, *[None] * (x.ndim - 1))
-            raise ShardingError(
-                rule(
-                    "x.sharding",
-                    spec,
-                    f"split the leading dimensions over token_axes={self.token_axes} and leave H whole",
-                    f"use jax.sharding.reshard(x, {want})",
-                )
-            )
-        return PartitionSpec(*spec[: x.ndim - 1])
-
-
-def _axes_of(spec: PartitionSpec) -> tuple[str, ...]:
-    axes: list[str] = []
-    for part in spec:
-        if part is not None:
-            axes.extend(part if isinstance(part, tuple) else (part,))
-    return tuple(axes)
-
-
-def _resolve_mesh(mesh: Any) -> Any:
+def _resolve_mesh(mesh: Any) -> Mesh | AbstractMesh:
     context = jax.sharding.get_abstract_mesh()
     if not context.empty and AxisType.Manual in context.axis_types:
         raise ShardingError(
@@ -302,6 +213,10 @@ def _resolve_mesh(mesh: Any) -> Any:
             f"{context.manual_axes}); there, call jm.route, jm.dispatch, jm.expert_mlp and jm.combine"
         )
     if mesh is not None:
+        if not isinstance(mesh, (Mesh, AbstractMesh)):
+            raise ShardingError(
+                rule("mesh", mesh, "be a jax.sharding.Mesh or AbstractMesh", "make one with jax.make_mesh")
+            )
         return mesh
     found = compat.concrete_mesh()
     if found is not None:
@@ -314,10 +229,13 @@ def _resolve_mesh(mesh: Any) -> Any:
 
 
 def _check_operands(
-    x: jax.Array, params: MoEParams, cfg: MoEConfig, layout: _Layout, token_mask: jax.Array | None
+    x: jax.Array, params: MoEParams, cfg: MoEConfig, layout: Layout, token_mask: jax.Array | None
 ) -> None:
     if not isinstance(cfg, MoEConfig):
         raise ConfigError(rule("cfg", type(cfg).__name__, "be a jm.MoEConfig", "make one"))
+    for name, array in (("x", x), ("token_mask", token_mask)):
+        if array is not None and not (hasattr(array, "dtype") and hasattr(array, "shape")):
+            raise ConfigError(rule(name, array, "be an array", "wrap it in jnp.asarray"))
     if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:
         raise ConfigError(
             rule("x.shape", x.shape, f"end in hidden_size={cfg.hidden_size}", "pass x as [..., H]")
@@ -349,7 +267,7 @@ def _check_operands(
                 )
 
 
-def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: _Layout) -> MoEParams:
+def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: Layout, mesh: Any) -> MoEParams:
     """On an Explicit mesh: pads replicated experts and reshards them; checks all other shardings."""
     specs = parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis)
     padded = parameters.pad_params(params, layout.num_ranks)
@@ -360,7 +278,7 @@ def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: _Layout) -> MoEP
         if value is None:
             done[name] = None
         elif value is not getattr(params, name):
-            done[name] = jax.sharding.reshard(value, spec)
+            done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
         else:
             got = jax.typeof(value).sharding.spec
             if _trim(got) != _trim(spec):
@@ -392,11 +310,11 @@ def _pad_tokens(x: jax.Array, token_mask: jax.Array | None, num_shards: int) -> 
     return jnp.pad(x.reshape(count, x.shape[-1]), ((0, added), (0, 0))), jnp.pad(mask, (0, added))
 
 
-def _order_in(mesh: Any, cfg: MoEConfig, layout: _Layout) -> jax.Array:
+def _order_in(mesh: Any, params: MoEParams, layout: Layout) -> jax.Array:
     """The order token of the call before this one in the same trace, or a first one; one value per device."""
     token = order.last(layout.chain_key(mesh))
     if token is not None:
         return token
     size = math.prod(layout.mesh_shape[axis] for axis in layout.order_axes)
-    first = jnp.broadcast_to(order.start(), (size,))
-    return jax.sharding.reshard(first, layout.order_spec) if layout.explicit else first
+    first = jnp.broadcast_to(order.start(params.router), (size,))
+    return jax.sharding.reshard(first, NamedSharding(mesh, layout.order_spec)) if layout.explicit else first

@@ -250,12 +250,7 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
         score_bias = jax.lax.stop_gradient(score_bias)
     router = cfg.router if callable(cfg.router) else ROUTERS[cfg.router]
     flat = logits.reshape(-1, experts)
-    ids, weights, scores = router(flat, score_bias, cfg)
-    wide, narrow = flat.shape, (flat.shape[0], cfg.top_k)
-    for name, array, shape in (("ids", ids, narrow), ("weights", weights, narrow), ("scores", scores, wide)):
-        if array.shape != shape:
-            cure = f"change what router={cfg.router!r} returns"
-            raise ConfigError(rule(f"{name}.shape", array.shape, f"be {shape}", cure))
+    ids, weights, scores = _checked_choice(router(flat, score_bias, cfg), flat.shape, cfg)
     lead = logits.shape[:-1]
     return Route(
         ids=ids.astype(jnp.int32).reshape(*lead, cfg.top_k),
@@ -263,6 +258,25 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
         scores=scores.astype(jnp.float32).reshape(logits.shape),
         logits=logits,
     )
+
+
+def _checked_choice(choice: Any, shape: tuple[int, ...], cfg: MoEConfig) -> tuple[jax.Array, ...]:
+    """What a router returned, if it is ids, weights and scores; a user's may return anything."""
+    cure = f"change what router={cfg.router!r} returns"
+    if not isinstance(choice, (tuple, list)) or len(choice) != 3:
+        raise ConfigError(rule("router(...)", type(choice).__name__, "be (ids, weights, scores)", cure))
+    narrow = (shape[0], cfg.top_k)
+    wanted = (
+        ("ids", jnp.integer, narrow),
+        ("weights", jnp.floating, narrow),
+        ("scores", jnp.floating, shape),
+    )
+    for array, (name, kind, want) in zip(choice, wanted, strict=True):
+        if array.shape != want:
+            raise ConfigError(rule(f"{name}.shape", array.shape, f"be {want}", cure))
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ConfigError(rule(f"{name}.dtype", str(array.dtype), f"be of kind {kind.__name__}", cure))
+    return tuple(choice)
 
 
 def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> Any:

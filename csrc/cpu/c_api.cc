@@ -23,6 +23,7 @@ std::string first_local_failure(const GroupTable& table) {
   for (const auto& group : table.groups) {
     if (group == nullptr) continue;
     if (std::string why = group->failure(); !why.empty()) return why;
+    if (std::string why = group->connect_error(); !why.empty()) return why;
   }
   return "";
 }
@@ -130,6 +131,12 @@ int32_t moriep_group_state(const char* name) {
     if (group != nullptr && !group->connected()) return MORIEP_GROUP_OPEN;
   }
   return MORIEP_GROUP_CONNECTED;
+}
+
+void moriep_group_failure(const char* name, char* text, int64_t text_size) {
+  const auto table = moriep::Registry::get().find(name);
+  const std::string why = table == nullptr ? "" : moriep::first_local_failure(*table);
+  moriep::report(Status(moriep::Code::kUnavailable, why), text, text_size);
 }
 
 void moriep_close_all() { moriep::Registry::get().close_all(); }

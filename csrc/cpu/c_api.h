@@ -35,5 +35,8 @@ MORIEP_EXPORT void moriep_group_connect_failed(const char* name, int64_t group, 
 
 MORIEP_EXPORT int32_t moriep_group_state(const char* name);
 
+// Writes why the group has failed; nothing if it has not.
+MORIEP_EXPORT void moriep_group_failure(const char* name, char* text, int64_t text_size);
+
 // Ends all groups of this process; peers learn that it left in good order.
 MORIEP_EXPORT void moriep_close_all();

@@ -134,6 +134,11 @@ void Group::connect_failed(const std::string& why) {
   changed_.notify_all();
 }
 
+std::string Group::connect_error() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return connect_error_;
+}
+
 bool Group::connected() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& arena : arenas_) {

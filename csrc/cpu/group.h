@@ -89,6 +89,8 @@ class Group {
   bool connected();
   // The first failure of a local rank, or an empty text.
   std::string failure();
+  // Why not all ranks will be connected, or an empty text.
+  std::string connect_error();
 
   void stop();
 

@@ -141,7 +141,8 @@ Status Step::compare_with(int32_t peer) {
   compare_number("capacity", header_.capacity, theirs.capacity);
   compare_number("dtype code", header_.dtype, theirs.dtype);
   compare_number("scalars carried", header_.with_scalars, theirs.with_scalars);
-  compare_number("the call's position in the program is", header_.order, theirs.order);
+  compare_number("the order token (which call of the program it is) has", header_.order,
+                 theirs.order);
   compare("config", header_.config, read_text(theirs.config, kConfigChars));
   if (differs.empty()) return Status();
   return Status(Code::kInvalidArgument,

@@ -169,7 +169,7 @@ TEST(ranks_that_run_different_programs_show_both_values, 40) {
   expect(odd, "the exchange is", "dispatch", "combine");
   odd = Tick();
   odd.order = 7;
-  expect(odd, "the call's position in the program is", "0", "7");
+  expect(odd, "the order token (which call of the program it is) has", "0", "7");
   odd = Tick();
   odd.dtype = 2;
   expect(odd, "dtype code", "1", "2");

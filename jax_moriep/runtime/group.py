@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from jax_moriep.errors import ShardingError, TransportError, rule
-from jax_moriep.runtime import compat, library, targets
+from jax_moriep.runtime import compat, library, order, targets
 from jax_moriep.runtime.store import DistributedStore, Store
 
 _ERROR_BYTES = 1024
@@ -197,6 +197,7 @@ def initialize(mesh: jax.sharding.Mesh, ep_axis: str = "ep") -> None:
       ShardingError: the mesh has no such axis.
       TransportError: the groups cannot be opened or connected.
     """
+    order.forget()
     remember_mesh(mesh)
     open_groups(mesh, ep_axis, wait=True, reopen=True)
 
@@ -301,8 +302,10 @@ def _wait_connected(name: str) -> None:
     deadline = time.monotonic() + timeout_seconds()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
+            native.moriep_group_failure(name.encode(), *_error_buffer())
+            why = _error.buffer.value.decode(errors="replace")
             raise TransportError(
-                f"group {name} has failed; restart the job, or call jm.initialize in every process"
+                f"group {name} has failed: {why}; restart the job, or call jm.initialize in every process"
             )
         if time.monotonic() > deadline:
             raise TransportError(
@@ -345,6 +348,7 @@ def _native() -> ctypes.CDLL:
         "moriep_group_connect": (i32, [text, i64, i64, i64_array, text, i64]),
         "moriep_group_connect_failed": (None, [text, i64, text]),
         "moriep_group_state": (i32, [text]),
+        "moriep_group_failure": (None, [text, text, i64]),
         "moriep_close_all": (None, []),
     }
     for name, (result, arguments) in prototypes.items():

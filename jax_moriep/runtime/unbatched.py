@@ -6,13 +6,16 @@ and ``jax.custom_batching`` cannot stand there because it has no reverse-mode de
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, TypeVar
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_moriep.errors import ConfigError
+
+_Tree = TypeVar("_Tree")
 
 _unbatched = Primitive("moriep_unbatched")
 _unbatched.def_impl(lambda x, *, cure: x)
@@ -28,6 +31,6 @@ def _refuse(operands: Any, dims: Any, *, cure: str) -> Any:
 batching.primitive_batchers[_unbatched] = _refuse
 
 
-def unbatched(x: jax.Array, cure: str) -> jax.Array:
-    """Gives x back; under vmap raises ConfigError with the text ``cure``."""
-    return _unbatched.bind(x, cure=cure)
+def unbatched(tree: _Tree, cure: str) -> _Tree:
+    """Gives a tree of arrays back; if vmap batches any of them, raises ConfigError with the text ``cure``."""
+    return jax.tree.map(functools.partial(_unbatched.bind, cure=cure), tree)

@@ -135,6 +135,53 @@ def test_meshes(transport, sizes, names, options):
     assert int(stats.expert_counts.sum()) == 8 * 6 * 3
 
 
+def test_biases_and_gates_under_tensor_parallelism(transport):
+    """Each bias is added once and each gate scales once, however many devices share an expert."""
+    cfg = jm.MoEConfig(
+        10,
+        3,
+        HIDDEN,
+        INNER,
+        router="gpt_oss",
+        router_bias=True,
+        activation="swiglu_clamped",
+        expert_bias=True,
+        shared_intermediate_size=4,
+        shared_gate=True,
+        transport=transport,
+    )
+    rng = np.random.default_rng(25)
+    filled = {
+        name: jnp.asarray(rng.normal(size=value.shape), jnp.float32)
+        for name, value in vars(jm.init_params(jax.random.key(0), cfg)).items()
+        if value is not None
+    }
+    params, (x, dy) = jm.MoEParams(**filled), tokens(rng, 8, 6)
+    (_, (want_y, _)), want = step(cfg, mesh_of(4))(x, params, dy, None)
+    mesh = mesh_of(2, 2, 2, names=("dp", "ep", "tp"))
+    (_, (y, _)), got = step(cfg, mesh, tp_axis="tp")(x, params, dy, None)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(want_y), atol=1e-3, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-2, rtol=1e-3)
+
+
+def test_nan_in_one_token_reaches_no_other(transport):
+    """Neither the values nor the gradients of other tokens; its own are NaN, and none is hidden."""
+    rng = np.random.default_rng(26)
+    layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
+    cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)
+    x, dy = tokens(rng, 4, 5)
+    (_, (want_y, _)), (want_d_x, _) = step(cfg, mesh_of(4))(x, params_of(layer), dy, None)
+    bad = x.copy()
+    bad[2, 3] = np.nan
+    (_, (y, _)), (d_x, _) = step(cfg, mesh_of(4))(bad, params_of(layer), dy, None)
+    others = np.ones((4, 5), bool)
+    others[2, 3] = False
+    for got, want in ((y, want_y), (d_x, want_d_x)):
+        assert np.isnan(np.asarray(got)[2, 3]).any()
+        np.testing.assert_allclose(np.asarray(got)[others], np.asarray(want)[others], atol=1e-5)
+
+
 def test_tokens_replicated_over_an_axis(transport):
     """An axis that token_axes leaves out holds copies; each copy runs its own exchange."""
     rng = np.random.default_rng(24)
@@ -144,12 +191,17 @@ def test_tokens_replicated_over_an_axis(transport):
 
 
 def test_finite_differences(transport):
-    """The gradient of a small layer against central differences, without any oracle."""
+    """The gradient of a small layer against central differences, without any oracle.
+
+    Only tokens whose choice of experts is clear take part, for a step that changes it meets a jump.
+    """
     rng = np.random.default_rng(25)
     layer = oracle.random_layer(rng, 6, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(6, 2, HIDDEN, INNER, transport=transport)
     mesh = mesh_of(3)
-    x, dy = tokens(rng, 3, 2)
+    many, dy = tokens(rng, 100)[0], tokens(rng, 3, 2)[1]
+    logits = np.sort(many @ layer.router, axis=1)
+    x = many[np.argsort(logits[:, -3] - logits[:, -2])[:6]].reshape(3, 2, HIDDEN)
     params = params_of(layer)
     run = step(cfg, mesh)
     _, (d_x, d_params) = run(x, params, dy, None)

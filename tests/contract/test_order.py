@@ -6,6 +6,7 @@ The transports that are made of XLA's own collectives are ordered by XLA; they r
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep.runtime import order
 
 BRANCHES, HIDDEN = 8, 1024
 
@@ -79,6 +81,79 @@ def test_eight_independent_exchanges_in_one_shard_map(transport):
     run = jax.jit(mapped)
     for _ in range(3):
         np.testing.assert_allclose(np.asarray(run(xs, ids, weights)), want, atol=1e-3, rtol=1e-4)
+
+
+def unordered_pairs(text):
+    """Pairs of our calls in compiled HLO of which neither depends on the other, and the number of calls."""
+    pairs, count = [], 0
+    for computation in re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ .*\{\n)", text):
+        instructions = dict(re.findall(r"^ +(?:ROOT )?(%[\w.\-]+) = (.*)$", computation, re.MULTILINE))
+        ours = [name for name, call in instructions.items() if 'custom_call_target="moriep_' in call]
+        ancestors = {}
+        for name, call in instructions.items():  # operands stand before their users
+            operands = set(re.findall(r"%[\w.\-]+", call)) & ancestors.keys()
+            ancestors[name] = operands.union(*(ancestors[operand] for operand in operands))
+        pairs += [(a, b) for i, b in enumerate(ours) for a in ours[:i] if a not in ancestors[b]]
+        count += len(ours)
+    return pairs, count
+
+
+def layers_in_a_row(remat=None):
+    def layer(x, params, cfg):
+        return x + jm.ep_moe(x, params, cfg, mesh=mesh())[0]
+
+    layer = remat(layer) if remat else layer
+
+    def model(x, params, cfg):
+        for p in params:
+            x = layer(x, p, cfg)
+        return x.sum()
+
+    return model
+
+
+def independent_layers(x, params, cfg):
+    return sum(jm.ep_moe(x + i, p, cfg, mesh=mesh())[0].sum() for i, p in enumerate(params))
+
+
+def scanned_layers(x, params, cfg):
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *params)
+    return jax.lax.scan(lambda x, p: (x + jm.ep_moe(x, p, cfg, mesh=mesh())[0], None), x, stacked)[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "calls"),
+    [
+        (layers_in_a_row(), 8),
+        (independent_layers, 8),
+        (
+            layers_in_a_row(
+                functools.partial(jax.checkpoint, policy=jm.checkpoint_policy(), static_argnums=2)
+            ),
+            8,
+        ),
+        (scanned_layers, 4),
+    ],
+    ids=["in a row", "independent", "checkpoint policy", "scan"],
+)
+def test_every_exchange_of_a_program_has_its_place(model, calls):
+    """The loss is linear in y, so that no cotangent depends on the forward pass."""
+    cfg = config("native")
+    params = [jm.init_params(jax.random.key(i), cfg) for i in range(2)]
+    run = jax.jit(jax.value_and_grad(functools.partial(model, cfg=cfg), argnums=(0, 1)))
+    pairs, found = unordered_pairs(run.lower(inputs("native")[0], params).compile().as_text())
+    assert found == calls
+    assert not pairs
+
+
+def test_chains_of_other_layers_begin_apart():
+    a, b = (jax.random.normal(jax.random.key(i), (32, 8)) for i in range(2))
+    assert order.start(a) == order.start(a)
+    assert order.start(a) != order.start(b)
+    for token in (order.start(a), order.start(b), order.start(jnp.full((2, 2), jnp.nan)), order.start()):
+        assert token.shape == (1,)
+        assert 0 <= float(token[0]) < 2**22
+        assert float(token[0]).is_integer()
 
 
 @functools.cache

@@ -81,6 +81,26 @@ def test_explicit_mesh():
     close(grad, want_grad)
 
 
+@pytest.mark.parametrize("num_experts", [8, 10])
+def test_explicit_mesh_that_is_only_passed(num_experts):
+    """Nothing is in context; the mask, and experts that must be padded, may lie elsewhere than the tokens."""
+    cfg = jm.MoEConfig(num_experts, 2, HIDDEN, 8, transport="native")
+    params = jm.init_params(jax.random.key(1), cfg)
+    mesh, x = mesh_of(4, kind=AxisType.Explicit), tokens(8, 6)
+    mask = jnp.arange(48).reshape(8, 6) % 5 != 0
+
+    def on(mesh):
+        return jax.jit(lambda x, p, m: jm.ep_moe(x, p, cfg, mesh=mesh, token_mask=m)[0])
+
+    specs = jm.param_specs(cfg) if num_experts == 8 else jax.tree.map(lambda _: P(), params)
+    placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, specs)
+    x_placed = jax.device_put(x, NamedSharding(mesh, P("ep")))
+    close(
+        on(mesh)(x_placed, placed, jax.device_put(mask, NamedSharding(mesh, P()))),
+        on(mesh_of(4))(x, params, mask),
+    )
+
+
 def test_explicit_mesh_pads_replicated_experts():
     cfg = jm.MoEConfig(10, 2, HIDDEN, 8, transport="native")
     params = jm.init_params(jax.random.key(1), cfg)
@@ -200,6 +220,26 @@ def test_vmap_says_what_to_do(case):
     ):
         with pytest.raises(jm.ConfigError, match=r"cannot be batched by jax.vmap.*pass the whole batch"):
             fn(batch)
+    masks = jnp.ones((2, *x.shape[:-1]), bool)
+    for fn, batched in (
+        (lambda p: jm.ep_moe(x, p, cfg, mesh=mesh)[0], jax.tree.map(lambda p: jnp.stack([p, p]), params)),
+        (lambda mask: jm.ep_moe(x, params, cfg, mesh=mesh, token_mask=mask)[0], masks),
+    ):
+        with pytest.raises(jm.ConfigError, match=r"cannot be batched by jax.vmap"):
+            jax.vmap(fn)(batched)
+
+
+def test_vmap_of_the_exchanges_says_what_to_do(transport):
+    cfg = config(transport)
+    ids, weights = jnp.zeros((8, cfg.top_k), jnp.int32), jnp.ones((8, cfg.top_k))
+
+    def exchanged(x):
+        disp = jm.dispatch(x, ids, weights, cfg)
+        return jm.combine(disp.rows, disp.plan)
+
+    mapped = jax.shard_map(jax.vmap(exchanged), mesh=mesh_of(1), in_specs=P(), out_specs=P("ep"))
+    with pytest.raises(jm.ConfigError, match=r"dispatch and combine cannot be batched by jax.vmap"):
+        mapped(tokens(2, 8))
 
 
 def test_several_layers_and_configs_in_one_program(transport):

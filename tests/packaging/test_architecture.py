@@ -18,8 +18,8 @@ LAYERS = [
     ["plan"],
     ["runtime"],
     ["transports"],
-    ["quant", "order", "exchange", "experts", "routing"],
-    ["params", "stats", "weights", "explain"],
+    ["quant", "exchange", "experts", "routing"],
+    ["layout", "params", "stats", "weights", "explain"],
     ["layer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,7 @@
 """Each mistake a user can make at trace time gives an error that names the value, the rule and the cure."""
 
+import ctypes
+import functools
 import re
 
 import jax
@@ -73,6 +75,21 @@ def test_configs_are_equal_and_hash_by_value():
     assert type(numpy_made.top_k) is int
 
 
+def test_a_config_in_words_is_the_same_in_every_process():
+    class Router:
+        def __call__(self, logits, bias, cfg):
+            return jm.ROUTERS["softmax_topk"](logits, bias, cfg)
+
+    def described(router):
+        return jm.MoEConfig(8, 2, 16, 8, router=router).describe()
+
+    assert described(Router()).endswith("Router")
+    partial = functools.partial(Router(), object(), scale=2.0)
+    assert re.search(r"router=partial\(\S+Router, <object object>, scale=2.0\)$", described(partial))
+    assert "0x" not in described(partial)
+    assert described(partial) != described(functools.partial(Router(), object(), scale=3.0))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -86,6 +103,8 @@ def test_configs_are_equal_and_hash_by_value():
         ({"token_axes": ("dp",)}, jm.ShardingError, "token_axes='dp' must be an axis of the mesh"),
         ({"mesh": None}, jm.ShardingError, "mesh=None must find a mesh in context"),
         ({"params": {"router": 1}}, jm.ConfigError, "params='dict' must be a jm.MoEParams"),
+        ({"token_mask": [True] * 8}, jm.ConfigError, "must be an array; wrap it in jnp.asarray"),
+        ({"mesh": 8}, jm.ShardingError, "mesh=8 must be a jax.sharding.Mesh or AbstractMesh"),
     ],
 )
 def test_layer(options, error, text):
@@ -223,6 +242,17 @@ def test_library_of_another_api_version(tmp_path):
     for built in ((major, minor + 1), (major + 1, 0)):
         with pytest.raises(jm.LibraryError, match=rf"built for XLA FFI API {built[0]}.{built[1]}.*rebuild"):
             library.check_api_version(tmp_path, built)
+
+
+def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
+    """The cause is told at once, not a timeout after JAX_MORIEP_TIMEOUT seconds."""
+    native = group._native()
+    ids = (ctypes.c_int64 * 2)(0, 2048)
+    local = (ctypes.c_uint8 * 2)(1, 0)  # rank 1 lives in another process
+    assert native.moriep_group_open(b"halves", 1, 2, ids, local, 60.0, *group._error_buffer()) == 0
+    native.moriep_group_connect_failed(b"halves", 0, b"rank 1: it runs on another machine")
+    with pytest.raises(jm.TransportError, match="halves has failed: rank 1: it runs on another machine"):
+        group._wait_connected("halves")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])

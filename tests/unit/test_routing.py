@@ -358,6 +358,27 @@ def test_callable_router_of_wrong_shape(wrong):
 
 
 @pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda ids, weights, scores: (ids + 0.7, weights, scores),
+            "ids.dtype='float32' must be of kind",
+        ),
+        (lambda ids, weights, scores: (ids, ids, scores), "weights.dtype='int32' must be of kind floating"),
+        (lambda ids, weights, scores: (ids, weights), r"'tuple' must be \(ids, weights, scores\)"),
+        (lambda ids, weights, scores: ids, r"must be \(ids, weights, scores\)"),
+    ],
+)
+def test_callable_router_of_wrong_kind(change, text):
+    def mine(logits, bias, cfg):
+        return change(*ROUTERS["softmax_topk"](logits, bias, cfg))
+
+    cfg = make_cfg(mine)
+    with pytest.raises(ConfigError, match=text):
+        route(tokens(T), make_params(cfg), cfg)
+
+
+@pytest.mark.parametrize(
     ("x", "changes", "text"),
     [
         (jnp.zeros((T, H), jnp.int32), {}, r"x\.dtype='int32' must be floating"),

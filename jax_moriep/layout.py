@@ -1,0 +1,125 @@
+"""Layout: which axis of the mesh does what in a layer, and how its tokens are split. All static."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_moriep.errors import ShardingError, rule
+from jax_moriep.runtime import compat, group
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which mesh axes do what; all static."""
+
+    mesh_shape: dict[str, int] = dataclasses.field(hash=False)
+    explicit: bool
+    ep_axis: str
+    tp_axis: str | None
+    token_axes: tuple[str, ...]
+    token_spec: PartitionSpec | None
+
+    @classmethod
+    def of(cls, mesh: Any, ep_axis: str, token_axes: Any, tp_axis: str | None) -> Layout:
+        group.check_axis(mesh, ep_axis, "ep_axis")
+        if tp_axis is not None:
+            group.check_axis(mesh, tp_axis, "tp_axis")
+            if tp_axis == ep_axis:
+                raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
+        spec = token_axes if isinstance(token_axes, PartitionSpec) else None
+        if token_axes is None:
+            names = tuple(axis for axis in mesh.axis_names if axis != tp_axis)
+        elif isinstance(token_axes, str):
+            names = (token_axes,)
+        elif spec is not None:
+            names = axes_of(spec)
+        else:
+            names = tuple(token_axes)
+        for axis in names:
+            group.check_axis(mesh, axis, "token_axes")
+        if ep_axis not in names:
+            raise ShardingError(
+                rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks")
+            )
+        if tp_axis in names:
+            raise ShardingError(
+                rule(
+                    "token_axes",
+                    names,
+                    f"not contain tp_axis={tp_axis!r}",
+                    "tokens are the same on all tp ranks",
+                )
+            )
+        kinds = {t for t in mesh.axis_types if t != AxisType.Manual}
+        return cls(dict(mesh.shape), kinds == {AxisType.Explicit}, ep_axis, tp_axis, names, spec)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.mesh_shape[self.ep_axis]
+
+    @property
+    def num_shards(self) -> int:
+        return math.prod(self.mesh_shape[axis] for axis in self.token_axes)
+
+    @property
+    def order_axes(self) -> tuple[str, ...]:
+        return self.token_axes if self.tp_axis is None else (*self.token_axes, self.tp_axis)
+
+    @property
+    def order_spec(self) -> PartitionSpec:
+        return PartitionSpec(self.order_axes)
+
+    def chain_key(self, mesh: Any) -> tuple[Any, ...]:
+        return ("ep_moe", mesh, self.ep_axis, self.order_axes)
+
+    def vary_over_tp(self, array: jax.Array) -> jax.Array:
+        return array if self.tp_axis is None else compat.pcast_varying(array, frozenset({self.tp_axis}))
+
+    def spec_of_tokens(self, x: jax.Array) -> tuple[PartitionSpec, bool]:
+        """How x is split, and whether its sizes allow it."""
+        if self.explicit:
+            return self._spec_on_explicit_mesh(x), True
+        spec = self.token_spec or PartitionSpec(self.token_axes)
+        if len(spec) > x.ndim - 1:
+            if self.token_spec is not None:
+                raise ShardingError(
+                    rule(
+                        "token_axes",
+                        spec,
+                        f"name at most the {x.ndim - 1} leading dimensions of x",
+                        "shorten it",
+                    )
+                )
+            return spec, False
+        sizes = [math.prod(self.mesh_shape[a] for a in axes_of(PartitionSpec(part))) for part in spec]
+        divides = all(x.shape[i] % size == 0 for i, size in enumerate(sizes))
+        return spec, divides
+
+    def _spec_on_explicit_mesh(self, x: jax.Array) -> PartitionSpec:
+        spec = jax.typeof(x).sharding.spec
+        last = spec[x.ndim - 1] if len(spec) == x.ndim else None
+        if set(axes_of(spec)) != set(self.token_axes) or last is not None:
+            want = PartitionSpec(self.token_axes, *[None] * (x.ndim - 1))
+            raise ShardingError(
+                rule(
+                    "x.sharding",
+                    spec,
+                    f"split the leading dimensions over token_axes={self.token_axes} and leave H whole",
+                    f"use jax.sharding.reshard(x, {want})",
+                )
+            )
+        return PartitionSpec(*spec[: x.ndim - 1])
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec names, in order."""
+    axes: list[str] = []
+    for part in spec:
+        if part is not None:
+            axes.extend(part if isinstance(part, tuple) else (part,))
+    return tuple(axes)
