@@ -1,11 +1,20 @@
 #include "call.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 namespace moriep {
 namespace {
 
 std::atomic<Runner> g_runner{nullptr};
+std::atomic<int64_t> g_running{0};
+
+// Counts the calls that run, also those that are about to find that there is no runner.
+struct Running {
+  Running() { g_running.fetch_add(1); }
+  ~Running() { g_running.fetch_sub(1); }
+};
 
 // A managed tensor with what it needs after the call is gone.
 template <typename Managed>
@@ -64,6 +73,7 @@ void Call::add(void* data, dlpack::Type type, const int64_t* dims, size_t ndim, 
 }
 
 bool Call::run() {
+  const Running running;
   const Runner runner = g_runner.load();
   if (runner == nullptr) {
     fail("Python is ending, or jax_moriep.interop was not used in this process");
@@ -97,6 +107,17 @@ dlpack::ManagedVersioned* Call::lend_versioned(size_t index, dlpack::Type type,
 }  // namespace moriep
 
 void moriep_interop_set_runner(moriep::Runner runner) { moriep::g_runner.store(runner); }
+
+int32_t moriep_interop_stop(double timeout_seconds) {
+  using Clock = std::chrono::steady_clock;
+  moriep::g_runner.store(nullptr);
+  const auto end = Clock::now() + std::chrono::duration<double>(timeout_seconds);
+  while (moriep::g_running.load() > 0) {
+    if (Clock::now() > end) return 0;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return 1;
+}
 
 void* moriep_interop_lend(const moriep::Call* call, int64_t index, int32_t type_code,
                           int32_t type_bits, int32_t versioned, int32_t read_only) {

@@ -72,9 +72,13 @@ class Call {
 
 }  // namespace moriep
 
-// Sets the function that runs calls; it takes Python's lock by itself. Null when Python ends: calls
-// fail from then on.
+// Sets the function that runs calls; it takes Python's lock by itself.
 MORIEP_EXPORT void moriep_interop_set_runner(moriep::Runner runner);
+
+// When Python ends: calls fail from now on. Waits for those that run, and gives 0 if some still do
+// after that time. Python ends a thread that asks for its lock too late, in the middle of what
+// called it, and XLA's pools wait forever for such a thread.
+MORIEP_EXPORT int32_t moriep_interop_stop(double timeout_seconds);
 
 // A DLManagedTensorVersioned, or a DLManagedTensor, over a tensor of the call.
 MORIEP_EXPORT void* moriep_interop_lend(const moriep::Call* call, int64_t index, int32_t type_code,

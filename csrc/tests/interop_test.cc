@@ -1,4 +1,6 @@
 // The calls of csrc/interop: what is lent, how it is counted, and that it may outlive the call.
+#include <thread>
+
 #include "check.h"
 #include "interop/call.h"
 
@@ -81,7 +83,31 @@ TEST(the_runner_runs_and_its_failure_is_the_error, 10) {
   moriep_interop_set_runner(break_down);
   CHECK(!call.run());
   CHECK_CONTAINS(call.error(), "an exception of its own");
-  moriep_interop_set_runner(nullptr);
+  CHECK(moriep_interop_stop(0) == 1);
+}
+
+std::atomic<bool> g_entered{false};
+std::atomic<bool> g_leave{false};
+
+int32_t wait_to_leave(const CallFields*) {
+  g_entered = true;
+  while (!g_leave) std::this_thread::yield();
+  return 1;
+}
+
+TEST(the_end_waits_for_calls_that_run, 10) {
+  moriep_interop_set_runner(wait_to_leave);
+  std::thread other([] {
+    Call call("name", {.type = dlpack::kCpu, .id = 0}, nullptr);
+    CHECK(call.run());
+  });
+  while (!g_entered) std::this_thread::yield();
+  CHECK(moriep_interop_stop(0.01) == 0);
+  Call late("name", {.type = dlpack::kCpu, .id = 0}, nullptr);
+  CHECK(!late.run());
+  g_leave = true;
+  CHECK(moriep_interop_stop(5) == 1);
+  other.join();
 }
 
 }  // namespace

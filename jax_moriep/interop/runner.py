@@ -45,6 +45,11 @@ class _Call(ctypes.Structure):
 _RUNNER = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(_Call))
 
 
+# How long Python, when it ends, waits for functions that are still running.
+_EXIT_SECONDS = 60.0
+_keep: list[object] = []  # What C++ has the address of.
+
+
 @functools.cache
 def start() -> None:
     """Loads the library, makes its custom call known to XLA and connects it with the registry, once.
@@ -66,12 +71,9 @@ def start() -> None:
     runner = _RUNNER(functools.partial(_run, lib))
     lib.moriep_interop_set_runner(runner)
     _keep.append(runner)
-    # A program that still runs when Python ends gets an error and no interpreter that is half gone.
-    atexit.register(lib.moriep_interop_set_runner, _RUNNER())
+    lib.moriep_interop_stop.argtypes = [ctypes.c_double]
+    atexit.register(lib.moriep_interop_stop, _EXIT_SECONDS)
     targets.register_interop()
-
-
-_keep: list[object] = []
 
 
 def _run(lib: ctypes.CDLL, pointer: ctypes._Pointer[_Call]) -> int:

@@ -3,17 +3,21 @@
 import gc
 import importlib.util
 import re
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
-from jax_moriep.interop import Tensor, dlpack_call, dtypes, runner
+from jax_moriep.interop import Tensor, dlpack_call, dtypes, runner, streams
 from jax_moriep.interop.tensor import Loans
 from jax_moriep.runtime import targets
 
@@ -481,3 +485,77 @@ def test_the_library_is_missing(monkeypatch, tmp_path):
     runner.start.cache_clear()
     with pytest.raises(jm.LibraryError, match=r"libmoriep_interop.so; reinstall"):
         dlpack_call(scale, S((3,), F32))
+
+
+ENDS_EARLY = """
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_moriep as jm
+
+
+def slow(x, out):
+    time.sleep(0.3)
+    np.asarray(out)[...] = np.asarray(x)
+
+
+@jax.jit
+def program(x):
+    for _ in range(5):
+        x = jm.interop.dlpack_call(slow, jax.ShapeDtypeStruct(x.shape, x.dtype))(x) @ x
+    return x
+
+
+result = program(jnp.ones((300, 300)))
+"""
+
+
+def test_python_may_end_while_a_program_runs():
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", ENDS_EARLY], check=True, timeout=120)
+
+
+# What can be seen of GPUs without one.
+
+
+def test_xlas_stream_is_the_current_one_of_the_libraries(monkeypatch):
+    log = []
+
+    class Context:
+        def __init__(self, *args, **options):
+            self.text = f"{args}{options}"
+
+        def __enter__(self):
+            log.append(self.text)
+
+        def __exit__(self, *exc):
+            log.append("left")
+
+    def library(**cuda):
+        return SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, **cuda))
+
+    torch = library(ExternalStream=lambda pointer, device: (pointer, device), stream=Context)
+    cupy = library(ExternalStream=Context, Device=Context)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with streams.current(3, 4096):
+        assert log == ["((4096, 3),){}", "(3,){}", "(4096, 3){}"]
+    assert log[3:] == ["left"] * 3
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_lowers_for_gpus(platform):
+    traced = jax.jit(jax.grad(lambda x: scaled(x, scale_vjp).sum())).trace(X)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert f'"{__name__}.scale_vjp"' in text
+
+
+def test_an_export_runs_by_the_functions_name():
+    check = export.DisabledSafetyCheck.custom_call("moriep_dlpack_call")
+    platforms = ["cpu", "cuda", "rocm"]
+    exported = export.export(jax.jit(scaled), platforms=platforms, disabled_checks=[check])(X)
+    restored = export.deserialize(exported.serialize())
+    np.testing.assert_allclose(restored.call(X), 3 * X)
