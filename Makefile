@@ -41,7 +41,7 @@ test-cpp: .venv/.ready
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.
 NEWEST_TESTS := tests/contract/test_order.py tests/contract/test_transforms.py tests/lowering \
-  tests/multiprocess/test_launch.py tests/unit/test_doctor.py tests/unit/test_flax.py
+  tests/multiprocess/test_launch.py tests/unit/test_doctor.py tests/unit/test_flax.py tests/unit/test_interop.py
 ifeq ($(NEWEST_PYTHON),)
 test-newest:
 	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from jax_moriep import weights
+from jax_moriep import interop, weights
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import (
     CapacityOverflow,
@@ -49,6 +49,7 @@ __all__ = [
     "flax",
     "init_params",
     "initialize",
+    "interop",
     "pad_params",
     "param_specs",
     "route",

@@ -17,8 +17,11 @@ from jax_moriep.runtime import library
 DISPATCH = "moriep_dispatch"
 REPLAY = "moriep_replay"
 COMBINE = "moriep_combine"
+DLPACK_CALL = "moriep_dlpack_call"
 
 _SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+# XLA's names of platforms are case-sensitive, and a wrong one is accepted and never used.
+_INTEROP_SYMBOLS = {"cpu": "MoriepDlpackCpu", "CUDA": "MoriepDlpackCuda", "ROCM": "MoriepDlpackRocm"}
 _registered: set[str] = set()
 _lock = threading.Lock()
 
@@ -39,6 +42,25 @@ def register(backend: str) -> None:
         for target, symbol in _SYMBOLS.items():
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(lib, symbol)), platform=backend)
         _registered.add(backend)
+
+
+def register_interop() -> None:
+    """Registers the interop library's handlers with XLA, once: one library for every platform.
+
+    jax keeps a handler of a platform that is not there until its plugin is loaded.
+
+    Raises:
+      LibraryError: the library is missing or does not fit.
+    """
+    with _lock:
+        if "interop" in _registered:
+            return
+        lib = library.load("interop")
+        for platform, symbol in _INTEROP_SYMBOLS.items():
+            jax.ffi.register_ffi_target(
+                DLPACK_CALL, jax.ffi.pycapsule(getattr(lib, symbol)), platform=platform
+            )
+        _registered.add("interop")
 
 
 def attributes(link: Link) -> dict[str, Any]:
@@ -69,3 +91,19 @@ def call(target: str, results: tuple[Any, ...], *operands: jax.Array, link: Link
       The results.
     """
     return tuple(jax.ffi.ffi_call(target, results, has_side_effect=False)(*operands, **attributes(link)))
+
+
+def call_function(name: str, results: tuple[Any, ...], *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Emits the custom call that runs a registered Python function.
+
+    It has no side effect either: the function must be pure.
+
+    Args:
+      name: of the function, from ``interop.registry``.
+      results: the result types, from ``compat.result_type``.
+      *operands: the operands.
+
+    Returns:
+      The results.
+    """
+    return tuple(jax.ffi.ffi_call(DLPACK_CALL, results, has_side_effect=False)(*operands, function=name))

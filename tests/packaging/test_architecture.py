@@ -27,7 +27,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
     "cpu": [r"moriep/", r"[a-z_]+\.h$"],
-    "tests": [r"moriep/", r"(\.\./)?cpu/", r"[a-z_]+\.h$"],
+    "interop": [r"[a-z_]+\.h$"],
+    "tests": [r"moriep/", r"(\.\./)?cpu/", r"interop/", r"[a-z_]+\.h$"],
 }
 
 
@@ -68,6 +69,17 @@ def test_python_depends_one_way(path):
         where = f"{path.relative_to(ROOT)}:{line} imports jax_moriep.{part}"
         assert part in LEVEL, f"{where}, which is at the top of the package"
         assert LEVEL[part] <= level, f"{where}, which is a layer above"
+
+
+def test_interop_stands_alone():
+    """It needs little of the package, and nothing needs it, but for the package's list of names."""
+    for path in python_modules():
+        for part, line in imported_parts(path):
+            where = f"{path.relative_to(ROOT)}:{line} imports jax_moriep.{part}"
+            if name_of(path) == "interop":
+                assert part in ("interop", "runtime", "config", "errors"), where
+            elif path != PACKAGE / "__init__.py":
+                assert part != "interop", where
 
 
 def test_every_layer_exists():
@@ -111,7 +123,7 @@ def test_cpp_below_the_handlers_knows_no_xla(folder):
         assert not re.search(r'#\s*include\s+[<"]xla/', path.read_text()), path
 
 
-@pytest.mark.parametrize("folder", ["include", "cpu", "ffi"])
+@pytest.mark.parametrize("folder", ["include", "cpu", "ffi", "interop"])
 def test_cpp_files_are_readable_in_one_sitting(folder):
     for path in cpp_files(folder):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path

@@ -48,6 +48,21 @@ for native, reference in zip(*results.values(), strict=True):
 print("same")
 """
 
+DLPACK_CALL = """
+import jax
+import numpy as np
+
+import jax_moriep as jm
+
+
+def triple(x, y):
+    np.multiply(np.asarray(x), 3, out=np.asarray(y))
+
+
+x = np.array([1, 2], np.float32)
+print(jax.jit(jm.interop.dlpack_call(triple, jax.ShapeDtypeStruct((2,), x.dtype)))(x))
+"""
+
 
 def run(*command, **variables):
     """Runs a command as a user would whose shell knows nothing of this checkout; returns its stdout."""
@@ -99,13 +114,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jax_moriep").rglob("*.py")}
     assert modules <= names
     others = {name for name in names - modules if ".dist-info/" not in name}
-    assert others == {"jax_moriep/py.typed", "jax_moriep/lib/libmoriep_cpu.so"}
+    libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop")}
+    assert others == {"jax_moriep/py.typed"} | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_library_exports_handlers_and_little_else(wheel, tmp_path):
+@pytest.mark.parametrize("name", ["cpu", "interop"])
+def test_the_library_exports_handlers_and_little_else(wheel, tmp_path, name):
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("jax_moriep/lib/libmoriep_cpu.so", tmp_path)
+        library = archive.extract(f"jax_moriep/lib/libmoriep_{name}.so", tmp_path)
     symbols = run("nm", "--dynamic", "--defined-only", library).split("\n")
     # Weak symbols are inline functions of the standard library, shared by every library of a process.
     strong = {line.split()[-1] for line in symbols if line and line.split()[1] == "T"}
@@ -118,6 +135,12 @@ def test_ep_moe_runs_from_the_wheel(installed, tmp_path):
     script.write_text(EP_MOE)
     flags = "--xla_force_host_platform_device_count=4"
     assert run(installed / "bin" / "python", script, JAX_PLATFORMS="cpu", XLA_FLAGS=flags) == "same\n"
+
+
+def test_dlpack_call_runs_from_the_wheel(installed, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DLPACK_CALL)
+    assert run(installed / "bin" / "python", script, JAX_PLATFORMS="cpu") == "[3. 6.]\n"
 
 
 def test_the_command_runs_from_the_wheel(installed):
