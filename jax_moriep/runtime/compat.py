@@ -62,6 +62,14 @@ def coordination_service(address: str, num_processes: int) -> Any:
     return _jax.get_distributed_runtime_service(address, num_processes)
 
 
+def device_kind(platform: str) -> str:
+    """The kind of this process's first device of a platform ("cuda", "rocm"); "" where it has none."""
+    try:
+        return jax.local_devices(backend=platform)[0].device_kind
+    except RuntimeError:
+        return ""
+
+
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()
