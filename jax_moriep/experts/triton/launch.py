@@ -96,6 +96,29 @@ def load(ref: Any, a: Span, b: Span, *lead: Any) -> jax.Array:
     return plgpu.load(ref.at[(*lead, a.slice, b.slice)], mask=mask, other=None if mask is None else 0)
 
 
+def load_pairs(ref: Any, lead: Any, cols: Span, second: int, depth: Span) -> jax.Array:
+    """Rows ``cols`` of ``ref[lead]`` and the rows ``second`` behind each, by turns: [2 * cols, depth].
+
+    A product with them has the columns that belong together side by side, in one thread's registers, so that
+    ``unpaired`` moves no data; and it is one wide product, for which a matrix unit reads less than for two.
+    """
+    pair = jnp.arange(2 * cols.size)
+    row = cols.first + pair // 2
+    index = (row + pair % 2 * second)[:, None], (depth.first + jnp.arange(depth.size))[None, :]
+    mask = None
+    if cols.stop is not None:
+        mask = jnp.broadcast_to((row < cols.stop)[:, None], (2 * cols.size, depth.size))
+    if depth.mask is not None:
+        mask = depth.mask[None, :] & (jnp.ones_like(index[0], jnp.bool_) if mask is None else mask)
+    lead = jnp.broadcast_to(lead, (1, 1))
+    return plgpu.load(ref.at[(lead, *index)], mask=mask, other=None if mask is None else 0)
+
+
+def unpaired(sums: jax.Array) -> tuple[jax.Array, ...]:
+    """The even and the odd columns."""
+    return tuple(jnp.unstack(sums.reshape(sums.shape[0], -1, 2), axis=2))
+
+
 def store(ref: Any, a: Span, b: Span, values: jax.Array, *lead: Any) -> None:
     """Writes the [a, b] tile of ``ref[*lead]``, where it is not masked."""
     plgpu.store(ref.at[(*lead, a.slice, b.slice)], values.astype(ref.dtype), mask=_mask(a, b))

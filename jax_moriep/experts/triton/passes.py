@@ -122,7 +122,7 @@ def _gate_up(
         results,
         name="moriep_gate_up",
         by_column=False,
-        parts=2,
+        paired=True,
         interpret=interpret,
     )
 

@@ -15,7 +15,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import Span, Tile, by_turns, call, dot, load, power_of_two, span, store
+from jax_moriep.experts.triton.launch import (
+    Span,
+    Tile,
+    by_turns,
+    call,
+    dot,
+    load,
+    load_pairs,
+    power_of_two,
+    span,
+    store,
+    unpaired,
+)
 from jax_moriep.experts.triton.tiles import RowTiles
 
 
@@ -55,7 +67,7 @@ def rows_times_weights(
     *,
     name: str,
     by_column: bool,
-    parts: int = 1,
+    paired: bool = False,
     zeroed: bool = False,
     interpret: bool,
 ) -> list[jax.Array]:
@@ -66,12 +78,12 @@ def rows_times_weights(
       weights: [L, N, D], contracted over the last dimension, or with ``by_column`` [L, D, N].
       tiles: the tiles of rows.
       tile: how the kernel is cut; ``tile.rows`` must be ``tiles.size``.
-      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums are f32 tiles, one for each part.
+      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums is a tuple of f32 tiles, one, or two if paired.
       extra: operands of the epilogue.
-      results: shape and dtype of each result. The tiles' columns are those of N / parts.
+      results: shape and dtype of each result.
       name: in profiles.
       by_column: see ``weights``.
-      parts: the result's columns are so many equal parts, such as gate and up, done together.
+      paired: a tile of columns is one of the first half of N, gate, and the same one of the second half, up.
       zeroed: fill the first result's rows behind the last run with zeros.
       interpret: see ``launch.call``.
 
@@ -79,7 +91,7 @@ def rows_times_weights(
       The results.
     """
     depth = rows.shape[1]
-    cols = weights.shape[2 if by_column else 1] // parts
+    cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
     tile = tile.fitted(cols, depth)
     assert tile.rows == tiles.size
     col_tiles = -(-cols // tile.cols)
@@ -104,24 +116,22 @@ def rows_times_weights(
             )
             read = at.real if tiles.overrun else Span(first, tile.rows)
 
-            def step(k: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def step(k: Any, sums: jax.Array) -> jax.Array:
                 deep = span(k * tile.depth, tile.depth, depth)
                 x = load(rows_ref, read, deep)
-                added = []
-                for part, total in enumerate(sums):
-                    wide = Span(at.cols.first + part * cols, tile.cols, at.cols.stop and (part + 1) * cols)
-                    if by_column:
-                        w = load(weights_ref, deep, wide, expert).astype(x.dtype)
-                        added.append(total + dot(x, w, 1, 0))
-                    else:
-                        w = load(weights_ref, wide, deep, expert).astype(x.dtype)
-                        added.append(total + dot(x, w, 1, 1))
-                return tuple(added)
+                if paired:
+                    w = load_pairs(weights_ref, expert, at.cols, cols, deep)
+                elif by_column:
+                    w = load(weights_ref, deep, at.cols, expert)
+                else:
+                    w = load(weights_ref, at.cols, deep, expert)
+                return sums + dot(x, w.astype(x.dtype), 1, 0 if by_column else 1)
 
-            zeros = tuple(jnp.zeros((tile.rows, tile.cols), jnp.float32) for _ in range(parts))
             # A tile that is all padding costs no product.
-            steps = jnp.where(first < stop, -(-depth // tile.depth), 0)
-            epilogue(at, lax.fori_loop(0, steps, step, zeros), *refs)
+            steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
+            sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
+            sums = lax.fori_loop(0, steps, step, sums)
+            epilogue(at, unpaired(sums) if paired else (sums,), *refs)
 
         by_turns(programs, num_tiles * col_tiles, product)
 
