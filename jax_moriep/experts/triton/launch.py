@@ -136,6 +136,22 @@ def store_vector(ref: Any, a: Span, values: jax.Array, *lead: Any) -> None:
     plgpu.store(ref.at[(*lead, a.slice)], values.astype(ref.dtype), mask=a.mask)
 
 
+def in_slices(rows: Span, size: int, body: Callable[[Span], None]) -> None:
+    """Runs body on slices of ``size`` rows, one after the other, so that few values are alive at a time."""
+
+    def one(i: Any, carry: Any) -> Any:
+        body(Span(rows.first + i * size, size, rows.stop))
+        return carry
+
+    lax.fori_loop(0, rows.size // size, one, ())
+
+
+def barrier(interpret: bool) -> None:
+    """Lets every thread of the program see what the others wrote to global memory before."""
+    if not interpret:
+        plgpu.debug_barrier()
+
+
 def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
     """Contracts one dimension of each and sums in f32; f32 products are exact, not TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

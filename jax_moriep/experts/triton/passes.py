@@ -23,7 +23,16 @@ import jax.numpy as jnp
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.experts.triton import activation
 from jax_moriep.experts.triton.biases import row_sums, rows_times_bias
-from jax_moriep.experts.triton.launch import Span, Tile, load, load_vector, store, store_vector
+from jax_moriep.experts.triton.launch import (
+    Span,
+    Tile,
+    barrier,
+    in_slices,
+    load,
+    load_vector,
+    store,
+    store_vector,
+)
 from jax_moriep.experts.triton.products import At, rows_times_weights, weight_gradient
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
@@ -31,6 +40,8 @@ from jax_moriep.plan import run_starts
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 Tiles = Callable[[str], Tile]
 """The tile of each kernel, by its name above."""
+
+_SLICE = 32
 
 
 def forward(
@@ -225,19 +236,29 @@ def _d_act(
     capacity, inner = d_out.shape[0], w2.shape[2]
 
     def epilogue(at: At, sums: tuple[jax.Array], weights_ref: Any, *refs: Any) -> None:
-        (d_act,) = sums
         pre_refs, (act_ref, *d_pre_refs, shares_ref) = refs[: len(pre)], refs[len(pre) :]
-        gate = _pre(pre_refs, at.real, at.cols, saved_rows)
-        up = _pre(pre_refs, at.real, _second(at.cols, inner), saved_rows)
-        act, by_gate, by_up = activation.with_derivatives(gate, up, spec)
-        weight = load_vector(weights_ref, at.real)[:, None]
-        if not spec.weight_input:
-            store_vector(shares_ref, at.real, jnp.sum(d_act * act, axis=1), at.col_tile)
-            act, d_act = act * weight, d_act * weight
-        store(act_ref, at.real, at.cols, act)
-        for ref, factor in zip(d_pre_refs, (1, weight), strict=False):
-            store(ref, at.real, at.cols, d_act * by_gate * factor)
-            store(ref, at.real, _second(at.cols, inner), d_act * by_up * factor)
+
+        def finish(real: Span) -> None:
+            d_act = load(act_ref, real, at.cols).astype(jnp.float32)
+            gate = _pre(pre_refs, real, at.cols, saved_rows)
+            up = _pre(pre_refs, real, _second(at.cols, inner), saved_rows)
+            act, by_gate, by_up = activation.with_derivatives(gate, up, spec)
+            weight = load_vector(weights_ref, real)[:, None]
+            # Every thread has read its part of what the stores below replace.
+            barrier(interpret)
+            if not spec.weight_input:
+                store_vector(shares_ref, real, jnp.sum(d_act * act, axis=1), at.col_tile)
+                act, d_act = act * weight, d_act * weight
+            store(act_ref, real, at.cols, act)
+            for ref, factor in zip(d_pre_refs, (1, weight), strict=False):
+                store(ref, real, at.cols, d_act * by_gate * factor)
+                store(ref, real, _second(at.cols, inner), d_act * by_up * factor)
+
+        # The tile and what it is multiplied with do not fit into registers together. So it waits in memory,
+        # where the activations will be, and comes back in slices; the L2 cache holds it.
+        store(act_ref, at.real, at.cols, sums[0])
+        barrier(interpret)
+        in_slices(at.real, min(_SLICE, at.real.size), finish)
 
     tile = tile_of("d_act")
     d_pre = ((capacity, 2 * inner), d_out.dtype)
