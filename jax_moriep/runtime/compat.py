@@ -70,6 +70,20 @@ def device_kind(platform: str) -> str:
         return ""
 
 
+def has_hopper_kernels() -> bool:
+    """Whether Pallas-Mosaic kernels for Hopper run here: on such a GPU, from jax 0.11 on.
+
+    An older Pallas-Mosaic has some of the same names with other arguments.
+    """
+    if jax.__version_info__ < (0, 11):
+        return False
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return False
+    return str(getattr(device, "compute_capability", "")) == "9.0"
+
+
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()

@@ -25,7 +25,7 @@ import jax
 from jax import lax
 
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import passes, tuning
+from jax_moriep.experts.triton import hopper, hopper_passes, passes, tuning
 from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.runtime import compat
 
@@ -59,12 +59,12 @@ def expert_mlp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_mlp(spec: ExpertSpec, operands: tuple[jax.Array, ...]) -> jax.Array:
-    return _on_platform(passes.forward, spec, operands[0], 0, *operands)[0]
+    return _on_platform("forward", spec, operands[0], 0, *operands)[0]
 
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
     kept = saved_rows(spec, operands[0].shape[0])
-    out, saved = _on_platform(passes.forward, spec, operands[0], kept, *operands)
+    out, saved = _on_platform("forward", spec, operands[0], kept, *operands)
     return out, (operands, saved)
 
 
@@ -72,7 +72,7 @@ def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple
     operands, saved = residuals
     kept = saved_rows(spec, d_out.shape[0])
     d_rows, d_weights, *others = _on_platform(
-        passes.backward, spec, d_out, kept, d_out, saved, *operands
+        "backward", spec, d_out, kept, d_out, saved, *operands
     )
     return ((d_rows, d_weights, None, *others),)
 
@@ -81,11 +81,13 @@ _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
 
 
 def saved_rows(spec: ExpertSpec, capacity: int) -> int:
-    """Of how many rows pre-activations are kept."""
-    return capacity if spec.saved_rows is None else max(1, min(spec.saved_rows, capacity))
+    """Of how many rows pre-activations are kept: whole tiles of the Hopper kernels, or all."""
+    if spec.saved_rows is None:
+        return capacity
+    return min(-(-max(1, spec.saved_rows) // hopper.ROWS) * hopper.ROWS, capacity)
 
 
-def _on_platform(run: Callable[..., Any], spec: ExpertSpec, rows: jax.Array, kept: int, *arrays: Any) -> Any:
+def _on_platform(name: str, spec: ExpertSpec, rows: jax.Array, kept: int, *arrays: Any) -> Any:
     """Runs a pass as the platform wants it for which the program is lowered, wherever it is traced."""
 
     def on(platform: str) -> Callable[..., Any]:
@@ -95,10 +97,19 @@ def _on_platform(run: Callable[..., Any], spec: ExpertSpec, rows: jax.Array, kep
         def tile_of(kernel: str) -> Tile:
             return tuning.lookup(table, kind, platform, kernel, spec.block, rows.dtype.itemsize)
 
-        return functools.partial(run, spec, tile_of, kept, False)
+        return functools.partial(getattr(passes, name), spec, tile_of, kept, False)
 
-    interpreted = functools.partial(run, spec, _interpreted_tile, kept, True)
-    return lax.platform_dependent(*arrays, cpu=interpreted, rocm=on("rocm"), default=on("cuda"))
+    interpreted = functools.partial(getattr(passes, name), spec, _interpreted_tile, kept, True)
+    on_cuda = on("cuda")
+    if compat.has_hopper_kernels() and hopper.covers(spec, rows, *_operands(name, arrays)):
+        on_cuda = functools.partial(getattr(hopper_passes, name), spec, kept)
+    return lax.platform_dependent(*arrays, cpu=interpreted, rocm=on("rocm"), default=on_cuda)
+
+
+def _operands(name: str, arrays: tuple[Any, ...]) -> tuple[Any, Any, bool]:
+    """w1, w2 and whether there are biases."""
+    operands = arrays if name == "forward" else arrays[2:]
+    return operands[3], operands[4], len(operands) > 5
 
 
 def _interpreted_tile(kernel: str) -> Tile:

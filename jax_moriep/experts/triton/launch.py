@@ -179,6 +179,7 @@ def call(
     programs: int,
     tile: Tile,
     interpret: bool,
+    aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
     """Runs ``kernel(*operand_refs, *result_refs)`` in a row of programs.
 
@@ -190,6 +191,7 @@ def call(
       programs: how many.
       tile: warps and stages.
       interpret: run as plain XLA operations, for tests on a CPU.
+      aliases: which operand's memory, and so its values, each result takes over.
 
     Returns:
       The results; what the kernel did not write is undefined.
@@ -202,5 +204,6 @@ def call(
         grid=(programs,),
         name=name,
         interpret=interpret,
+        input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     )(*like)

@@ -34,6 +34,7 @@ from jax_moriep.experts.triton.launch import (
     store_vector,
 )
 from jax_moriep.experts.triton.products import At, rows_times_weights, weight_gradient
+from jax_moriep.experts.triton.rowwise import pre_activations, second
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
@@ -109,7 +110,7 @@ def _gate_up(
             gate, up = gate * weight, up * weight
         if b1 is not None:
             gate = gate + load_vector(refs[0], at.cols, at.expert)[None, :]
-            up = up + load_vector(refs[0], _second(at.cols, inner), at.expert)[None, :]
+            up = up + load_vector(refs[0], second(at.cols, inner), at.expert)[None, :]
         if not again:
             store(refs[len(_given(b1))], at.real, at.cols, activation.value(gate, up, spec))
         if saved_rows or again:
@@ -117,7 +118,7 @@ def _gate_up(
             if 0 < saved_rows < capacity:
                 kept = Span(kept.first, kept.size, jnp.minimum(kept.stop, saved_rows))
             store(refs[-1], kept, at.cols, gate)
-            store(refs[-1], kept, _second(at.cols, inner), up)
+            store(refs[-1], kept, second(at.cols, inner), up)
 
     results = [] if again else [((capacity, inner), rows.dtype)]
     if saved_rows or again:
@@ -240,8 +241,7 @@ def _d_act(
 
         def finish(real: Span) -> None:
             d_act = load(act_ref, real, at.cols).astype(jnp.float32)
-            gate = _pre(pre_refs, real, at.cols, saved_rows)
-            up = _pre(pre_refs, real, _second(at.cols, inner), saved_rows)
+            gate, up = pre_activations(pre_refs, real, at.cols, inner, saved_rows)
             act, by_gate, by_up = activation.with_derivatives(gate, up, spec)
             weight = load_vector(weights_ref, real)[:, None]
             # Every thread has read its part of what the stores below replace.
@@ -252,7 +252,7 @@ def _d_act(
             store(act_ref, real, at.cols, act)
             for ref, factor in zip(d_pre_refs, (1, weight), strict=False):
                 store(ref, real, at.cols, d_act * by_gate * factor)
-                store(ref, real, _second(at.cols, inner), d_act * by_up * factor)
+                store(ref, real, second(at.cols, inner), d_act * by_up * factor)
 
         # The tile and what it is multiplied with do not fit into registers together. So it waits in memory,
         # where the activations will be, and comes back in slices; the L2 cache holds it.
@@ -278,21 +278,6 @@ def _d_act(
         by_column=True,
         interpret=interpret,
     )
-
-
-def _pre(refs: tuple[Any, ...], real: Span, cols: Span, saved_rows: int) -> jax.Array:
-    """Pre-activations in f32, from those kept or those computed again: every row is read from one place."""
-    saved, *again = refs
-    if not again:
-        return load(saved, real, cols).astype(jnp.float32)
-    row = real.first + jnp.arange(real.size)
-    kept = load(saved, Span(real.first, real.size, jnp.minimum(real.stop, saved_rows)), cols)
-    return jnp.where((row < saved_rows)[:, None], kept, load(again[0], real, cols)).astype(jnp.float32)
-
-
-def _second(cols: Span, inner: int) -> Span:
-    """The up columns that belong to gate columns."""
-    return Span(cols.first + inner, cols.size, None if cols.stop is None else cols.stop + inner)
 
 
 def unpacked(operands: tuple[Any, ...]) -> Operands:
