@@ -1,7 +1,7 @@
 """experts="triton": grouped matrix products in Pallas-Triton, one source for NVIDIA and AMD GPUs.
 
-The rows' layout makes the products dense: a run starts at a multiple of ``block`` and belongs to one expert, so
-a tile of rows needs one expert's weights and no gather. What follows from that:
+The rows' layout makes the products dense: a run starts at a multiple of ``block`` and belongs to one expert,
+so a tile of rows needs one expert's weights and no gather. What follows from that:
 
 - A table of tiles, made on the device from ``group_sizes``, says which expert and rows a tile has. Programs
   walk over the tiles in use only, so that time follows the rows and not the capacity; only the zeros of the
@@ -71,9 +71,7 @@ def _expert_mlp_fwd(spec: ExpertSpec, operands: tuple[jax.Array, ...]) -> tuple[
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
     operands, saved = residuals
     kept = saved_rows(spec, d_out.shape[0])
-    d_rows, d_weights, *others = _on_platform(
-        "backward", spec, d_out, kept, d_out, saved, *operands
-    )
+    d_rows, d_weights, *others = _on_platform("backward", spec, d_out, kept, d_out, saved, *operands)
     return ((d_rows, d_weights, None, *others),)
 
 
@@ -113,6 +111,6 @@ def _operands(name: str, arrays: tuple[Any, ...]) -> tuple[Any, Any, bool]:
 
 
 def _interpreted_tile(kernel: str) -> Tile:
-    """Small and of uneven sides, with fewer programs than tiles, so that tests meet every mask and every turn."""
+    """Small, of uneven sides and with few programs, so that tests meet every mask and every turn."""
     del kernel
     return Tile(rows=16, cols=32, depth=16, warps=4, stages=1, programs=3, group=2)

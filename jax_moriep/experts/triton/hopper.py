@@ -1,12 +1,12 @@
-"""The products once more for Hopper GPUs, in Pallas-Mosaic: bulk copies, a warpgroup that only loads, two that multiply.
+"""The products once more for Hopper GPUs, in Pallas-Mosaic: one warpgroup copies tiles, two multiply.
 
-Triton feeds Hopper's matrix unit through the threads' own loads, whose power and issue slots the products then
-lack: on an H100 it reaches 0.84 to 0.87 of the dense matmul, these reach it. They cover the common case, which
+Triton feeds Hopper's matrix unit through loads of all threads; on an H100 the same tiles then reach 0.84 to
+0.87 of the dense matmul, where bulk copies reach all of it. These kernels cover the common case, which
 ``covers`` states; everything else runs in Triton.
 
 Three things keep the kernels plain:
-- Tiles have 128 rows and ``block`` is a multiple of that, so a tile is one expert's alone and every store is a
-  whole tile. Padding rows of intermediates are zeros or never read.
+- Tiles have 128 rows and ``block`` is a multiple of that, so a tile is one expert's alone and every store is
+  a whole tile. Padding rows of intermediates are zeros or never read.
 - Row weights multiply the activations in gate_up, so that the product after it has no epilogue.
 - The one place where padding could meet a sum is a weight gradient's last step over an expert's rows: there
   each warpgroup clears the padding in its own part of the operand that may hold anything.
@@ -63,7 +63,10 @@ def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: 
         pipeline = functools.partial(
             _pipeline,
             steps=depth // _DEPTH,
-            specs=[_along(ROWS, _DEPTH, 1), _along(_DEPTH, width, 0) if by_column else _along(width, _DEPTH, 1)],
+            specs=[
+                _along(ROWS, _DEPTH, 1),
+                _along(_DEPTH, width, 0) if by_column else _along(width, _DEPTH, 1),
+            ],
         )
 
         @_scoped(pipeline, (rows_ref, weights_ref.at[0]), rows.dtype)
@@ -76,7 +79,7 @@ def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: 
                 at_rows, at_cols = pl.ds(first, ROWS), pl.ds(col_tile * width, width)
 
                 def compute(run: Callable[[Any], None]) -> None:
-                    @functools.partial(pl.run_scoped, total=mg.ACC((height, width), jnp.float32))
+                    @functools.partial(pl.run_scoped, total=_sums((height, width), jnp.float32))
                     def _(total: Any) -> None:
                         run(total)
                         target = out_ref.at[at_rows, at_cols].at[own]
@@ -144,7 +147,7 @@ def gate_up(
 
                 def finish(gate: jax.Array, up: jax.Array) -> None:
                     if act:
-                        factor = mg.load(
+                        factor = mg.load(  # pyright: ignore[reportCallIssue]
                             factors_ref.at[pl.ds(first + me * height, height)],
                             layout=mg.Layout.WGMMA.reduce(1),
                             optimized=False,
@@ -161,7 +164,7 @@ def gate_up(
                             _leave(parts, pieces, me)
 
                 def compute(run: Callable[[Any], None]) -> None:
-                    sums = [mg.ACC((height, width), jnp.float32)] * 2
+                    sums = [_sums((height, width), jnp.float32)] * 2
 
                     @functools.partial(pl.run_scoped, gate=sums[0], up=sums[1])
                     def _(gate: Any, up: Any) -> None:
@@ -212,9 +215,7 @@ def weight_gradient(
     height, wide = (ROWS // 2, width) if by_rows else (ROWS, width // 2)
 
     def body(starts_ref: Any, sizes_ref: Any, left_ref: Any, right_ref: Any, out_ref: Any) -> None:
-        pipeline = functools.partial(
-            _pipeline, specs=[_along(_DEPTH, ROWS, 0), _along(_DEPTH, width, 0)]
-        )
+        pipeline = functools.partial(_pipeline, specs=[_along(_DEPTH, ROWS, 0), _along(_DEPTH, width, 0)])
 
         @_scoped(functools.partial(pipeline, steps=_STEPS), (left_ref, right_ref), left.dtype)
         def _(allocations: Any, pieces: Any, me: Any) -> None:
@@ -230,7 +231,7 @@ def weight_gradient(
                 at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
                 def compute(run: Callable[[Any], None]) -> None:
-                    @functools.partial(pl.run_scoped, total=mg.ACC((height, wide), jnp.float32))
+                    @functools.partial(pl.run_scoped, total=_sums((height, wide), jnp.float32))
                     def _(total: Any) -> None:
                         run(total)
                         target = out_ref.at[expert].at[at_rows, at_cols]
@@ -246,9 +247,7 @@ def weight_gradient(
 
                     @pl.when(left_over < _DEPTH)
                     def _() -> None:
-                        row = mg.layout_cast(
-                            lax.broadcasted_iota(jnp.int32, dirty.shape, 0), mg.Layout.WGMMA
-                        )
+                        row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, dirty.shape, 0), mg.Layout.WGMMA)
                         values = dirty[...]
                         real = row < lax.broadcast_in_dim(left_over, row.shape, ())
                         dirty[...] = jnp.where(real, values, jnp.zeros_like(values))
@@ -265,6 +264,11 @@ def weight_gradient(
 
     shape = ((num_experts, tall, cols), left.dtype)
     return _call(body, (starts, group_sizes, left, right), [shape])[0]
+
+
+def _sums(shape: tuple[int, int], dtype: Any) -> Any:
+    """The registers of one warpgroup's sums."""
+    return mg.ACC(shape, dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _width(cols: int) -> int:
@@ -357,7 +361,9 @@ def _position(turn: Any, row_tiles: Any, col_tiles: int) -> tuple[Any, Any]:
     return first + lax.rem(in_group, height), lax.div(in_group, height)
 
 
-def _call(body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
+def _call(
+    body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]
+) -> list[Any]:
     like = compat.union_varying(*operands)
     kernel = mg.kernel(
         body,

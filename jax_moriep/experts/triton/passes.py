@@ -1,14 +1,14 @@
 """The forward and the backward pass: which products run, and what their epilogues do.
 
-=========  =====================================  ==============================================================
-kernel     product                                epilogue
-=========  =====================================  ==============================================================
-gate_up    rows x w1, gate and up together        bias, activation; keeps pre-activations for the backward pass
-down       activations x w2                       bias, row weight; zeros in padding and behind the last run
-d_act      d_out x w2                             derivatives of the activation, d(row weight)
-d_rows     d(pre-activations) x w1                zeros as in down; with ``weight_input`` the row weight
-dw1, dw2   rows of an expert, transposed x rows   none
-=========  =====================================  ==============================================================
+=========  ====================================  =========================================================
+kernel     product                               epilogue
+=========  ====================================  =========================================================
+gate_up    rows x w1, gate and up together       bias, activation; keeps pre-activations for the way back
+down       activations x w2                      bias, row weight; zeros in padding and behind the runs
+d_act      d_out x w2                            derivatives of the activation, d(row weight)
+d_rows     d(pre-activations) x w1               zeros as in down; with ``weight_input`` the row weight
+dw1, dw2   an expert's rows, transposed, x rows  none
+=========  ====================================  =========================================================
 """
 
 from __future__ import annotations
@@ -58,11 +58,19 @@ def forward(
       *operands: those of ``blocked.expert_mlp``; a bias that is None is left out.
 
     Returns:
-      The result [C, H], and with ``saved_rows`` the pre-activations [saved_rows, 2*I], undefined outside runs.
+      The result [C, H], and with ``saved_rows`` the pre-activations [saved_rows, 2*I], undefined outside
+      runs.
     """
+    act, *saved = gate_up(spec, tile_of("gate_up"), interpret, operands, saved_rows=saved_rows)
+    return (down(spec, tile_of("down"), interpret, act, operands), *saved)
+
+
+def down(
+    spec: ExpertSpec, tile: Tile, interpret: bool, act: jax.Array, operands: tuple[Any, ...]
+) -> jax.Array:
+    """The result [C, H] from activations [C, I]."""
     rows, row_weights, group_sizes, _, w2, _, b2 = unpacked(operands)
     capacity, hidden = rows.shape
-    act, *saved = _gate_up(spec, tile_of, interpret, operands, saved_rows=saved_rows)
 
     def epilogue(at: At, sums: tuple[jax.Array], weights_ref: Any, *refs: Any) -> None:
         (y,) = sums
@@ -72,8 +80,7 @@ def forward(
             y = y * load_vector(weights_ref, at.real)[:, None]
         store(refs[-1], at.own, at.cols, at.masked(y))
 
-    tile = tile_of("down")
-    (out,) = rows_times_weights(
+    return rows_times_weights(
         act,
         w2,
         row_tiles(group_sizes, spec.block, capacity, tile.rows),
@@ -85,13 +92,12 @@ def forward(
         by_column=False,
         zeroed=True,
         interpret=interpret,
-    )
-    return (out, *saved)
+    )[0]
 
 
-def _gate_up(
+def gate_up(
     spec: ExpertSpec,
-    tile_of: Tiles,
+    tile: Tile,
     interpret: bool,
     operands: tuple[Any, ...],
     *,
@@ -123,7 +129,6 @@ def _gate_up(
     results = [] if again else [((capacity, inner), rows.dtype)]
     if saved_rows or again:
         results.append(((capacity if again else saved_rows, 2 * inner), rows.dtype))
-    tile = tile_of("gate_up")
     return rows_times_weights(
         rows,
         w1,
@@ -163,41 +168,13 @@ def backward(
       The cotangents of rows, row weights, w1, w2, and of the biases that are given.
     """
     rows, row_weights, group_sizes, w1, w2, b1, b2 = unpacked(operands)
-    capacity, hidden = rows.shape
+    capacity = rows.shape[0]
     starts = run_starts(group_sizes, spec.block)
     pre = (saved,)
     if saved_rows < capacity:
-        pre += tuple(_gate_up(spec, tile_of, interpret, operands, recomputed_from=saved_rows))
-    act, *d_pre, shares = _d_act(spec, tile_of, saved_rows, interpret, d_out, pre, operands)
-
-    def epilogue(at: At, sums: tuple[jax.Array], *refs: Any) -> None:
-        (d_row,) = sums
-        if spec.weight_input:
-            weights_ref, rows_ref, out_ref, shares_ref = refs
-            row = load(rows_ref, at.real, at.cols).astype(jnp.float32)
-            store_vector(shares_ref, at.real, jnp.sum(at.masked(d_row) * row, axis=1), at.col_tile)
-            d_row = d_row * load_vector(weights_ref, at.real)[:, None]
-        else:
-            out_ref = refs[-1]
-        store(out_ref, at.own, at.cols, at.masked(d_row))
-
-    tile = tile_of("d_rows")
-    results = [((capacity, hidden), rows.dtype)]
-    if spec.weight_input:
-        results.append(((-(-hidden // tile.fitted(hidden, 1).cols), capacity), jnp.float32))
-    d_rows, *input_shares = rows_times_weights(
-        d_pre[0],
-        w1,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows),
-        tile,
-        epilogue,
-        (row_weights, rows) if spec.weight_input else (),
-        results,
-        name="moriep_d_rows",
-        by_column=True,
-        zeroed=True,
-        interpret=interpret,
-    )
+        pre += tuple(gate_up(spec, tile_of("gate_up"), interpret, operands, recomputed_from=saved_rows))
+    act, *d_pre, shares = d_activations(spec, tile_of("d_act"), saved_rows, interpret, d_out, pre, operands)
+    d_x, *input_shares = d_rows(spec, tile_of("d_rows"), interpret, d_pre[0], operands)
     gradient = functools.partial(weight_gradient, starts=starts, group_sizes=group_sizes, interpret=interpret)
     # The last one carries the row's weight: with weight_input it is the input's factor, not d_pre's own.
     dw1 = gradient(d_pre[-1], rows, dtype=w1.dtype, tile=tile_of("dw1"), name="moriep_dw1")
@@ -215,12 +192,48 @@ def backward(
             few = row_tiles(group_sizes, spec.block, capacity, 32)
             d_weight += rows_times_bias(d_out, b2, few, interpret=interpret)
     d_weight = jnp.where(real_rows(group_sizes, spec.block, capacity), d_weight, 0)
-    return d_rows, d_weight, dw1, dw2, *d_biases
+    return d_x, d_weight, dw1, dw2, *d_biases
 
 
-def _d_act(
+def d_rows(
+    spec: ExpertSpec, tile: Tile, interpret: bool, d_pre: jax.Array, operands: tuple[Any, ...]
+) -> list[jax.Array]:
+    """The cotangent of rows, and with ``weight_input`` shares of that of the row weights, f32[n, C]."""
+    rows, row_weights, group_sizes, w1, *_ = operands
+    capacity, hidden = rows.shape
+
+    def epilogue(at: At, sums: tuple[jax.Array], *refs: Any) -> None:
+        (d_row,) = sums
+        if spec.weight_input:
+            weights_ref, rows_ref, out_ref, shares_ref = refs
+            row = load(rows_ref, at.real, at.cols).astype(jnp.float32)
+            store_vector(shares_ref, at.real, jnp.sum(at.masked(d_row) * row, axis=1), at.col_tile)
+            d_row = d_row * load_vector(weights_ref, at.real)[:, None]
+        else:
+            out_ref = refs[-1]
+        store(out_ref, at.own, at.cols, at.masked(d_row))
+
+    results = [((capacity, hidden), rows.dtype)]
+    if spec.weight_input:
+        results.append(((-(-hidden // tile.fitted(hidden, 1).cols), capacity), jnp.float32))
+    return rows_times_weights(
+        d_pre,
+        w1,
+        row_tiles(group_sizes, spec.block, capacity, tile.rows),
+        tile,
+        epilogue,
+        (row_weights, rows) if spec.weight_input else (),
+        results,
+        name="moriep_d_rows",
+        by_column=True,
+        zeroed=True,
+        interpret=interpret,
+    )
+
+
+def d_activations(
     spec: ExpertSpec,
-    tile_of: Tiles,
+    tile: Tile,
     saved_rows: int,
     interpret: bool,
     d_out: jax.Array,
@@ -229,9 +242,9 @@ def _d_act(
 ) -> list[jax.Array]:
     """Activations [C, I] for dw2, d(pre-activations) [C, 2*I], and shares of d(row weight), f32[n, C].
 
-    The gradient of an output weight needs no second product of the forward pass: ``<d_y, w2 h> = <w2.T d_y, h>``.
-    An output weight is a factor of both, one with ``weight_input`` of none: then d(pre-activations) come a
-    second time, times the weight, for dw1.
+    The gradient of an output weight needs no second product of the forward pass:
+    ``<d_y, w2 h> = <w2.T d_y, h>``. An output weight is a factor of both, one with ``weight_input`` of none:
+    then d(pre-activations) come a second time, times the weight, for dw1.
     """
     _, row_weights, group_sizes, _, w2, _, _ = unpacked(operands)
     capacity, inner = d_out.shape[0], w2.shape[2]
@@ -260,7 +273,6 @@ def _d_act(
         barrier(interpret)
         in_slices(at.real, min(_SLICE, at.real.size), finish)
 
-    tile = tile_of("d_act")
     d_pre = ((capacity, 2 * inner), d_out.dtype)
     return rows_times_weights(
         d_out,

@@ -1,7 +1,7 @@
 """The grouped products: rows times their expert's weights, and the weights' gradients.
 
-Both walk over tiles of the result in an order that keeps one tile of columns in the L2 cache for several tiles
-of rows, and both take their epilogue as a function.
+Both walk over tiles of the result in an order that keeps one tile of columns in the L2 cache for several
+tiles of rows, and both take their epilogue as a function.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def rows_times_weights(
       weights: [L, N, D], contracted over the last dimension, or with ``by_column`` [L, D, N].
       tiles: the tiles of rows.
       tile: how the kernel is cut; ``tile.rows`` must be ``tiles.size``.
-      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums is a tuple of f32 tiles, one, or two if paired.
+      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums are f32 tiles: one,
+        or two if paired.
       extra: operands of the epilogue.
       results: shape and dtype of each result.
       name: in profiles.
@@ -147,9 +148,7 @@ def rows_times_weights(
 
             by_turns(programs, empty * col_tiles, fill)
 
-    return call(
-        kernel, name, (tiles.table, rows, weights, *extra), results, programs, tile, interpret
-    )
+    return call(kernel, name, (tiles.table, rows, weights, *extra), results, programs, tile, interpret)
 
 
 def weight_gradient(

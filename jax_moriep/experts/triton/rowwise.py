@@ -46,7 +46,8 @@ def activation_gradient(
 
     Args:
       d_act: [C, I], the cotangent of the weighted activations, anything in padding rows.
-      pre: the pre-activations that were kept, and those computed again if not all were; see ``pre_activations``.
+      pre: the pre-activations that were kept, and those computed again if not all were; see
+        ``pre_activations``.
       row_weights: f32[C].
       tiles: tiles of ``SLICE`` rows.
       spec: names the activation.
@@ -66,7 +67,7 @@ def activation_gradient(
 
         def one(turn: Any) -> None:
             row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
-            first, stop, end = (table_ref[line, row_tile] for line in (rows_of.FIRST, rows_of.STOP, rows_of.END))
+            first, stop, end = (table_ref[line, row_tile] for line in (1, 2, 3))
             real, own = Span(first, SLICE, stop), Span(first, SLICE, end)
             at_cols = span(col_tile * cols, cols, inner)
             d = load(d_act_ref, real, at_cols).astype(jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_moriep.plan import run_starts
 
 EXPERT, FIRST, STOP, END = range(4)
-"""Lines of the table: the expert, the tile's first row, the end of the run's real rows, the end of its blocks."""
+"""Lines of the table: the expert, the tile's first row, the end of its run's real rows and of its blocks."""
 NUM_TILES, USED_ROWS, FIRST_TILE = range(3)
 """Lines of the table's last column: tiles in use, the end of the last run's blocks, the first tile to do."""
 

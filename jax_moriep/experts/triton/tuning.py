@@ -36,8 +36,8 @@ Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 def class_of(block: int) -> str:
     """The class of a call's rows per expert.
 
-    ``group_sizes`` is not known when the program is made, but ``block`` is, and ``plan.default_block`` makes it
-    a quarter of an expert's mean run.
+    ``group_sizes`` is not known when the program is made, but ``block`` is, and ``plan.default_block`` makes
+    it a quarter of an expert's mean run.
     """
     return "few" if block < 16 else "some" if block < 64 else "many"
 
