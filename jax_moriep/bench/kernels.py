@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep.bench import ragged
+from jax_moriep.bench import oracle, ragged
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts import ExpertSpec, triton
-from jax_moriep.experts.reference import expert_mlp as plain_mlp
 from jax_moriep.experts.triton import hopper, passes, products, tuning
 from jax_moriep.experts.triton.tiles import row_tiles
 from jax_moriep.plan import default_block, run_starts
@@ -116,7 +115,7 @@ def kernels(data: Data) -> dict[str, tuple[Callable[..., Any], tuple[jax.Array, 
     pre = jax.random.normal(keys[1], (capacity, 2 * inner), rows.dtype)
     if compat.has_hopper_kernels() and hopper.covers(spec, rows, w1, w2, False):
         tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=hopper.ROWS)
-        made: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
+        made: dict[str, Any] = {
             "gate_up": (
                 lambda s, x, w, f: hopper.gate_up(x, w, f, tiles(s), spec, saved_rows=0, act=True),
                 (rows, w1, factors),
@@ -194,35 +193,39 @@ def by_turns(
     return seconds
 
 
-def errors(data: Data, results: tuple[jax.Array, ...]) -> dict[str, float]:
-    """Relative errors of the fullest and the emptiest expert's results, against f32; and of the padding."""
+def checked_experts(data: Data) -> dict[int, tuple[np.ndarray, ...]]:
+    """What the fullest and the emptiest expert give in float64: result and gradients."""
     rows, factors, _, w1, w2 = data.operands
     starts = np.asarray(run_starts(jnp.asarray(data.sizes), data.spec.block))
-    real = np.zeros(rows.shape[0], bool)
+    used = [int(e) for e in np.argsort(data.sizes, kind="stable") if data.sizes[e] > 0]
+    wanted = {}
+    for expert in {used[0], used[-1]}:
+        at = slice(int(starts[expert]), int(starts[expert] + data.sizes[expert]))
+        weight, d_y = (np.asarray(x[at], np.float64) for x in (factors, data.d_out))
+        want = oracle.mlp(
+            np.asarray(rows[at]), np.asarray(w1[expert]), np.asarray(w2[expert]), weight[:, None] * d_y
+        )
+        d_weight = (want.y * d_y).sum(axis=1)
+        wanted[expert] = (weight[:, None] * want.y, want.d_x, d_weight, want.d_w1, want.d_w2)
+    return wanted
+
+
+def errors(
+    data: Data, wanted: dict[int, tuple[np.ndarray, ...]], results: tuple[jax.Array, ...]
+) -> dict[str, float]:
+    """The largest relative errors of the experts in ``wanted``; and the largest value in padding."""
+    starts = np.asarray(run_starts(jnp.asarray(data.sizes), data.spec.block))
+    real = np.zeros(results[0].shape[0], bool)
     for start, size in zip(starts, data.sizes, strict=True):
         real[start : start + size] = True
-    padding = results[0] if len(results) == 1 else results[0] + results[1]
-    worst = {"padding": float(jnp.max(jnp.abs(jnp.where(jnp.asarray(real)[:, None], 0, padding))))}
-    order = np.argsort(data.sizes, kind="stable")
-    used = order[data.sizes[order] > 0]
-    for expert in {int(used[0]), int(used[-1])}:
+    padding = [jnp.max(jnp.abs(jnp.where(jnp.asarray(real)[:, None], 0, x))) for x in results[:2]]
+    worst = {"padding": float(jnp.max(jnp.stack(padding)))}
+    names = ("out", "d_rows", "d_row_weights", "dw1", "dw2")
+    for expert, want in wanted.items():
         at = slice(int(starts[expert]), int(starts[expert] + data.sizes[expert]))
-        one = (rows[at], factors[at], w1[expert : expert + 1], w2[expert : expert + 1])
-        one = tuple(x.astype(jnp.float32) for x in one)
-        spec = dataclasses.replace(data.spec, block=1)
-        count = jnp.asarray(data.sizes[expert : expert + 1])
-
-        def plain(
-            r: Any, f: Any, a: Any, b: Any, count: jax.Array = count, spec: ExpertSpec = spec
-        ) -> jax.Array:
-            return plain_mlp(r, f, count, a, b, None, None, spec)
-
-        want, pull = jax.vjp(jax.jit(plain), *one)
-        wanted = (want, *(pull(data.d_out[at].astype(jnp.float32)) if len(results) > 1 else ()))
-        for i, (a, b) in enumerate(zip(results, wanted, strict=True)):
-            got = (a[at] if i < 3 else a[expert : expert + 1]).astype(jnp.float32)
-            name = ("out", "d_rows", "d_row_weights", "dw1", "dw2")[i]
-            error = float(jnp.linalg.norm((got - b).ravel()) / jnp.linalg.norm(b.ravel()))
+        for i, (name, a, b) in enumerate(zip(names, results, want, strict=False)):
+            got = np.asarray(a[at] if i < 3 else a[expert], np.float64)
+            error = float(np.linalg.norm(got - b) / np.linalg.norm(b))
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
 
@@ -251,6 +254,7 @@ def measure(share_name: str, kind: str, rounds: int, say: Callable[[str], None])
         "errors": {},
     }
     decode = share.rows < 64 * share.experts
+    wanted = checked_experts(data)
     copied = jax.random.normal(jax.random.key(3), (1 << 29,), jnp.bfloat16)
     copy = jax.jit(lambda x: x * 2).lower(copied).compile()
     reference = (lambda: copy(copied)) if decode else (lambda: dense(dense_rows, dense_weight))
@@ -285,7 +289,7 @@ def measure(share_name: str, kind: str, rounds: int, say: Callable[[str], None])
             compiled = jax.jit(mlp(data, name, backward)).lower(*operands).compile()
             record(result["mlp"], label, functools.partial(compiled, *operands), 9 if backward else 3, calls)
             if name == "triton":
-                found = errors(data, compiled(*operands))
+                found = errors(data, wanted, compiled(*operands))
                 result["errors"][label] = found
                 say(
                     f"{share_name} {kind} {label}: errors "

@@ -26,6 +26,7 @@ BLOCK_AND_ROWS = {"few": (8, 32), "some": (32, 160), "many": (128, 1024)}
 def candidates(kernel: str, name: str) -> list[Tile]:
     """The tiles that are tried for a kernel and a class. gate_up has twice as many sums as columns say."""
     half = 2 if kernel == "gate_up" else 1
+    cut: Any
     of_rows = kernel in ("dw1", "dw2")
     if name == "few" and not of_rows:
         cut = itertools.product((16, 32, 64), (64, 128), (64, 128), (4,), (3, 4), (None,))

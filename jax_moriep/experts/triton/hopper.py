@@ -32,11 +32,13 @@ from jax_moriep.runtime import compat
 
 ROWS = 128
 _DEPTH = 64
-_STEPS = 4
+_STEPS = 3
 _GROUP = 8
 _PROGRAMS = 132
 _PIECE = 64
 """Rows and columns that leave a warpgroup's registers at a time."""
+_PIECES = 4
+"""How many of them have a place in shared memory: all of a warpgroup's tile, so that the next can begin."""
 
 
 def covers(spec: ExpertSpec, rows: jax.Array, w1: jax.Array, w2: jax.Array, biases: bool) -> bool:
@@ -146,6 +148,7 @@ def gate_up(
                 at_gate, at_up = pl.ds(col_tile * width, width), pl.ds(cols + col_tile * width, width)
 
                 def finish(gate: jax.Array, up: jax.Array) -> None:
+                    parts = []
                     if act:
                         factor = mg.load(  # pyright: ignore[reportCallIssue]
                             factors_ref.at[pl.ds(first + me * height, height)],
@@ -154,14 +157,17 @@ def gate_up(
                         )
                         factor = lax.broadcast_in_dim(factor, gate.shape, (0,))
                         h = jnp.where(factor != 0, activation.value(gate, up, spec) * factor, 0.0)
-                        _leave([(h, out_refs[0].at[at_rows, at_gate].at[own])], pieces, me)
-                    if saved_rows:
-
-                        @pl.when(first < saved_rows)
-                        def _() -> None:
-                            kept = out_refs[-1].at[at_rows]
-                            parts = [(gate, kept.at[:, at_gate].at[own]), (up, kept.at[:, at_up].at[own])]
-                            _leave(parts, pieces, me)
+                        parts.append((h, out_refs[0].at[at_rows, at_gate].at[own]))
+                    if not saved_rows:
+                        _leave(parts, pieces, me)
+                        return
+                    kept = out_refs[-1].at[at_rows]
+                    both = [(gate, kept.at[:, at_gate].at[own]), (up, kept.at[:, at_up].at[own])]
+                    if saved_rows == tiles.capacity:
+                        _leave(parts + both, pieces, me)
+                    else:
+                        _leave(parts, pieces, me)
+                        pl.when(first < saved_rows)(lambda: _leave(both, pieces, me))
 
                 def compute(run: Callable[[Any], None]) -> None:
                     sums = [_sums((height, width), jnp.float32)] * 2
@@ -314,7 +320,7 @@ def _scoped(pipeline: Any, refs: tuple[Any, ...], dtype: Any) -> Callable[[Calla
         @functools.partial(
             pl.run_scoped,
             allocations=pipeline(nothing, nothing).get_allocations(*refs),
-            pieces=mg.SMEM((2, 2, _PIECE, _PIECE), dtype, transforms=_swizzled(dtype)),
+            pieces=mg.SMEM((2, _PIECES, _PIECE, _PIECE), dtype, transforms=_swizzled(dtype)),
             collective_axes="wg",
         )
         def _(allocations: Any, pieces: Any) -> None:
@@ -326,7 +332,7 @@ def _scoped(pipeline: Any, refs: tuple[Any, ...], dtype: Any) -> Callable[[Calla
 
 
 def _leave(parts: list[tuple[jax.Array, Any]], pieces: Any, me: Any) -> None:
-    """Stores each (values, target), through two pieces of shared memory by turns; the copies run on."""
+    """Stores each (values, target) through pieces of shared memory, by turns; the copies run on."""
     mg.wait_smem_to_gmem(0, wait_read_only=True)
     turn = 0
     for values, target in parts:
@@ -334,10 +340,11 @@ def _leave(parts: list[tuple[jax.Array, Any]], pieces: Any, me: Any) -> None:
         for row in range(0, values.shape[0], _PIECE):
             for col in range(0, values.shape[1], _PIECE):
                 at = (slice(row, row + _PIECE), slice(col, col + _PIECE))
-                mg.wait_smem_to_gmem(1, wait_read_only=True)
-                pieces[me, turn % 2] = values[at]
+                if turn >= _PIECES:
+                    mg.wait_smem_to_gmem(_PIECES - 1, wait_read_only=True)
+                pieces[me, turn % _PIECES] = values[at]
                 mg.commit_smem()
-                mg.copy_smem_to_gmem(pieces.at[me, turn % 2], target.at[at])
+                mg.copy_smem_to_gmem(pieces.at[me, turn % _PIECES], target.at[at])
                 turn += 1
 
 

@@ -27,8 +27,8 @@ from jax_moriep.experts.triton.tiles import RowTiles
 
 SLICE = 32
 """Rows per program: those of the tiles that the functions here take."""
-_COLS = 256
-_PROGRAMS = 2112
+_COLS = 128
+_PROGRAMS = 16896
 _TILE = Tile(SLICE, _COLS, SLICE, warps=8, stages=1)
 
 
