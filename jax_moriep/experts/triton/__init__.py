@@ -101,7 +101,10 @@ def _on_platform(name: str, spec: ExpertSpec, rows: jax.Array, kept: int, *array
     on_cuda = on("cuda")
     if compat.has_hopper_kernels() and hopper.covers(spec, rows, *_operands(name, arrays)):
         on_cuda = functools.partial(getattr(hopper_passes, name), spec, kept)
-    return lax.platform_dependent(*arrays, cpu=interpreted, rocm=on("rocm"), default=on_cuda)
+    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on("rocm"), default=on_cuda)
+    # jax 0.10.2 forgets over which mesh axes a kernel's results vary.
+    axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
+    return tuple(compat.pcast_varying(x, axes) for x in results)
 
 
 def _operands(name: str, arrays: tuple[Any, ...]) -> tuple[Any, Any, bool]:
