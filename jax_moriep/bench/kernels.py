@@ -113,30 +113,21 @@ def kernels(data: Data) -> dict[str, tuple[Callable[..., Any], tuple[jax.Array, 
     keys = jax.random.split(jax.random.key(1), 2)
     act = jax.random.normal(keys[0], (capacity, inner), rows.dtype)
     pre = jax.random.normal(keys[1], (capacity, 2 * inner), rows.dtype)
-    units = {"product": 2, "gate_up": 2, "down": 1, "d_act": 1, "d_rows": 2, "dw1": 2, "dw2": 1}
     if compat.has_hopper_kernels() and hopper.covers(spec, rows, w1, w2, False):
-        # The table of tiles is made once for a pass, so it is no part of a kernel's time.
-        ready = row_tiles(sizes, spec.block, capacity, hopper.ROWS, interpret=False)
-
-        def product(table: jax.Array, x: jax.Array, w: jax.Array, by_column: bool = False) -> jax.Array:
-            return hopper.product(x, w, dataclasses.replace(ready, table=table), by_column=by_column)
-
-        def gate_up(table: jax.Array, x: jax.Array, w: jax.Array, f: jax.Array) -> list[jax.Array]:
-            tiles = dataclasses.replace(ready, table=table)
-            return hopper.gate_up(x, w, f, tiles, spec, saved_rows=0, act=True)
-
-        def gradient(s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
-            return hopper.weight_gradient(a, b, starts, s, unclean=unclean)
-
-        back = functools.partial(product, by_column=True)
+        tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=hopper.ROWS)
         made: dict[str, Any] = {
-            "product": (product, (ready.table, rows, w1)),
-            "gate_up": (gate_up, (ready.table, rows, w1, factors)),
-            "down": (product, (ready.table, act, w2)),
-            "d_act": (back, (ready.table, data.d_out, w2)),
-            "d_rows": (back, (ready.table, pre, w1)),
-            "dw1": (functools.partial(gradient, unclean="right"), (sizes, pre, rows)),
-            "dw2": (functools.partial(gradient, unclean="left"), (sizes, data.d_out, act)),
+            "gate_up": (
+                lambda s, x, w, f: hopper.gate_up(x, w, f, tiles(s), spec, saved_rows=0, act=True),
+                (rows, w1, factors),
+            ),
+            "down": (lambda s, x, w: hopper.product(x, w, tiles(s), by_column=False), (act, w2)),
+            "d_act": (lambda s, x, w: hopper.product(x, w, tiles(s), by_column=True), (data.d_out, w2)),
+            "d_rows": (lambda s, x, w: hopper.product(x, w, tiles(s), by_column=True), (pre, w1)),
+            "dw1": (lambda s, a, b: hopper.weight_gradient(a, b, starts, s, unclean="right"), (pre, rows)),
+            "dw2": (
+                lambda s, a, b: hopper.weight_gradient(a, b, starts, s, unclean="left"),
+                (data.d_out, act),
+            ),
         }
     else:
         kind, table = compat.device_kind("cuda"), tuning.table()
@@ -144,11 +135,9 @@ def kernels(data: Data) -> dict[str, tuple[Callable[..., Any], tuple[jax.Array, 
         def tile(kernel: str) -> Any:
             return tuning.lookup(table, kind, "cuda", kernel, spec.block, rows.dtype.itemsize)
 
-        made = {}
-        for name in tuning.KERNELS:
-            fn, operands = of_triton(data, name, tile(name), act, pre)
-            made[name] = fn, (sizes, *operands)
-    return {name: (fn, operands, units[name]) for name, (fn, operands) in made.items()}
+        made = {name: of_triton(data, name, tile(name), act, pre) for name in tuning.KERNELS}
+    units = {"gate_up": 2, "down": 1, "d_act": 1, "d_rows": 2, "dw1": 2, "dw2": 1}
+    return {name: (fn, (sizes, *operands), units[name]) for name, (fn, operands) in made.items()}
 
 
 def of_triton(
@@ -287,7 +276,7 @@ def measure(share_name: str, kind: str, rounds: int, say: Callable[[str], None])
         say(f"{share_name} {kind} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in entry.items()))
 
     for name, (fn, operands, units) in kernels(data).items():
-        if decode and name not in ("product", "gate_up", "down"):
+        if decode and name not in ("gate_up", "down"):
             continue
         compiled = jax.jit(fn).lower(*operands).compile()
         record(result["kernels"], name, functools.partial(compiled, *operands), units, 5)

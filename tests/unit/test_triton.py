@@ -55,7 +55,7 @@ def test_tiles(first_row, size, block):
     sizes = np.array([13, 0, 70, 1, 0, 200, 0], np.int32)
     aligned = -(-sizes // block) * block
     capacity = int(aligned.sum()) + 2 * block
-    tiles = row_tiles(jnp.asarray(sizes), block, capacity, size, first_row, interpret=True)
+    tiles = row_tiles(jnp.asarray(sizes), block, capacity, size, first_row)
     want, start = [], 0
     for expert, (real, rows) in enumerate(zip(sizes, aligned, strict=True)):
         for first in range(start, start + rows, size):

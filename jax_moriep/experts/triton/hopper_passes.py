@@ -14,7 +14,7 @@ from jax_moriep.plan import run_starts
 def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[jax.Array, ...]:
     """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``."""
     rows, row_weights, group_sizes, w1, w2 = operands
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS, interpret=False)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     act, *saved = hopper.gate_up(rows, w1, factors, tiles, spec, saved_rows=saved_rows, act=True)
@@ -29,13 +29,13 @@ def backward(
     rows, row_weights, group_sizes, w1, w2 = operands
     capacity = rows.shape[0]
     starts = run_starts(group_sizes, spec.block)
-    tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, interpret=False)
+    tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS)
     pre = (saved,)
     if saved_rows < capacity:
-        behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, saved_rows, interpret=False)
+        behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, saved_rows)
         pre += tuple(hopper.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False))
     d_act = hopper.product(d_out, w2, tiles, by_column=True)
-    slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE, interpret=False)
+    slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
     act, d_pre, shares = rowwise.activation_gradient(
         d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
     )

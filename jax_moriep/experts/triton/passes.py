@@ -83,7 +83,7 @@ def down(
     return rows_times_weights(
         act,
         w2,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, interpret=interpret),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows),
         tile,
         epilogue,
         (row_weights, *_given(b2)),
@@ -132,7 +132,7 @@ def gate_up(
     return rows_times_weights(
         rows,
         w1,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0, interpret=interpret),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0),
         tile,
         epilogue,
         (row_weights, *_given(b1)),
@@ -189,7 +189,7 @@ def backward(
             row_sums(d_out, scale, starts, group_sizes, b2.dtype, interpret=interpret),
         )
         if not spec.weight_input:
-            few = row_tiles(group_sizes, spec.block, capacity, 32, interpret=interpret)
+            few = row_tiles(group_sizes, spec.block, capacity, 32)
             d_weight += rows_times_bias(d_out, b2, few, interpret=interpret)
     d_weight = jnp.where(real_rows(group_sizes, spec.block, capacity), d_weight, 0)
     return d_x, d_weight, dw1, dw2, *d_biases
@@ -219,7 +219,7 @@ def d_rows(
     return rows_times_weights(
         d_pre,
         w1,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, interpret=interpret),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows),
         tile,
         epilogue,
         (row_weights, rows) if spec.weight_input else (),
@@ -277,7 +277,7 @@ def d_activations(
     return rows_times_weights(
         d_out,
         w2,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, interpret=interpret),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows),
         tile,
         epilogue,
         (row_weights, *pre),

@@ -7,23 +7,16 @@ whatever ``block`` is. The table is short, has a static length and costs the hos
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 
-from jax_moriep.experts.triton.launch import Span, Tile, call, store_vector
 from jax_moriep.plan import run_starts
 
 EXPERT, FIRST, STOP, END = range(4)
 """Lines of the table: the expert, the tile's first row, the end of its run's real rows and of its blocks."""
 NUM_TILES, USED_ROWS, FIRST_TILE = range(3)
 """Lines of the table's last column: tiles in use, the end of the last run's blocks, the first tile to do."""
-
-_LANES = 128
-_TILE = Tile(_LANES, _LANES, _LANES, warps=4, stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +39,9 @@ class RowTiles:
 
 
 def row_tiles(
-    group_sizes: jax.Array, block: int, capacity: int, size: int, first_row: int = 0, *, interpret: bool
+    group_sizes: jax.Array, block: int, capacity: int, size: int, first_row: int | jax.Array = 0
 ) -> RowTiles:
-    """Cuts every run into tiles, in one small kernel, where XLA would launch a dozen.
+    """Cuts every run into tiles.
 
     Args:
       group_sizes: i32[L].
@@ -56,44 +49,25 @@ def row_tiles(
       capacity: C.
       size: rows per tile.
       first_row: tiles that end at or before this row are left out.
-      interpret: see ``launch.call``.
 
     Returns:
       The tiles, sorted by row.
     """
-    num_experts = group_sizes.size
-    most = capacity // size + (0 if block % size == 0 else min(num_experts, capacity // block))
+    starts = run_starts(group_sizes, block)
+    aligned = (group_sizes + block - 1) // block * block
+    counts = (aligned + size - 1) // size
+    ends = jnp.cumsum(counts)
+    most = capacity // size + (0 if block % size == 0 else min(group_sizes.size, capacity // block))
     most = max(1, most)
-
-    def kernel(sizes_ref: Any, table_ref: Any) -> None:
-        tile = pl.program_id(0) * _LANES + jnp.arange(_LANES, dtype=jnp.int32)
-        nothing = jnp.zeros_like(tile)
-
-        def expert(e: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            start, begin, left_out, lines = carry
-            real = sizes_ref[e]
-            aligned = lax.div(real + (block - 1), jnp.int32(block)) * block
-            count = lax.div(aligned + (size - 1), jnp.int32(size))
-            mine = (tile >= begin) & (tile < begin + count)
-            of_mine = (e, start + (tile - begin) * size, start + real, start + aligned)
-            lines = tuple(jnp.where(mine, new, old) for new, old in zip(of_mine, lines, strict=True))
-            # How many of its tiles end at or before first_row: whole ones, but the last may be cut short.
-            before = jnp.minimum(count, lax.div(jnp.maximum(first_row - start, 0), jnp.int32(size)))
-            return start + aligned, begin + count, left_out + before, lines
-
-        zero = jnp.int32(0)
-        init = (zero, zero, zero, (nothing,) * 4)
-        used, num_tiles, left_out, lines = lax.fori_loop(0, num_experts, expert, init)
-        is_last = tile == most
-        for line, (values, last) in enumerate(zip(lines, (num_tiles, used, left_out, zero), strict=True)):
-            values = jnp.where(is_last, last, values)
-            store_vector(
-                table_ref, Span(pl.program_id(0) * _LANES, _LANES, most + 1), values, jnp.int32(line)
-            )
-
-    results = [((4, most + 1), jnp.int32)]
-    programs = -(-(most + 1) // _LANES)
-    table = call(kernel, "moriep_tiles", (group_sizes,), results, programs, _TILE, interpret)[0]
+    tile = jnp.arange(most, dtype=jnp.int32)
+    # A comparison with every end: one small fused kernel, where a search would be a loop of several.
+    expert = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, group_sizes.size - 1)
+    first = starts[expert] + (tile - (ends - counts)[expert]) * size
+    lines = (expert, first, (starts + group_sizes)[expert], (starts + aligned)[expert])
+    left_out = jnp.sum((first + size <= first_row) & (tile < ends[-1]), dtype=jnp.int32)
+    last = jnp.stack([ends[-1], (starts + aligned)[-1], left_out, jnp.zeros_like(left_out)])
+    table = jnp.concatenate([jnp.stack(lines), last[:, None]], axis=1).astype(jnp.int32)
     return RowTiles(table, size, most, capacity, block % size != 0)
 
 
