@@ -1,6 +1,5 @@
 """The Triton experts beyond what every implementation must do: tiles, tuning, repeatable bits."""
 
-import dataclasses
 import json
 
 import jax
@@ -17,13 +16,6 @@ from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("activation", ["silu", "swiglu_clamped"])
-def test_sixteen_bits(activation, dtype):
-    case = make_case(SIZES["uneven"], make_spec(activation), biases=True, dtype=dtype)
-    check("triton", case, TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("saved_rows", [1, 128])
 @pytest.mark.parametrize("weight_input", [False, True])
 def test_rows_that_are_computed_again(weight_input, saved_rows):
@@ -31,13 +23,6 @@ def test_rows_that_are_computed_again(weight_input, saved_rows):
     case = make_case(SIZES["full"], spec, biases=True)
     assert triton.saved_rows(spec, 168) == 128
     check("triton", case, TOLERANCE["float32"])
-
-
-def test_weights_of_another_dtype():
-    case = make_case(SIZES["uneven"], make_spec(), dtype="bfloat16")
-    weights = tuple(None if w is None else w.astype(np.float32) for w in case.operands[2:])
-    case = dataclasses.replace(case, operands=(*case.operands[:2], *weights))
-    check("triton", case, TOLERANCE["bfloat16"])
 
 
 def test_bitwise_repeatable():
