@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "say what can run on this machine, and why the rest cannot",
     "bench": "measure the exchange, the experts or the whole layer",
     "plot": "draw what bench measured",
+    "tune": "measure how the experts' GPU kernels are best cut, and save it",
 }
 """Name of each subcommand, also that of its module here, and its line in ``jax-moriep --help``."""
 

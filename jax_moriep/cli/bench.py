@@ -36,14 +36,43 @@ def add_parser(subparsers: Any) -> None:
         )
         of_kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
+    of_kernels = kinds.add_parser(
+        "kernels",
+        help="the experts' GPU kernels, beside a dense matmul by turns",
+        description="Measures the experts' kernels on one GPU, beside a dense matmul by turns.",
+    )
+    of_kernels.add_argument("--shares", type=_names, help="which models' shares (default: all)")
+    of_kernels.add_argument("--sizes", type=_names, help="uniform, zipf or both (default: both)")
+    of_kernels.add_argument("--rounds", type=int, default=7, help="turns of each pair (default: 7)")
+    of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    # Imported here, because it needs Pallas, which takes its time to import.
+    from jax_moriep.bench import kernels
+
+    shares, sizes = args.shares or list(kernels.SHARES), args.sizes or list(kernels.SIZES)
+    found = kernels.run(shares, sizes, args.rounds, lambda line: print(line, flush=True))
+    print("wrong:", found["wrong"] or "nothing")
+    if args.json is not None:
+        command = shlex.join(["jax-moriep", *sys.argv[1:]])
+        args.json.write_text(json.dumps({"command": command, **found}, indent=1) + "\n")
+    return 1 if found["wrong"] else 0
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep bench``; returns 1 if a value was wrong, else 0."""
-    case = cases.of_arguments(args.kind, args)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ConfigError(
             rule("--json", str(args.json), "lie in an existing folder", "make the folder first")
         )
+    if args.kind == "kernels":
+        return _run_kernels(args)
+    case = cases.of_arguments(args.kind, args)
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
     result = runner.measure(case, command, timeout=args.timeout, platform_name=args.platform)
     print(report.as_text(result))

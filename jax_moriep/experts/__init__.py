@@ -12,7 +12,7 @@ import jax
 
 from jax_moriep.config import EXPERTS, MoEConfig, MoEParams
 from jax_moriep.errors import TransportError
-from jax_moriep.experts import blocked, reference
+from jax_moriep.experts import blocked, reference, triton
 from jax_moriep.experts.checks import check_operands
 from jax_moriep.experts.shared import shared_mlp
 from jax_moriep.experts.spec import ExpertSpec
@@ -46,7 +46,7 @@ class Implementation(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"blocked": blocked, "reference": reference}
+IMPLEMENTATIONS: dict[str, Implementation] = {"triton": triton, "blocked": blocked, "reference": reference}
 """In the order in which "auto" tries them."""
 
 

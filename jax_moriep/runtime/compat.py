@@ -62,6 +62,28 @@ def coordination_service(address: str, num_processes: int) -> Any:
     return _jax.get_distributed_runtime_service(address, num_processes)
 
 
+def device_kind(platform: str) -> str:
+    """The kind of this process's first device of a platform ("cuda", "rocm"); "" where it has none."""
+    try:
+        return jax.local_devices(backend=platform)[0].device_kind
+    except RuntimeError:
+        return ""
+
+
+def has_hopper_kernels() -> bool:
+    """Whether Pallas-Mosaic kernels for Hopper run here: on such a GPU, from jax 0.11 on.
+
+    An older Pallas-Mosaic has some of the same names with other arguments.
+    """
+    if jax.__version_info__ < (0, 11):
+        return False
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return False
+    return str(getattr(device, "compute_capability", "")) == "9.0"
+
+
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()

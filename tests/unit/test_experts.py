@@ -34,6 +34,7 @@ SIZES = {
     "full, one expert": (0, 0, 168),
 }
 NAMES = list(IMPLEMENTATIONS)
+ON_CPU = [name for name in NAMES if IMPLEMENTATIONS[name].unavailable_reason("cpu") is None]
 # Every pair of values of two settings meets in one of these.
 COMBINATIONS = [
     ("silu", False, False),
@@ -244,8 +245,9 @@ def test_scan_over_layers(name, remat):
     assert_close(d_rows, d_out, 1e-5)
 
 
+# Not triton: jax does not interpret a Pallas kernel under check_vma. tests/lowering has it for GPUs.
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "triton"])
 def test_sharded_with_check_vma(name, kind):
     """Rows that do not vary over tp, weights that do not vary over dp: the gradients must be the sums."""
     dp, ep, tp = 2, 2, 2
@@ -370,7 +372,7 @@ def make_params(case, **changes):
     )
 
 
-@pytest.mark.parametrize("name", ["auto", *NAMES])
+@pytest.mark.parametrize("name", ["auto", *ON_CPU])
 @pytest.mark.parametrize(("router", "weight_input"), [("softmax_topk", False), ("llama4", True)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_config_decides(activation, router, weight_input, name):
@@ -385,6 +387,16 @@ def test_auto_takes_the_first_that_can_run():
     assert experts.choose("auto", "cpu") == "blocked"
     assert list(experts.reasons("cpu")) == list(EXPERTS)
     assert [name for name, why in experts.reasons(None).items() if why is None] == NAMES
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("gpu", "triton"), ("cuda", "triton"), ("rocm", "triton")])
+def test_auto_takes_triton_on_gpus(platform, chosen):
+    assert experts.choose("auto", platform) == chosen
+
+
+def test_triton_by_name_on_a_cpu():
+    with pytest.raises(TransportError, match="experts='triton' cannot run on platform 'cpu': it needs a GPU"):
+        experts.choose("triton", "cpu")
 
 
 @pytest.mark.parametrize("name", sorted(set(EXPERTS) - set(NAMES)))

@@ -1,0 +1,41 @@
+"""``jax-moriep tune``: measures how the experts' Triton kernels are best cut on this GPU, and saves it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from jax_moriep.errors import ConfigError, rule
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the parser of ``jax-moriep tune``."""
+    parser = subparsers.add_parser(
+        "tune",
+        description="Measures how the experts' Triton kernels are best cut on this GPU and saves a table.",
+        epilog="Set JAX_MORIEP_TUNING to the file's path to use it; nothing is measured otherwise.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table, as JSON")
+    parser.add_argument("--experts", type=int, default=32, help="L, experts on this GPU (default: 32)")
+    parser.add_argument("--hidden", type=int, default=7168, help="H (default: 7168)")
+    parser.add_argument("--intermediate", type=int, default=2048, help="I (default: 2048)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``jax-moriep tune``."""
+    for name in ("experts", "hidden", "intermediate"):
+        if getattr(args, name) < 1:
+            raise ConfigError(
+                rule(f"--{name}", getattr(args, name), "be at least 1", "pass a positive number")
+            )
+    if not args.out.absolute().parent.is_dir():
+        raise ConfigError(rule("--out", str(args.out), "lie in an existing folder", "make the folder first"))
+    # Imported here, because it needs Pallas, which takes its time to import.
+    from jax_moriep.bench import tune
+
+    table = tune.run(args.experts, args.hidden, args.intermediate, lambda line: print(line, flush=True))
+    args.out.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"wrote {args.out}; set JAX_MORIEP_TUNING={args.out.absolute()} to use it")
+    return 0

@@ -1,0 +1,219 @@
+"""The grouped products: rows times their expert's weights, and the weights' gradients.
+
+Both walk over tiles of the result in an order that keeps one tile of columns in the L2 cache for several
+tiles of rows, and both take their epilogue as a function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_moriep.experts.triton import tiles as rows_of
+from jax_moriep.experts.triton.launch import (
+    Span,
+    Tile,
+    by_turns,
+    call,
+    dot,
+    load,
+    load_pairs,
+    power_of_two,
+    span,
+    store,
+    unpaired,
+)
+from jax_moriep.experts.triton.tiles import RowTiles
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Where an epilogue stands.
+
+    Attributes:
+      expert: whose rows they are.
+      real: the tile's rows, its run's padding and what lies behind masked.
+      own: the tile's rows, padding of the run's own blocks included.
+      cols: the tile's columns.
+      col_tile: their number.
+    """
+
+    expert: Any
+    real: Span
+    own: Span
+    cols: Span
+    col_tile: Any
+
+    def masked(self, values: jax.Array) -> jax.Array:
+        """``values`` with zeros in rows that are not real; a select, so that a NaN there is gone."""
+        mask = self.real.mask
+        assert mask is not None
+        return jnp.where(mask[:, None], values, 0)
+
+
+def rows_times_weights(
+    rows: jax.Array,
+    weights: jax.Array,
+    tiles: RowTiles,
+    tile: Tile,
+    epilogue: Callable[..., None],
+    extra: Sequence[jax.Array],
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    *,
+    name: str,
+    by_column: bool,
+    paired: bool = False,
+    zeroed: bool = False,
+    interpret: bool,
+) -> list[jax.Array]:
+    """For every tile of rows and of columns of the result: ``rows @ weights[expert]``, then the epilogue.
+
+    Args:
+      rows: [C, D].
+      weights: [L, N, D], contracted over the last dimension, or with ``by_column`` [L, D, N].
+      tiles: the tiles of rows.
+      tile: how the kernel is cut; ``tile.rows`` must be ``tiles.size``.
+      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums are f32 tiles: one,
+        or two if paired.
+      extra: operands of the epilogue.
+      results: shape and dtype of each result.
+      name: in profiles.
+      by_column: see ``weights``.
+      paired: a tile of columns is one of the first half of N, gate, and the same one of the second half, up.
+      zeroed: fill the first result's rows behind the last run with zeros.
+      interpret: see ``launch.call``.
+
+    Returns:
+      The results.
+    """
+    depth = rows.shape[1]
+    cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
+    tile = tile.fitted(cols, depth)
+    assert tile.rows == tiles.size
+    col_tiles = -(-cols // tile.cols)
+    work = (tiles.max_tiles + 1) * col_tiles
+    programs = min(tile.programs or work, work)
+    last = tiles.max_tiles
+
+    def kernel(table_ref: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
+        first_tile, num_tiles = table_ref[rows_of.FIRST_TILE, last], table_ref[rows_of.NUM_TILES, last]
+        num_tiles = num_tiles - first_tile
+
+        def product(turn: Any) -> None:
+            row_tile, col_tile = _position(turn, num_tiles, col_tiles, tile.group)
+            row_tile = first_tile + row_tile
+            expert, first, stop, end = (table_ref[line, row_tile] for line in range(4))
+            at = At(
+                expert,
+                Span(first, tile.rows, stop),
+                Span(first, tile.rows, end),
+                span(col_tile * tile.cols, tile.cols, cols),
+                col_tile,
+            )
+            read = at.real if tiles.overrun else Span(first, tile.rows)
+
+            def step(k: Any, sums: jax.Array) -> jax.Array:
+                deep = span(k * tile.depth, tile.depth, depth)
+                x = load(rows_ref, read, deep)
+                if paired:
+                    w = load_pairs(weights_ref, expert, at.cols, cols, deep)
+                elif by_column:
+                    w = load(weights_ref, deep, at.cols, expert)
+                else:
+                    w = load(weights_ref, at.cols, deep, expert)
+                return sums + dot(x, w.astype(x.dtype), 1, 0 if by_column else 1)
+
+            # A tile that is all padding costs no product.
+            steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
+            sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
+            sums = lax.fori_loop(0, steps, step, sums)
+            epilogue(at, unpaired(sums) if paired else (sums,), *refs)
+
+        by_turns(programs, num_tiles * col_tiles, product)
+
+        if zeroed:
+            used = table_ref[rows_of.USED_ROWS, last]
+            empty = lax.div(tiles.capacity - used + (tile.rows - 1), tile.rows)
+            zeros = jnp.zeros((tile.rows, tile.cols), refs[len(extra)].dtype)
+
+            def fill(turn: Any) -> None:
+                row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
+                behind = Span(used + row_tile * tile.rows, tile.rows, tiles.capacity)
+                store(refs[len(extra)], behind, span(col_tile * tile.cols, tile.cols, cols), zeros)
+
+            by_turns(programs, empty * col_tiles, fill)
+
+    return call(kernel, name, (tiles.table, rows, weights, *extra), results, programs, tile, interpret)
+
+
+def weight_gradient(
+    left: jax.Array,
+    right: jax.Array,
+    starts: jax.Array,
+    group_sizes: jax.Array,
+    dtype: Any,
+    tile: Tile,
+    *,
+    name: str,
+    interpret: bool,
+) -> jax.Array:
+    """``left[rows of e].T @ right[rows of e]`` for every expert e; zeros for one without rows.
+
+    Rows that are in no run are never read. One program sums all rows of its tile, so that no atomics are
+    needed and the sum's order is fixed.
+
+    Args:
+      left: [C, M].
+      right: [C, N].
+      starts: i32[L], the first row of every run.
+      group_sizes: i32[L].
+      dtype: of the result.
+      tile: how the kernel is cut: ``rows`` of M, ``cols`` of N, ``depth`` rows at a time.
+      name: in profiles.
+      interpret: see ``launch.call``.
+
+    Returns:
+      [L, M, N].
+    """
+    num_experts, height, width = group_sizes.size, left.shape[1], right.shape[1]
+    tile = dataclasses.replace(tile.fitted(width, tile.depth), rows=min(tile.rows, power_of_two(height)))
+    row_tiles, col_tiles = -(-height // tile.rows), -(-width // tile.cols)
+    work = num_experts * row_tiles * col_tiles
+    programs = min(tile.programs or work, work)
+
+    def kernel(starts_ref: Any, sizes_ref: Any, left_ref: Any, right_ref: Any, out_ref: Any) -> None:
+        def product(turn: Any) -> None:
+            expert = lax.div(turn, row_tiles * col_tiles)
+            inside = lax.rem(turn, row_tiles * col_tiles)
+            row_tile, col_tile = _position(inside, row_tiles, col_tiles, tile.group)
+            start, size = starts_ref[expert], sizes_ref[expert]
+            high = span(row_tile * tile.rows, tile.rows, height)
+            wide = span(col_tile * tile.cols, tile.cols, width)
+
+            def step(k: Any, total: jax.Array) -> jax.Array:
+                deep = Span(start + k * tile.depth, tile.depth, start + size)
+                return total + dot(load(left_ref, deep, high), load(right_ref, deep, wide), 0, 0)
+
+            zeros = jnp.zeros((tile.rows, tile.cols), jnp.float32)
+            total = lax.fori_loop(0, lax.div(size + (tile.depth - 1), tile.depth), step, zeros)
+            store(out_ref, high, wide, total, expert)
+
+        by_turns(programs, work, product)
+
+    shape = (num_experts, height, width)
+    operands = (starts, group_sizes, left, right)
+    return call(kernel, name, operands, [(shape, dtype)], programs, tile, interpret)[0]
+
+
+def _position(turn: Any, row_tiles: Any, col_tiles: int, group: int) -> tuple[Any, Any]:
+    """(tile of rows, tile of columns) of a turn: ``group`` tiles of rows for each tile of columns."""
+    per_group = group * col_tiles
+    in_group = lax.rem(turn, per_group)
+    first = lax.div(turn, per_group) * group
+    height = jnp.minimum(row_tiles - first, group)
+    return first + lax.rem(in_group, height), lax.div(in_group, height)

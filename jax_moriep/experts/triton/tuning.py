@@ -1,0 +1,99 @@
+"""How the kernels are cut on a device: a table shipped as data, and a pure function that looks it up.
+
+Nothing is measured behind the user's back. ``jax-moriep tune`` measures and writes a table; the environment
+variable JAX_MORIEP_TUNING names a file whose entries come before the shipped ones. A table that does not suit
+a device costs time and never changes what is computed, beyond the order of f32 sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_moriep.errors import ConfigError, rule
+from jax_moriep.experts.triton.launch import Tile
+
+KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
+CLASSES = ("few", "some", "many")
+"""Rows of an expert: below 64, below 256, more."""
+VARIABLE = "JAX_MORIEP_TUNING"
+FALLBACK = {"cuda": "NVIDIA H100 80GB HBM3", "rocm": "AMD Instinct MI300X"}
+"""The device whose entries serve every device of a platform that has none of its own."""
+
+# Small enough for every GPU's local memory; f32 products use no matrix unit that bf16 would.
+_F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
+
+Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+"""Device kind -> kernel -> class -> the fields of Tile."""
+
+
+def class_of(block: int) -> str:
+    """The class of a call's rows per expert.
+
+    ``group_sizes`` is not known when the program is made, but ``block`` is, and ``plan.default_block`` makes
+    it a quarter of an expert's mean run.
+    """
+    return "few" if block < 16 else "some" if block < 64 else "many"
+
+
+def lookup(table: Table, device_kind: str, platform: str, kernel: str, block: int, itemsize: int) -> Tile:
+    """The tile of a kernel.
+
+    Args:
+      table: see ``Table``.
+      device_kind: as jax names the device.
+      platform: "cuda" or "rocm"; says whose entries serve a device that has none.
+      kernel: a name in ``KERNELS``.
+      block: rows per block.
+      itemsize: bytes of one value of rows.
+
+    Returns:
+      The tile.
+    """
+    if itemsize > 2:
+        return _F32
+    of_device = table.get(device_kind) or table[FALLBACK[platform]]
+    return Tile(**of_device[kernel][class_of(block)])
+
+
+@functools.cache
+def shipped() -> Table:
+    """The table in the package."""
+    text = importlib.resources.files("jax_moriep.experts.triton").joinpath("tuning.json").read_text()
+    return json.loads(text)["devices"]
+
+
+def table() -> Table:
+    """The shipped table, with the entries of the file that JAX_MORIEP_TUNING names before it.
+
+    Raises:
+      ConfigError: the file cannot be read or holds no such table.
+    """
+    path = os.environ.get(VARIABLE)
+    return {**shipped(), **_read(path)} if path else shipped()
+
+
+@functools.cache
+def _read(path: str) -> Table:
+    try:
+        devices = json.loads(Path(path).read_text())["devices"]
+        for kernels in devices.values():
+            for kernel in KERNELS:
+                for name in CLASSES:
+                    Tile(**kernels[kernel][name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            rule(VARIABLE, path, f"name a file that `jax-moriep tune` wrote ({error!r})", "run it again")
+        ) from error
+    return devices
+
+
+def as_entry(tile: Tile) -> dict[str, Any]:
+    """A tile as the table holds it."""
+    return dataclasses.asdict(tile)

@@ -1,0 +1,91 @@
+"""The Triton experts, lowered for CUDA and ROCm on a machine that has neither GPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from jax_moriep.experts import ExpertSpec, triton
+
+L, C = 4, 1024
+FORWARD = ["moriep_down", "moriep_gate_up"]
+# Newer releases say so at every Pallas-Triton kernel.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def mesh_of(platform):
+    """A mesh for lowering; from jax 0.11 on Pallas-Triton asks it for the device."""
+    try:
+        from jax.sharding import AbstractDevice
+    except ImportError:
+        try:
+            from jax._src.mesh import AbstractDevice
+        except ImportError:
+            return AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,))
+    kind = "NVIDIA H100 80GB HBM3" if platform == "cuda" else "gfx942"
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    return AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+def kernels(platform, dtype, hidden, inner, spec, biases=False, backward=True):
+    """The names of the Triton kernels of both passes, under shard_map with check_vma."""
+    mesh = mesh_of(platform)
+    shapes = [
+        ((C, hidden), dtype),
+        ((C,), "float32"),
+        ((L,), "int32"),
+        ((L, 2 * inner, hidden), dtype),
+        ((L, hidden, inner), dtype),
+        *([((L, 2 * inner), dtype), ((L, hidden), dtype)] if biases else []),
+    ]
+    operands = [jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), d) for shape, d in shapes]
+
+    def loss(rows, weights, sizes, *params):
+        w1, w2, b1, b2 = (*params, None, None)[:4]
+        out = triton.expert_mlp(rows, weights, sizes, w1, w2, b1, b2, spec)
+        return jnp.sum(out.astype(jnp.float32))
+
+    arguments = (0, 1, *range(3, len(operands)))
+
+    def body(*operands):
+        if not backward:
+            return loss(*operands)[None]
+        return jax.grad(loss, arguments)(*operands)
+
+    sharded = jax.shard_map(body, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(sharded).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.dot_general" not in text, "the products are the kernels', on every platform"
+    return sorted(re.findall(r'name = "(moriep_\w+)"', text))
+
+
+def spec_of(activation="silu", weight_input=False, saved_rows=None):
+    return ExpertSpec(activation, 7.0, 1.702, weight_input, 128, saved_rows)
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+@pytest.mark.parametrize(("dtype", "hidden", "inner"), [("bfloat16", 512, 256), ("float32", 96, 72)])
+def test_forward(dtype, hidden, inner, platform):
+    names = set(kernels(platform, dtype, hidden, inner, spec_of(), backward=False))
+    assert names == set(FORWARD)
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_clamped"])
+@pytest.mark.parametrize("weight_input", [False, True])
+def test_backward(weight_input, activation, platform):
+    names = kernels(platform, "bfloat16", 200, 104, spec_of(activation, weight_input))
+    assert {"moriep_d_act", "moriep_d_rows", "moriep_dw1", "moriep_dw2"} <= set(names)
+    assert names.count("moriep_gate_up") == 1
+    assert "moriep_row_sums" not in names
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+def test_backward_with_biases_and_rows_computed_again(platform):
+    names = kernels(platform, "float16", 256, 128, spec_of("gelu", saved_rows=256), biases=True)
+    assert names.count("moriep_gate_up") == 2
+    assert names.count("moriep_row_sums") == 2
+    assert names.count("moriep_rows_times_bias") == 1
