@@ -1,4 +1,4 @@
-#include "c_api.h"
+#include "moriep/c_api.h"
 
 #include <algorithm>
 #include <cstring>

@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "check.h"
-#include "cpu/c_api.h"
+#include "moriep/c_api.h"
 #include "exercise.h"
 #include "ranks.h"
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/rows.h"
+#include "moriep/row_type.h"
 #include "moriep/plan.h"
 
 namespace moriep {

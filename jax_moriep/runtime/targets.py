@@ -19,6 +19,8 @@ REPLAY = "moriep_replay"
 COMBINE = "moriep_combine"
 
 _SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+# As XLA spells them: another spelling is accepted, and never used.
+_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM"}
 _registered: set[str] = set()
 _lock = threading.Lock()
 
@@ -27,7 +29,7 @@ def register(backend: str) -> None:
     """Registers a backend's handlers with XLA, once.
 
     Args:
-      backend: "cpu".
+      backend: "cpu", "cuda" or "rocm".
 
     Raises:
       LibraryError: the library is missing or does not fit.
@@ -37,7 +39,8 @@ def register(backend: str) -> None:
             return
         lib = library.load(backend)
         for target, symbol in _SYMBOLS.items():
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(lib, symbol)), platform=backend)
+            capsule = jax.ffi.pycapsule(getattr(lib, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
         _registered.add(backend)
 
 
