@@ -68,14 +68,13 @@ Status slot_bytes(int64_t* out) {
 
 Status open_table(const char* name, int64_t num_groups, int64_t num_ranks,
                   const int64_t* device_ids, const uint8_t* local, double timeout_seconds) {
-  if (const auto known = Registry::get().find(name);
-      known != nullptr && failure_of(*known).ok()) {
+  if (const auto known = Registry::get().find(name); known != nullptr && failure_of(*known).ok()) {
     return Status();
   }
   if (num_ranks > kMaxRanks) {
-    return Status(Code::kInvalidArgument,
-                  std::to_string(num_ranks) + " ranks are more than the " +
-                      std::to_string(kMaxRanks) + " of this backend; use transport='collective'");
+    return Status(Code::kInvalidArgument, std::to_string(num_ranks) + " ranks are more than the " +
+                                              std::to_string(kMaxRanks) +
+                                              " of this backend; use transport='collective'");
   }
   int64_t bytes = 0;
   if (Status status = slot_bytes(&bytes); !status.ok()) return status;

@@ -23,8 +23,8 @@ int num_blocks(const LocalRank& me, int64_t num_items) {
 
 Status launched(gpuError_t error) {
   if (error == gpuSuccess) return Status();
-  return Status(Code::kInternal, std::string("a kernel was not launched: ") +
-                                     gpuGetErrorString(error));
+  return Status(Code::kInternal,
+                std::string("a kernel was not launched: ") + gpuGetErrorString(error));
 }
 
 // A digest of everything that must be alike on all ranks; only its equality means anything.
@@ -67,12 +67,12 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   out->layout = SlotLayout::of(kind, shape, row_bytes, with_scalars);
   if (shape.num_ranks > 1 && out->layout.bytes > me.group->slot_bytes()) {
-    return Status(Code::kInvalidArgument,
-                  "a step needs " + std::to_string(out->layout.bytes >> 20) +
-                      " MiB in each of an arena's two halves, which have " +
-                      std::to_string(me.group->slot_bytes() >> 20) +
-                      " MiB; set JAX_MORIEP_ARENA_MB to at least " +
-                      std::to_string((2 * out->layout.bytes >> 20) + 1));
+    return Status(Code::kInvalidArgument, "a step needs " +
+                                              std::to_string(out->layout.bytes >> 20) +
+                                              " MiB in each of an arena's two halves, which have " +
+                                              std::to_string(me.group->slot_bytes() >> 20) +
+                                              " MiB; set JAX_MORIEP_ARENA_MB to at least " +
+                                              std::to_string((2 * out->layout.bytes >> 20) + 1));
   }
   constexpr int64_t kMaxItems = std::numeric_limits<int32_t>::max();
   const int64_t parts = row_bytes / 32 + 1;  // of the narrowest words
@@ -89,11 +89,10 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   }
   out->tokens_per_chunk = static_cast<int32_t>(std::max<int64_t>(
       1, plan_chunk_routes(static_cast<int>(shape.num_local_experts)) / shape.top_k));
-  out->chunks_per_rank = static_cast<int32_t>(std::max<int64_t>(
-      1, (shape.num_tokens + out->tokens_per_chunk - 1) / out->tokens_per_chunk));
+  out->chunks_per_rank = static_cast<int32_t>(
+      std::max<int64_t>(1, (shape.num_tokens + out->tokens_per_chunk - 1) / out->tokens_per_chunk));
   const int64_t written_words = (shape.capacity + 31) / 32;
-  const int64_t num_counts =
-      shape.num_ranks * out->chunks_per_rank * shape.num_local_experts;
+  const int64_t num_counts = shape.num_ranks * out->chunks_per_rank * shape.num_local_experts;
   if ((written_words + num_counts) * 4 > kWorkspaceBytes) {
     return Status(Code::kInvalidArgument,
                   "the plan of " + std::to_string(all_tokens) + " tokens over " +
@@ -148,9 +147,7 @@ gpuError_t enqueue_pull(const LocalRank& me, const Prepared& p, const std::byte*
 
 Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   Prepared p;
-  if (Status status =
-          prepare(me, call, Kind::kDispatch, false, &p);
-      !status.ok()) {
+  if (Status status = prepare(me, call, Kind::kDispatch, false, &p); !status.ok()) {
     return status;
   }
   if (first(call)) {
@@ -178,8 +175,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
 
 Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
   Prepared p;
-  if (Status status = prepare(me, call, Kind::kReplay, false, &p);
-      !status.ok()) {
+  if (Status status = prepare(me, call, Kind::kReplay, false, &p); !status.ok()) {
     return status;
   }
   if (first(call)) {
@@ -197,8 +193,7 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
 
 Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   Prepared p;
-  if (Status status = prepare(me, call, Kind::kCombine, at.scalars != nullptr, &p);
-      !status.ok()) {
+  if (Status status = prepare(me, call, Kind::kCombine, at.scalars != nullptr, &p); !status.ok()) {
     return status;
   }
   const CombineArgs args{.team = p.team,
@@ -226,8 +221,8 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
 }
 
 Status preload_kernels() {
-  for (const gpuError_t error : {preload_stage(), preload_plan(), preload_pull(), preload_push(),
-                                 preload_reduce()}) {
+  for (const gpuError_t error :
+       {preload_stage(), preload_plan(), preload_pull(), preload_push(), preload_reduce()}) {
     if (error != gpuSuccess) {
       return Status(Code::kFailedPrecondition,
                     std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));

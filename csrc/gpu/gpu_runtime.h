@@ -144,7 +144,9 @@ __device__ inline uint64_t nanoseconds() {
   return now;
 }
 __device__ inline void pause() { __nanosleep(100); }
-__device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ inline float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
 __device__ inline uint16_t float_to_half(float value) {
   return __half_as_ushort(__float2half_rn(value));
 }

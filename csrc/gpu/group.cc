@@ -18,10 +18,10 @@ Status failed(const std::string& what, gpuError_t error) {
   return Status(Code::kInternal, what + ": " + gpuGetErrorString(error));
 }
 
-#define MORIEP_GPU_TRY(what, call)                                    \
-  if (const gpuError_t error = (call); error != gpuSuccess) {         \
-    (void)gpuGetLastError();                                          \
-    return failed(what, error);                                       \
+#define MORIEP_GPU_TRY(what, call)                            \
+  if (const gpuError_t error = (call); error != gpuSuccess) { \
+    (void)gpuGetLastError();                                  \
+    return failed(what, error);                               \
   }
 
 // Makes a device current and puts back the one that was.
@@ -50,9 +50,9 @@ Status describe(const FaultReport& report, int32_t rank, double timeout) {
   const std::string cure = "; restart the job, or call jm.initialize in every process";
   switch (static_cast<Fault>(report.fault)) {
     case Fault::kDeadline:
-      return Status(Code::kDeadlineExceeded,
-                    where + peer + " did not arrive within " + std::to_string(timeout) +
-                        " s; its last step was " + there + cure);
+      return Status(Code::kDeadlineExceeded, where + peer + " did not arrive within " +
+                                                 std::to_string(timeout) +
+                                                 " s; its last step was " + there + cure);
     case Fault::kPeerFailed:
       return Status(Code::kUnavailable, where + peer + " has failed" + cure);
     case Fault::kDiffers:
@@ -69,8 +69,8 @@ Status describe(const FaultReport& report, int32_t rank, double timeout) {
                         "program is traced, set the mesh with jax.set_mesh or open it with "
                         "jm.initialize(mesh, ep_axis)");
     case Fault::kBadPlan:
-      return Status(Code::kInvalidArgument, where + "plan names row or place " + here +
-                                                " but there are " + there);
+      return Status(Code::kInvalidArgument,
+                    where + "plan names row or place " + here + " but there are " + there);
     case Fault::kNone:
       break;
   }
@@ -102,8 +102,8 @@ Status Group::add_local(int32_t rank, int32_t device) {
   local->arena = static_cast<std::byte*>(arena);
   MORIEP_GPU_TRY(name, gpuMemset(arena, 0, kControlBytes));
   void* report = nullptr;
-  MORIEP_GPU_TRY(name, gpuHostAlloc(&report, sizeof(FaultReport),
-                                    gpuHostAllocMapped | gpuHostAllocPortable));
+  MORIEP_GPU_TRY(
+      name, gpuHostAlloc(&report, sizeof(FaultReport), gpuHostAllocMapped | gpuHostAllocPortable));
   std::memset(report, 0, sizeof(FaultReport));
   void* on_device = nullptr;
   MORIEP_GPU_TRY(name, gpuHostGetDevicePointer(&on_device, report, 0));
@@ -213,8 +213,8 @@ Status Group::team(const LocalRank& me, Team* out) {
     return missing == connected_.size() || !connect_error_.empty();
   });
   if (missing < connected_.size()) {
-    const std::string lacking = "rank " + std::to_string(me.rank) +
-                                " has no connection to rank " + std::to_string(missing);
+    const std::string lacking =
+        "rank " + std::to_string(me.rank) + " has no connection to rank " + std::to_string(missing);
     if (in_time) return Status(Code::kUnavailable, lacking + ": " + connect_error_);
     return Status(Code::kDeadlineExceeded, lacking + " after " + std::to_string(timeout_.count()) +
                                                " s; does every process run the same program?");

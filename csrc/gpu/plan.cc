@@ -10,7 +10,7 @@
 namespace moriep::gpu {
 namespace {
 
-inline constexpr int kPlanThreads = 1024;     // a thread for each route of a chunk
+inline constexpr int kPlanThreads = 512;      // a thread for each route of a chunk
 inline constexpr int kWidePlanThreads = 256;  // with many experts, whose counters need the room
 inline constexpr int kNarrowExperts = 256;
 
@@ -31,7 +31,8 @@ __device__ const std::byte* routing_of(const PlanArgs& args, int32_t source) {
   return slot_of(args.team, source, current_step(args.team));
 }
 
-__global__ void __launch_bounds__(kPlanThreads) count_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
+__global__ void __launch_bounds__(kPlanThreads)
+    count_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
   extern __shared__ int32_t shared[];
   const Sizes& sizes = args.sizes;
   if (args.team.num_ranks == 1) check_rank(args.team, args.step);
@@ -97,7 +98,25 @@ __device__ void start_runs(const Sizes& sizes, const int32_t* totals, int32_t* s
   }
 }
 
-__global__ void __launch_bounds__(kPlanThreads) place_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
+// Marks the rows of some experts' runs. Runs that share a word of the marks belong to one block or
+// several: hence the atomic, whose order does not matter.
+__device__ void mark_runs(const PlanArgs& args, const int32_t* totals, const int32_t* starts) {
+  const Sizes& sizes = args.sizes;
+  for (int32_t e = blockIdx.x; e < sizes.num_local_experts; e += gridDim.x) {
+    const int32_t first = starts[e];
+    const int32_t end = min(first + totals[e], sizes.capacity);
+    for (int32_t w = first / 32 + static_cast<int32_t>(threadIdx.x); w * 32 < end;
+         w += blockDim.x) {
+      const int32_t low = max(first - w * 32, 0);
+      const int32_t high = min(end - w * 32, 32);
+      const uint32_t below_high = high == 32 ? ~0u : (1u << high) - 1;
+      atomicOr(&args.written[w], below_high & ~((1u << low) - 1));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kPlanThreads)
+    place_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
   extern __shared__ int32_t shared[];
   const Sizes& sizes = args.sizes;
   const bool good = wait_for_peers(args.team, args.step);
@@ -161,12 +180,12 @@ __global__ void __launch_bounds__(kPlanThreads) place_kernel(const MORIEP_KERNEL
                                 : reinterpret_cast<const float*>(routing_of(args, chunk.source) +
                                                                  args.staged.weights);
       args.row_weights[row] = weights[first_route + i];
-      atomicOr(&args.written[row / 32], 1u << (row % 32));
       routes[i] = row;
     } else {
       routes[i] = kDropped;
     }
   }
+  mark_runs(args, totals, starts);
   if (blockIdx.x == 0) {
     for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
       args.group_sizes[e] = good ? max(0, min(sizes.capacity - starts[e], totals[e])) : 0;
@@ -174,11 +193,11 @@ __global__ void __launch_bounds__(kPlanThreads) place_kernel(const MORIEP_KERNEL
   }
 }
 
-__global__ void __launch_bounds__(kThreads) mark_kernel(const MORIEP_KERNEL_ARGUMENT MarkArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(const MORIEP_KERNEL_ARGUMENT MarkArgs args) {
   const Sizes& sizes = args.sizes;
   if (args.team.num_ranks == 1) check_rank(args.team, args.step);
-  const int64_t num_routes =
-      static_cast<int64_t>(sizes.num_ranks) * sizes.num_tokens * sizes.top_k;
+  const int64_t num_routes = static_cast<int64_t>(sizes.num_ranks) * sizes.num_tokens * sizes.top_k;
   const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_routes;
        i += num_threads) {
@@ -224,8 +243,7 @@ gpuError_t launch_mark(gpuStream_t stream, const MarkArgs& args) {
 gpuError_t preload_plan() {
   gpuFuncAttributes found;
   for (const auto kernel : {count_kernel, place_kernel}) {
-    const gpuError_t error =
-        gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
     if (error != gpuSuccess) return error;
   }
   return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(mark_kernel));

@@ -76,7 +76,8 @@ __device__ void clear_part(const PullArgs& args, int32_t group, int64_t first, b
 }
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
   const Sizes& sizes = args.sizes;
   const bool good = wait_for_peers(args.team, args.step);
   const uint64_t step = current_step(args.team);
@@ -97,11 +98,10 @@ __global__ void __launch_bounds__(kThreads) pull_kernel(const MORIEP_KERNEL_ARGU
     // Beginning with the next rank, so that not all read the same peer at the same time.
     const uint32_t source = (static_cast<uint32_t>(args.team.rank) + 1 + place % ranks) % ranks;
     const int64_t token = place / ranks;
-    const std::byte* from =
-        static_cast<int32_t>(source) == args.team.rank
-            ? args.x + token * sizes.row_bytes
-            : slot_of(args.team, static_cast<int32_t>(source), step) + args.staged.rows +
-                  token * args.staged.row_stride;
+    const std::byte* from = static_cast<int32_t>(source) == args.team.rank
+                                ? args.x + token * sizes.row_bytes
+                                : slot_of(args.team, static_cast<int32_t>(source), step) +
+                                      args.staged.rows + token * args.staged.row_stride;
     pull_part<Word>(args, from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k,
                     first);
   }
@@ -125,8 +125,7 @@ gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args)
 gpuError_t preload_pull() {
   gpuFuncAttributes found;
   for (const auto kernel : {pull_kernel<uint4>, pull_kernel<uint16_t>, pull_kernel<uint8_t>}) {
-    const gpuError_t error =
-        gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
     if (error != gpuSuccess) return error;
   }
   return gpuSuccess;

@@ -8,7 +8,7 @@ namespace moriep::gpu {
 namespace {
 
 // One part of one token of this rank.
-template <typename Word>
+template <typename Word, bool kAlone>
 __device__ void reduce_part(const CombineArgs& args, const std::byte* received, int64_t token,
                             int64_t word, bool inside) {
   using Type = typename Word::Type;
@@ -17,7 +17,7 @@ __device__ void reduce_part(const CombineArgs& args, const std::byte* received, 
   const int32_t* routes =
       args.routes + (static_cast<int64_t>(me) * sizes.num_tokens + token) * sizes.top_k;
   Sum<Word> sum;
-  if (sizes.num_ranks == 1) {
+  if constexpr (kAlone) {
     add_routes<Word>(routes, sizes, args.rows, word, inside, sum);
   } else {
     uint64_t ranks = ranks_of(sizes, args.ids + token * sizes.top_k);
@@ -39,15 +39,15 @@ __device__ void reduce_part(const CombineArgs& args, const std::byte* received, 
   }
 }
 
-template <typename Word>
-__global__ void __launch_bounds__(kThreads)
+// kAlone: there is one rank. Its own kernel needs half the registers.
+template <typename Word, bool kAlone>
+__global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
     reduce_kernel(const MORIEP_KERNEL_ARGUMENT CombineArgs args) {
   using Type = typename Word::Type;
   const Sizes& sizes = args.sizes;
-  if (args.team.num_ranks == 1) check_rank(args.team, args.step);
+  if (kAlone) check_rank(args.team, args.step);
   const bool good = wait_for_peers(args.team, args.step);
-  const std::byte* received =
-      slot_of(args.team, args.team.rank, current_step(args.team));
+  const std::byte* received = slot_of(args.team, args.team.rank, current_step(args.team));
 
   constexpr int kBytes = sizeof(Type);
   const uint32_t parts = num_parts(sizes.row_bytes, kBytes, 1);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<int64_t>(static_cast<uint32_t>(item) % parts) * kWave + lane_id();
     const bool inside = word < row_words;
     if (good) {
-      reduce_part<Word>(args, received, token, word, inside);
+      reduce_part<Word, kAlone>(args, received, token, word, inside);
     } else if (inside) {
       float poison[Word::kElements];
       for (int i = 0; i < Word::kElements; ++i) poison[i] = __uint_as_float(0x7fffffffu);
@@ -95,15 +95,27 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Word>
 gpuError_t preload_one() {
   gpuFuncAttributes found;
-  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word>));
+  const gpuError_t error =
+      gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, true>));
+  if (error != gpuSuccess) return error;
+  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, false>));
+}
+
+template <typename Word>
+void launch_words(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
+  if (args.team.num_ranks == 1) {
+    reduce_kernel<Word, true><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else {
+    reduce_kernel<Word, false><<<num_blocks, kThreads, 0, stream>>>(args);
+  }
 }
 
 template <RowType kType>
 void launch(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
   if (fits_words(16, args.sizes.row_bytes, args.rows, args.y)) {
-    reduce_kernel<WideWord<kType>><<<num_blocks, kThreads, 0, stream>>>(args);
+    launch_words<WideWord<kType>>(stream, num_blocks, args);
   } else {
-    reduce_kernel<NarrowWord<kType>><<<num_blocks, kThreads, 0, stream>>>(args);
+    launch_words<NarrowWord<kType>>(stream, num_blocks, args);
   }
 }
 

@@ -8,7 +8,8 @@ namespace moriep::gpu {
 namespace {
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) stage_kernel(const MORIEP_KERNEL_ARGUMENT StageArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    stage_kernel(const MORIEP_KERNEL_ARGUMENT StageArgs args) {
   const Sizes& sizes = args.sizes;
   check_rank(args.team, args.step);
   std::byte* slot = slot_of(args.team, args.team.rank, current_step(args.team));
@@ -71,8 +72,7 @@ gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& arg
 gpuError_t preload_stage() {
   gpuFuncAttributes found;
   for (const auto kernel : {stage_kernel<uint4>, stage_kernel<uint16_t>, stage_kernel<uint8_t>}) {
-    const gpuError_t error =
-        gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
     if (error != gpuSuccess) return error;
   }
   return gpuSuccess;

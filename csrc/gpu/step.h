@@ -45,6 +45,7 @@ __device__ inline void check_rank(const Team& team, const Stepping& at) {
 // Waits until every peer has published this step, in every block that goes on to read it: an
 // acquire holds for the block that makes it. False when this rank has failed.
 __device__ inline bool wait_for_peers(const Team& team, const Stepping& at) {
+  if (team.num_ranks == 1) return !has_failed(team);
   __shared__ bool good;
   if (threadIdx.x == 0) good = !has_failed(team);
   __syncthreads();
@@ -105,8 +106,7 @@ __device__ inline void signal_peers(const Team& team, const Stepping& at) {
   Control& theirs = *team.control[peer];
   theirs.posts[step % 2][team.rank] = Post{at.digest, at.order[0]};
   fence_system();
-  store_release_system(&theirs.arrived[team.rank].step,
-                       step | (has_failed(team) ? kFailedBit : 0));
+  store_release_system(&theirs.arrived[team.rank].step, step | (has_failed(team) ? kFailedBit : 0));
 }
 
 // The end of a step: the order token goes on, and so does the epoch.

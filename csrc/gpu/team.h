@@ -58,8 +58,8 @@ struct alignas(128) Arrival {
 };
 
 struct Control {
-  Arrival arrived[kMaxRanks];  // peers write here
-  Post posts[2][kMaxRanks];    // peers write here, before they arrive
+  Arrival arrived[kMaxRanks];   // peers write here
+  Post posts[2][kMaxRanks];     // peers write here, before they arrive
   alignas(128) uint64_t epoch;  // steps that this rank has left
   uint32_t joined;              // blocks of the running kernel that are done
   uint32_t failed;              // this rank has failed: no more waits, results are poison

@@ -32,7 +32,7 @@ def ffi_api_version() -> tuple[int, int]:
 
 
 def gpu_backend() -> str | None:
-    """ "cuda" or "rocm", by what the GPU client of this process says it is; None if there is no GPU client."""
+    """ "cuda" or "rocm", by what this process's GPU client says it is; None if there is none."""
     try:
         version = jax.local_devices(backend="gpu")[0].client.platform_version
     except RuntimeError:

@@ -255,9 +255,7 @@ def _open(native: ctypes.CDLL, groups: Groups) -> None:
     num_groups, num_ranks = groups.devices.shape
     me = jax.process_index()
     local = np.array([d.process_index == me for d in groups.devices.flat], dtype=np.uint8)
-    # What XLA tells a handler: on a GPU the process's own number of the device.
-    on_gpu = groups.platform == "gpu"
-    ids = np.array([d.local_hardware_id if on_gpu else d.id for d in groups.devices.flat], dtype=np.int64)
+    ids = np.array([_ordinal(d, me) for d in groups.devices.flat], dtype=np.int64)
     _check(
         native.moriep_group_open(
             name,
@@ -290,6 +288,13 @@ def _open(native: ctypes.CDLL, groups: Groups) -> None:
         daemon=True,
         name="moriep-connect",
     ).start()
+
+
+def _ordinal(device: Any, process_index: int) -> int:
+    """What XLA tells a handler: on a GPU the process's own number of the device, else its global id."""
+    if device.platform != "gpu":
+        return device.id
+    return device.local_hardware_id if device.process_index == process_index else -1
 
 
 def _connect(

@@ -19,7 +19,8 @@ _BUILD_HINT = (
     "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
 )
 _BUILD_HINTS = {
-    "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or point JAX_MORIEP_LIB_DIR at a build folder"
+    "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or point JAX_MORIEP_LIB_DIR at a build "
+    "folder"
 }
 
 

@@ -27,7 +27,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
     "cpu": [r"moriep/", r"[a-z_]+\.h$"],
-    "tests": [r"moriep/", r"(\.\./)?cpu/", r"[a-z_]+\.h$"],
+    "gpu": [r"moriep/", r"[a-z_]+\.h$"],
+    "tests": [r"moriep/", r"(\.\./)?cpu/", r"gpu/", r"(\.\./)?[a-z_]+\.h$"],
 }
 
 
@@ -111,7 +112,7 @@ def test_cpp_below_the_handlers_knows_no_xla(folder):
         assert not re.search(r'#\s*include\s+[<"]xla/', path.read_text()), path
 
 
-@pytest.mark.parametrize("folder", ["include", "cpu", "ffi"])
+@pytest.mark.parametrize("folder", ["include", "cpu", "gpu", "ffi"])
 def test_cpp_files_are_readable_in_one_sitting(folder):
     for path in cpp_files(folder):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path

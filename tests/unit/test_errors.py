@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.runtime import compat, group, library
+from jax_moriep.transports import native
 
 
 def mesh_of(count=4, names=("ep",), kind=AxisType.Auto):
@@ -250,3 +251,18 @@ def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
         jax.block_until_ready(traced_anew()(x, ids))
     jm.initialize(mesh)
     np.testing.assert_allclose(np.asarray(traced_anew()(x, ids)), 2 * np.asarray(x))
+
+
+@pytest.mark.parametrize(
+    ("backend", "text"),
+    [
+        (None, "there is no GPU in this process; use transport='collective'"),
+        ("rocm", "no ROCm backend in this version; use transport='collective'"),
+        ("cuda", "backend='cuda' is not at .*libmoriep_cuda.so; reinstall jax_moriep .* nvcc"),
+    ],
+)
+def test_native_on_a_gpu_says_what_is_missing(backend, text, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
+    if backend is not None:
+        monkeypatch.setattr(compat, "gpu_backend", lambda: backend)
+    assert re.search(text, native.unavailable_reason("gpu"))

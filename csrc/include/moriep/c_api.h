@@ -21,15 +21,14 @@ MORIEP_EXPORT int32_t moriep_group_open(const char* name, int64_t num_groups, in
                                         const int64_t* device_ids, const uint8_t* local,
                                         double timeout_seconds, char* error, int64_t error_size);
 
-// Writes the address of a local rank's arena, 12 numbers: on the CPU pid, start time, fd and the two
-// halves of the nonce, and no more; on a GPU what opens its memory.
+// Writes the address of a local rank's arena, 12 numbers: on the CPU pid, start time, fd and the
+// two halves of the nonce, and no more; on a GPU what opens its memory.
 MORIEP_EXPORT int32_t moriep_group_address(const char* name, int64_t group, int64_t rank,
                                            int64_t* address, char* error, int64_t error_size);
 
 // Opens another process's arena from its address.
 MORIEP_EXPORT int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank,
-                                           const int64_t* address, char* error,
-                                           int64_t error_size);
+                                           const int64_t* address, char* error, int64_t error_size);
 
 // Tells those who wait for the group's connections why there will be none.
 MORIEP_EXPORT void moriep_group_connect_failed(const char* name, int64_t group, const char* why);

@@ -80,8 +80,7 @@ class Exercise {
   Status dispatch(Half half) {
     return gpu::dispatch(me_, call(half),
                          {x_.data(), ids_.data(), weights_.data(), rows_.data(),
-                          row_weights_.data(), group_sizes_.data(), routes_.data(),
-                          slots_.data()});
+                          row_weights_.data(), group_sizes_.data(), routes_.data(), slots_.data()});
   }
   Status replay(Half half) {
     return gpu::replay(me_, call(half),
@@ -89,10 +88,10 @@ class Exercise {
   }
   Status combine(Half half) {
     const bool carried = test_.with_scalars && test_.shape.num_tokens > 0;
-    return gpu::combine(me_, call(half),
-                        {expert_rows_.data(), carried ? scalars_.data() : nullptr, routes_.data(),
-                         slots_.data(), ids_.data(), y_.data(),
-                         carried ? token_scalars_.data() : nullptr});
+    return gpu::combine(
+        me_, call(half),
+        {expert_rows_.data(), carried ? scalars_.data() : nullptr, routes_.data(), slots_.data(),
+         ids_.data(), y_.data(), carried ? token_scalars_.data() : nullptr});
   }
 
   void poison_results() {

@@ -1,13 +1,24 @@
 // Times of the exchanges of one rank, R = 1, in recorded launches: H = 7168 in bfloat16, 8 of 32
 // experts. Prints bytes that had to move over time, and that as a share of what a copy reaches.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <random>
 
 #include "exercise.h"
+#include "gpu/kernels.h"
 
 namespace moriep::gpu {
 namespace {
+
+__global__ void copy_kernel(const uint4* from, uint4* to, int64_t size) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += stride) {
+    to[i] = from[i];
+  }
+}
 
 float milliseconds(gpuStream_t stream, int repeats, const std::function<void()>& work) {
   cudaGraph_t graph;
@@ -34,7 +45,7 @@ float milliseconds(gpuStream_t stream, int repeats, const std::function<void()>&
   return best;
 }
 
-void run(int repeats, int64_t only_tokens) {
+void run(int repeats, int64_t only_tokens, int num_processors) {
   Group group(1, std::chrono::duration<double>(10), 0);
   CHECK_OK(group.add_local(0, 0));
   gpuStream_t stream;
@@ -48,7 +59,15 @@ void run(int repeats, int64_t only_tokens) {
                 "copy");
     });
     copy_speed = 2.0 * static_cast<double>(copied) / time * 1e-9;
-    std::printf("copy of 1 GiB: %.2f TB/s read and written\n", copy_speed);
+    std::printf("cudaMemcpyAsync of 1 GiB: %.2f TB/s read and written\n", copy_speed);
+    const auto words = copied / 16;
+    const float own = milliseconds(stream, 4, [&] {
+      copy_kernel<<<static_cast<int>(words / 1024), 1024, 0, stream>>>(
+          reinterpret_cast<const uint4*>(from.data()), reinterpret_cast<uint4*>(to.data()), words);
+    });
+    const double speed = 2.0 * static_cast<double>(copied) / own * 1e-9;
+    std::printf("a copy kernel over 1 GiB: %.2f TB/s\n", speed);
+    copy_speed = std::max(copy_speed, speed);
   }
   std::mt19937 random(1);
   for (const int64_t tokens : {128, 1024, 4096, 8192}) {
@@ -76,6 +95,7 @@ void run(int repeats, int64_t only_tokens) {
                     .order_out = order_out.data(),
                     .stream = stream};
     LocalRank& me = *group.local(0);
+    me.num_processors = num_processors;
     const auto dispatched = [&] {
       CHECK_OK(dispatch(me, call,
                         {x.data(), device_ids.data(), weights.data(), rows.data(),
@@ -97,6 +117,27 @@ void run(int repeats, int64_t only_tokens) {
     // Every row of the capacity is written: with a token, or with zeros.
     const float dispatch_time = milliseconds(stream, repeats, dispatched);
     say("dispatch", dispatch_time, tokens + shape.capacity);
+    Array<int32_t> counts(1 << 20);
+    Array<uint32_t> written(shape.capacity / 32 + 1);
+    PlanArgs plan{.sizes = {1, static_cast<int32_t>(tokens), 8, 32, 32, static_cast<int32_t>(block),
+                            static_cast<int32_t>(shape.capacity), 1, row_bytes},
+                  .step = {Kind::kDispatch, 0, rank.data(), order.data(), order_out.data()},
+                  .ids = device_ids.data(),
+                  .weights = weights.data(),
+                  .tokens_per_chunk = plan_chunk_routes(32) / 8,
+                  .counts = counts.data(),
+                  .written = written.data(),
+                  .routes = routes.data(),
+                  .slots = slots.data(),
+                  .group_sizes = sizes.data(),
+                  .row_weights = row_weights.data()};
+    CHECK_OK(group.team(me, &plan.team));
+    plan.chunks_per_rank =
+        static_cast<int32_t>((tokens + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk);
+    const float plan_time =
+        milliseconds(stream, repeats, [&] { check_gpu(launch_plan(stream, plan), "plan"); });
+    std::printf("T=%-5lld plan      %8.1f us\n", static_cast<long long>(tokens), plan_time * 1e3);
+    say("rows only", dispatch_time - plan_time, tokens + shape.capacity);
     say("replay", milliseconds(stream, repeats, replayed), tokens + shape.capacity);
     say("combine", milliseconds(stream, repeats, combined), 9 * tokens);
   }
@@ -105,8 +146,10 @@ void run(int repeats, int64_t only_tokens) {
 }  // namespace
 }  // namespace moriep::gpu
 
-// Arguments: launches in a recording, and the only number of tokens to run.
+// Arguments: launches in a recording, the only number of tokens to run (0: all), and the number of
+// processors to reckon with, which says how many blocks run.
 int main(int argc, char** argv) {
-  moriep::gpu::run(argc > 1 ? std::atoi(argv[1]) : 20, argc > 2 ? std::atoll(argv[2]) : 0);
+  moriep::gpu::run(argc > 1 ? std::atoi(argv[1]) : 20, argc > 2 ? std::atoll(argv[2]) : 0,
+                   argc > 3 ? std::atoi(argv[3]) : 132);
   return 0;
 }
