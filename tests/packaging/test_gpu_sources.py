@@ -1,7 +1,7 @@
 """The GPU kernels compile for gfx942 too, and their machine code keeps the rules of memory order.
 
-It needs clang++-19 and a ROCm folder (headers and device libraries) in ``ROCM_PATH``, or the one that the tests
-on a simulated MI300X build; nothing here runs on an AMD GPU.
+It needs clang++-19 and a ROCm folder (headers and device libraries): ``ROCM_PATH``, or the one that the tests
+on a simulated MI300X build. Nothing here runs on an AMD GPU.
 """
 
 import os
