@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp test-newest lint build clean
+.PHONY: demo bench test test-cpp test-gpu test-newest lint build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -32,11 +32,20 @@ test: build test-cpp test-newest
 test-cpp: .venv/.ready
 	@for sanitizer in none address thread; do \
 	  $(BIN)/cmake -S . -B build/test-$$sanitizer -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
-	    -DMORIEP_BUILD_TESTS=ON -DMORIEP_SANITIZER=$$sanitizer \
+	    -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=OFF -DMORIEP_SANITIZER=$$sanitizer \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  && $(BIN)/cmake --build build/test-$$sanitizer \
 	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
 	done
+
+# What needs nvcc and an NVIDIA GPU, and so is no part of `make test`.
+test-gpu: build
+	$(BIN)/cmake -S . -B build/test-gpu -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
+	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/test-gpu --target gpu_exchange_test gpu_speed
+	build/test-gpu/csrc/tests/gpu_exchange_test
+	build/test-gpu/csrc/tests/gpu_speed
+	JAX_MORIEP_TEST_PLATFORM=cuda $(BIN)/pytest tests/gpu
 
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.
@@ -64,7 +73,7 @@ lint: .venv/.lint
 build: .venv/.ready
 	@$(BIN)/cmake --build build/editable
 
-.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt cmake/FindXlaFfi.cmake
+.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt csrc/gpu/CMakeLists.txt cmake/FindXlaFfi.cmake
 	@test -n "$(PYTHON)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq -c constraints.txt scikit-build-core cmake ninja jaxlib

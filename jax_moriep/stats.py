@@ -11,6 +11,7 @@ from jax_moriep import routing
 from jax_moriep.config import MoEConfig, MoEStats
 from jax_moriep.errors import CapacityOverflow
 from jax_moriep.plan import ExchangeShape, kept_counts
+from jax_moriep.runtime import group
 
 
 def collect(
@@ -67,13 +68,17 @@ def collect(
 def check_stats(stats: MoEStats) -> None:
     """Waits for the statistics and raises if any route was dropped; call it as often as you can afford.
 
+    On GPUs it also raises what went wrong in an exchange that XLA replayed, which nothing else reports.
+
     Args:
       stats: of one call, or stacked over layers or steps.
 
     Raises:
       CapacityOverflow: routes were dropped; the text has the numbers and the cure.
+      TransportError: an exchange of this process has failed on a GPU.
     """
     dropped = int(np.sum(np.asarray(stats.dropped)))
+    group.check_failures()
     if not dropped:
         return
     routes = int(np.sum(np.asarray(stats.expert_counts)))

@@ -1,4 +1,4 @@
-#include "c_api.h"
+#include "moriep/c_api.h"
 
 #include <algorithm>
 #include <cstring>
@@ -133,10 +133,11 @@ int32_t moriep_group_state(const char* name) {
   return MORIEP_GROUP_CONNECTED;
 }
 
-void moriep_group_failure(const char* name, char* text, int64_t text_size) {
+int32_t moriep_group_failure(const char* name, char* error, int64_t error_size) {
   const auto table = moriep::Registry::get().find(name);
   const std::string why = table == nullptr ? "" : moriep::first_local_failure(*table);
-  moriep::report(Status(moriep::Code::kUnavailable, why), text, text_size);
+  return moriep::report(why.empty() ? Status() : Status(moriep::Code::kUnavailable, why), error,
+                        error_size);
 }
 
 void moriep_close_all() { moriep::Registry::get().close_all(); }

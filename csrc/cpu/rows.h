@@ -4,24 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "moriep/row_type.h"
+
 namespace moriep {
-
-// Row types; the numbers travel in step headers. kU8 is opaque bytes (packed fp8), moved but never
-// summed.
-enum class RowType : int32_t { kF32 = 1, kBF16 = 2, kF16 = 3, kU8 = 4 };
-
-inline int64_t element_bytes(RowType type) {
-  switch (type) {
-    case RowType::kF32:
-      return 4;
-    case RowType::kBF16:
-    case RowType::kF16:
-      return 2;
-    case RowType::kU8:
-      return 1;
-  }
-  return 0;
-}
 
 // How rows are written: past the caches when a step writes more than they hold, because then
 // nothing of it is still there when it is read, and a store that does not first read the line saves

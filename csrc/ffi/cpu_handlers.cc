@@ -42,31 +42,6 @@ Status find_place(std::string_view name, int32_t device, const I32& rank, Place*
   return Status();
 }
 
-Status decode_type(const ffi::AnyBuffer& rows, bool summed, RowType* type) {
-  switch (rows.element_type()) {
-    case ffi::F32:
-      *type = RowType::kF32;
-      return Status();
-    case ffi::BF16:
-      *type = RowType::kBF16;
-      return Status();
-    case ffi::F16:
-      *type = RowType::kF16;
-      return Status();
-    case ffi::U8:
-      if (summed) break;
-      *type = RowType::kU8;
-      return Status();
-    default:
-      break;
-  }
-  return bad_argument("rows must be float32, bfloat16 or float16");
-}
-
-std::byte* bytes_of(const ffi::AnyBuffer& buffer) {
-  return static_cast<std::byte*>(buffer.untyped_data());
-}
-
 // Decodes what every exchange has; `order` tells the call's position, `order_out` passes it on.
 Status decode_call(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyBuffer& rows,
                    bool summed, const I32& order, I32& order_out, const Attributes& attributes,

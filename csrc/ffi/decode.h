@@ -2,11 +2,13 @@
 // backend.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
 
 #include "moriep/plan.h"
+#include "moriep/row_type.h"
 #include "moriep/status.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -62,6 +64,31 @@ inline Status first_failure(std::initializer_list<Status> checks) {
     if (!check.ok()) return check;
   }
   return Status();
+}
+
+inline Status decode_type(const ffi::AnyBuffer& rows, bool summed, RowType* type) {
+  switch (rows.element_type()) {
+    case ffi::F32:
+      *type = RowType::kF32;
+      return Status();
+    case ffi::BF16:
+      *type = RowType::kBF16;
+      return Status();
+    case ffi::F16:
+      *type = RowType::kF16;
+      return Status();
+    case ffi::U8:
+      if (summed) break;
+      *type = RowType::kU8;
+      return Status();
+    default:
+      break;
+  }
+  return bad_argument("rows must be float32, bfloat16 or float16");
+}
+
+inline std::byte* bytes_of(const ffi::AnyBuffer& buffer) {
+  return static_cast<std::byte*>(buffer.untyped_data());
 }
 
 // Builds the sizes of a call from tokens [T, H], ids [T, K], rows [C, H] and the attributes.

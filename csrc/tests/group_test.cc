@@ -7,8 +7,8 @@
 #include <stdexcept>
 
 #include "check.h"
-#include "cpu/c_api.h"
 #include "exercise.h"
+#include "moriep/c_api.h"
 #include "ranks.h"
 
 namespace moriep {

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/rows.h"
 #include "moriep/plan.h"
+#include "moriep/row_type.h"
 
 namespace moriep {
 

@@ -31,6 +31,15 @@ def ffi_api_version() -> tuple[int, int]:
     return major, minor
 
 
+def gpu_backend() -> str | None:
+    """ "cuda" or "rocm", by what this process's GPU client says it is; None if there is none."""
+    try:
+        version = jax.local_devices(backend="gpu")[0].client.platform_version
+    except RuntimeError:
+        return None
+    return "rocm" if "rocm" in version.lower() else "cuda"
+
+
 def concrete_mesh() -> jax.sharding.Mesh | None:
     """The mesh of ``jax.set_mesh`` with its devices, or None; inside jit too, where ``get_mesh`` raises."""
     mesh = _mesh.get_concrete_mesh()

@@ -27,8 +27,10 @@ from jax_moriep.runtime import compat, library, order, targets
 from jax_moriep.runtime.store import DistributedStore, Store
 
 _ERROR_BYTES = 1024
+_ADDRESS_WORDS = 12
 _CONNECTED, _FAILED = 2, 3
 _generations: dict[str, int] = {}
+_on_gpus: dict[str, ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
@@ -223,26 +225,38 @@ def open_groups(mesh: jax.sharding.Mesh, ep_axis: str, *, wait: bool = False, re
       TransportError: a group could not be opened or connected.
     """
     groups = groups_of(mesh, ep_axis)
-    if groups.platform != "cpu":
+    backend = library.backend_of(groups.platform)
+    if backend is None:
         return groups
-    targets.register("cpu")
-    native = _native()
+    targets.register(backend)
+    native = _native(backend)
     with _lock:
         state = native.moriep_group_state(groups.name.encode())
         if state == 0 or (state == _FAILED and reopen):
-            _open(groups)
+            _open(native, groups)
+            if backend != "cpu":
+                _on_gpus[groups.name] = native
     if wait:
-        _wait_connected(groups.name)
+        _wait_connected(native, groups.name)
     return groups
 
 
-def _open(groups: Groups) -> None:
-    native = _native()
+def check_failures() -> None:
+    """Raises TransportError if an exchange of this process has failed on a GPU.
+
+    There an exchange runs after the call that enqueued it, and XLA replays it without a call, so nothing
+    raises by itself; the results of a step that failed, and of all after it, are NaN.
+    """
+    for name, native in list(_on_gpus.items()):
+        _check(native.moriep_group_failure(name.encode(), *_error_buffer()))
+
+
+def _open(native: ctypes.CDLL, groups: Groups) -> None:
     name = groups.name.encode()
     num_groups, num_ranks = groups.devices.shape
     me = jax.process_index()
     local = np.array([d.process_index == me for d in groups.devices.flat], dtype=np.uint8)
-    ids = np.array([d.id for d in groups.devices.flat], dtype=np.int64)
+    ids = np.array([_ordinal(d, me) for d in groups.devices.flat], dtype=np.int64)
     _check(
         native.moriep_group_open(
             name,
@@ -264,24 +278,36 @@ def _open(groups: Groups) -> None:
     host = _host_identity()
     for g in mine:
         for r in np.flatnonzero(local[g]):
-            address = (ctypes.c_int64 * 5)()
+            address = (ctypes.c_int64 * _ADDRESS_WORDS)()
             _check(native.moriep_group_address(name, g, int(r), address, *_error_buffer()))
             store.put(f"{prefix}/{g}/{r}", json.dumps({"host": host, "address": list(address)}).encode())
     missing = [(g, int(r)) for g in mine for r in np.flatnonzero(~local[g].astype(bool))]
     deadline = time.monotonic() + timeout_seconds()
     threading.Thread(
         target=_connect,
-        args=(groups.name, prefix, store, host, missing, deadline),
+        args=(native, groups.name, prefix, store, host, missing, deadline),
         daemon=True,
         name="moriep-connect",
     ).start()
 
 
+def _ordinal(device: Any, process_index: int) -> int:
+    """What XLA tells a handler: on a GPU the process's own number of the device, else its global id."""
+    if device.platform != "gpu":
+        return device.id
+    return device.local_hardware_id if device.process_index == process_index else -1
+
+
 def _connect(
-    name: str, prefix: str, store: Store, host: str, missing: list[tuple[int, int]], deadline: float
+    native: ctypes.CDLL,
+    name: str,
+    prefix: str,
+    store: Store,
+    host: str,
+    missing: list[tuple[int, int]],
+    deadline: float,
 ) -> None:
     """Connects the ranks of other processes; what goes wrong is told by the exchange that waits for it."""
-    native = _native()
     for g, r in missing:
         try:
             peer = json.loads(store.get(f"{prefix}/{g}/{r}", deadline))
@@ -290,15 +316,14 @@ def _connect(
                     "it runs on another machine, and transport='native' needs one machine; "
                     "use transport='collective'"
                 )
-            address = (ctypes.c_int64 * 5)(*peer["address"])
+            address = (ctypes.c_int64 * _ADDRESS_WORDS)(*peer["address"])
             _check(native.moriep_group_connect(name.encode(), g, r, address, *_error_buffer()))
         except Exception as e:  # noqa: BLE001 - a thread has nobody to raise to
             native.moriep_group_connect_failed(name.encode(), g, f"rank {r}: {e}".encode())
             return
 
 
-def _wait_connected(name: str) -> None:
-    native = _native()
+def _wait_connected(native: ctypes.CDLL, name: str) -> None:
     deadline = time.monotonic() + timeout_seconds()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
@@ -335,8 +360,8 @@ def _check(code: int) -> None:
 
 
 @functools.cache
-def _native() -> ctypes.CDLL:
-    lib = library.load("cpu")
+def _native(backend: str) -> ctypes.CDLL:
+    lib = library.load(backend)
     i64, i32, text = ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     i64_array = ctypes.POINTER(i64)
     prototypes: dict[str, tuple[Any, list[Any]]] = {
@@ -348,7 +373,7 @@ def _native() -> ctypes.CDLL:
         "moriep_group_connect": (i32, [text, i64, i64, i64_array, text, i64]),
         "moriep_group_connect_failed": (None, [text, i64, text]),
         "moriep_group_state": (i32, [text]),
-        "moriep_group_failure": (None, [text, text, i64]),
+        "moriep_group_failure": (i32, [text, text, i64]),
         "moriep_close_all": (None, []),
     }
     for name, (result, arguments) in prototypes.items():

@@ -18,12 +18,29 @@ BACKENDS = ("cpu", "cuda", "rocm")
 _BUILD_HINT = (
     "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
 )
+_BUILD_HINTS = {
+    "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or point JAX_MORIEP_LIB_DIR at a build "
+    "folder"
+}
+
+
+def backend_of(platform: str) -> str | None:
+    """The backend that serves a platform's devices, or None.
+
+    Args:
+      platform: of a device: "cpu", or "gpu", which does not say whose GPU it is.
+    """
+    return compat.gpu_backend() if platform == "gpu" else "cpu" if platform == "cpu" else None
 
 
 def folder() -> Path:
     """The folder that is searched: ``JAX_MORIEP_LIB_DIR``, or ``lib`` in the installed package."""
     override = os.environ.get("JAX_MORIEP_LIB_DIR")
     return Path(override) if override else Path(__file__).resolve().parent.parent / "lib"
+
+
+def _hint(backend: str) -> str:
+    return _BUILD_HINTS.get(backend, _BUILD_HINT)
 
 
 def find(backend: str) -> Path:
@@ -37,7 +54,7 @@ def find(backend: str) -> Path:
     """
     path = folder() / f"libmoriep_{backend}.so"
     if not path.is_file():
-        raise LibraryError(f"the native library of backend={backend!r} is not at {path}; {_BUILD_HINT}")
+        raise LibraryError(f"the native library of backend={backend!r} is not at {path}; {_hint(backend)}")
     return path
 
 

@@ -20,7 +20,8 @@ COMBINE = "moriep_combine"
 DLPACK_CALL = "moriep_dlpack_call"
 
 _SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
-# XLA's names of platforms are case-sensitive, and a wrong one is accepted and never used.
+# As XLA spells its platforms: another spelling is accepted, and never used.
+_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM"}
 _INTEROP_SYMBOLS = {"cpu": "MoriepDlpackCpu", "CUDA": "MoriepDlpackCuda", "ROCM": "MoriepDlpackRocm"}
 _registered: set[str] = set()
 _lock = threading.Lock()
@@ -30,7 +31,7 @@ def register(backend: str) -> None:
     """Registers a backend's handlers with XLA, once.
 
     Args:
-      backend: "cpu".
+      backend: "cpu", "cuda" or "rocm".
 
     Raises:
       LibraryError: the library is missing or does not fit.
@@ -40,7 +41,8 @@ def register(backend: str) -> None:
             return
         lib = library.load(backend)
         for target, symbol in _SYMBOLS.items():
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(lib, symbol)), platform=backend)
+            capsule = jax.ffi.pycapsule(getattr(lib, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
         _registered.add(backend)
 
 

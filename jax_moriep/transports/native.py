@@ -22,12 +22,16 @@ _ROW_DTYPES = ("float32", "bfloat16", "float16")
 
 def unavailable_reason(platform: str) -> str | None:
     """Why the native transport cannot run on a platform, with the cure; None if it can."""
-    if platform != "cpu":
-        return f"it has no {platform} backend in this version; use transport='collective'"
+    backend = library.backend_of(platform)
+    if backend is None:
+        what = "there is no GPU in this process" if platform == "gpu" else f"it has no {platform} backend"
+        return f"{what}; use transport='collective'"
+    if backend == "rocm":
+        return "it has no ROCm backend in this version; use transport='collective'"
     if sys.platform != "linux":
         return f"it needs Linux (memfd and futex), not {sys.platform}; use transport='collective'"
     try:
-        library.load("cpu")
+        library.load(backend)
     except LibraryError as e:
         return str(e)
     return None

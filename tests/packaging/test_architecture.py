@@ -27,8 +27,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
     "cpu": [r"moriep/", r"[a-z_]+\.h$"],
+    "gpu": [r"moriep/", r"[a-z_]+\.h$"],
     "interop": [r"[a-z_]+\.h$"],
-    "tests": [r"moriep/", r"(\.\./)?cpu/", r"interop/", r"[a-z_]+\.h$"],
+    "tests": [r"moriep/", r"(\.\./)?cpu/", r"gpu/", r"interop/", r"(\.\./)?[a-z_]+\.h$"],
 }
 
 
@@ -123,7 +124,7 @@ def test_cpp_below_the_handlers_knows_no_xla(folder):
         assert not re.search(r'#\s*include\s+[<"]xla/', path.read_text()), path
 
 
-@pytest.mark.parametrize("folder", ["include", "cpu", "ffi", "interop"])
+@pytest.mark.parametrize("folder", ["include", "cpu", "gpu", "ffi", "interop"])
 def test_cpp_files_are_readable_in_one_sitting(folder):
     for path in cpp_files(folder):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path

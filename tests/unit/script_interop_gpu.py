@@ -9,7 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.runtime import compat, group, library
+from jax_moriep.transports import native
 
 
 def mesh_of(count=4, names=("ep",), kind=AxisType.Auto):
@@ -246,13 +247,13 @@ def test_library_of_another_api_version(tmp_path):
 
 def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
     """The cause is told at once, not a timeout after JAX_MORIEP_TIMEOUT seconds."""
-    native = group._native()
+    native = group._native("cpu")
     ids = (ctypes.c_int64 * 2)(0, 2048)
     local = (ctypes.c_uint8 * 2)(1, 0)  # rank 1 lives in another process
     assert native.moriep_group_open(b"halves", 1, 2, ids, local, 60.0, *group._error_buffer()) == 0
     native.moriep_group_connect_failed(b"halves", 0, b"rank 1: it runs on another machine")
     with pytest.raises(jm.TransportError, match="halves has failed: rank 1: it runs on another machine"):
-        group._wait_connected("halves")
+        group._wait_connected(native, "halves")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
@@ -280,3 +281,18 @@ def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
         jax.block_until_ready(traced_anew()(x, ids))
     jm.initialize(mesh)
     np.testing.assert_allclose(np.asarray(traced_anew()(x, ids)), 2 * np.asarray(x))
+
+
+@pytest.mark.parametrize(
+    ("backend", "text"),
+    [
+        (None, "there is no GPU in this process; use transport='collective'"),
+        ("rocm", "no ROCm backend in this version; use transport='collective'"),
+        ("cuda", "backend='cuda' is not at .*libmoriep_cuda.so; reinstall jax_moriep .* nvcc"),
+    ],
+)
+def test_native_on_a_gpu_says_what_is_missing(backend, text, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
+    if backend is not None:
+        monkeypatch.setattr(compat, "gpu_backend", lambda: backend)
+    assert re.search(text, native.unavailable_reason("gpu"))

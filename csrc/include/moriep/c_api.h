@@ -21,22 +21,22 @@ MORIEP_EXPORT int32_t moriep_group_open(const char* name, int64_t num_groups, in
                                         const int64_t* device_ids, const uint8_t* local,
                                         double timeout_seconds, char* error, int64_t error_size);
 
-// Writes pid, start time, fd and the two halves of the nonce of a local rank's arena.
+// Writes the address of a local rank's arena, 12 numbers: on the CPU pid, start time, fd and the
+// two halves of the nonce, and no more; on a GPU what opens its memory.
 MORIEP_EXPORT int32_t moriep_group_address(const char* name, int64_t group, int64_t rank,
-                                           int64_t address[5], char* error, int64_t error_size);
+                                           int64_t* address, char* error, int64_t error_size);
 
 // Opens another process's arena from its address.
 MORIEP_EXPORT int32_t moriep_group_connect(const char* name, int64_t group, int64_t rank,
-                                           const int64_t address[5], char* error,
-                                           int64_t error_size);
+                                           const int64_t* address, char* error, int64_t error_size);
 
 // Tells those who wait for the group's connections why there will be none.
 MORIEP_EXPORT void moriep_group_connect_failed(const char* name, int64_t group, const char* why);
 
 MORIEP_EXPORT int32_t moriep_group_state(const char* name);
 
-// Writes why the group has failed; nothing if it has not.
-MORIEP_EXPORT void moriep_group_failure(const char* name, char* text, int64_t text_size);
+// Why a group of this process has failed, in `error`, and its code; 0 if none has.
+MORIEP_EXPORT int32_t moriep_group_failure(const char* name, char* error, int64_t error_size);
 
 // Ends all groups of this process; peers learn that it left in good order.
 MORIEP_EXPORT void moriep_close_all();

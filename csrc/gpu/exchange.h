@@ -1,0 +1,66 @@
+// The three exchanges of one rank on a GPU: what cpu/exchange.h does, enqueued on a stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "group.h"
+#include "moriep/plan.h"
+#include "moriep/row_type.h"
+#include "moriep/status.h"
+
+namespace moriep::gpu {
+
+// Which part of a step to enqueue. A program enqueues both; tests that run several ranks on one
+// stream enqueue the first half of all ranks before the second half of any.
+enum class Half { kBoth, kFirst, kSecond };
+
+// What every exchange is told. All pointers are the device's.
+struct Call {
+  Shape shape;
+  RowType type = RowType::kF32;
+  std::string_view config;
+  const int32_t* rank = nullptr;   // [1]
+  const int32_t* order = nullptr;  // [1]
+  int32_t* order_out = nullptr;    // [1]
+  Half half = Half::kBoth;
+  void* stream = nullptr;
+};
+
+struct DispatchBuffers {
+  const std::byte* x;    // [T, H]
+  const int32_t* ids;    // [T, K]
+  const float* weights;  // [T, K]
+  std::byte* rows;       // [C, H]
+  float* row_weights;    // [C]
+  int32_t* group_sizes;  // [L]
+  int32_t* routes;       // [R, T, K]
+  int32_t* slots;        // [R, T]
+};
+
+struct ReplayBuffers {
+  const std::byte* x;     // [T, H]
+  const int32_t* routes;  // [R, T, K]
+  const int32_t* ids;     // [T, K]
+  std::byte* rows;        // [C, H]
+};
+
+struct CombineBuffers {
+  const std::byte* rows;  // [C, H]
+  const float* scalars;   // [C], or null
+  const int32_t* routes;  // [R, T, K]
+  const int32_t* slots;   // [R, T]
+  const int32_t* ids;     // [T, K]
+  std::byte* y;           // [T, H]
+  float* token_scalars;   // [T, K], or null
+};
+
+Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at);
+Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at);
+Status combine(LocalRank& me, const Call& call, const CombineBuffers& at);
+
+// Loads all kernels on the current device.
+Status preload_kernels();
+
+}  // namespace moriep::gpu

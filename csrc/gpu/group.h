@@ -1,0 +1,91 @@
+// Groups of a process on GPUs: which device is which rank, and the arenas of all ranks. No header
+// of a GPU runtime is included here, so that the handlers need none.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "moriep/status.h"
+#include "team.h"
+
+namespace moriep::gpu {
+
+// Enough for what a peer must know to open an arena: process, layout, size, and the IPC handle.
+inline constexpr int kAddressWords = 12;
+
+class Group;
+
+// A rank whose device this process drives.
+struct LocalRank {
+  Group* group = nullptr;
+  int32_t rank = 0;
+  int32_t device = 0;
+  int32_t num_processors = 0;
+  std::byte* arena = nullptr;
+  FaultReport* report = nullptr;            // in host memory
+  FaultReport* report_on_device = nullptr;  // the same, as the device addresses it
+  std::vector<std::byte*> arenas;           // of all ranks, as this device addresses them
+};
+
+class Group {
+ public:
+  Group(int32_t num_ranks, std::chrono::duration<double> timeout, int64_t slot_bytes);
+
+  // Allocates a local rank's arena. All are added before any step.
+  Status add_local(int32_t rank, int32_t device);
+  // Lets the local ranks' devices reach each other's arenas.
+  Status link_locals();
+  Status address(int32_t rank, int64_t* words);
+  Status connect(int32_t rank, const int64_t* words);
+  void connect_failed(const std::string& why);
+  bool connected();
+
+  // What kernels of a local rank are told; waits until every peer is connected.
+  Status team(const LocalRank& me, Team* out);
+
+  int32_t num_ranks() const { return num_ranks_; }
+  int64_t slot_bytes() const { return slot_bytes_; }
+  LocalRank* local(int32_t rank) { return locals_[static_cast<size_t>(rank)].get(); }
+  // What went wrong on one of this process's ranks, or ok.
+  Status failure() const;
+
+ private:
+  const int32_t num_ranks_;
+  const std::chrono::duration<double> timeout_;
+  const int64_t slot_bytes_;
+  std::vector<std::unique_ptr<LocalRank>> locals_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<bool> connected_;
+  std::string connect_error_;
+};
+
+// The groups of one mesh axis, and the place of each of this process's devices in them.
+struct GroupTable {
+  std::vector<std::shared_ptr<Group>> groups;
+  std::unordered_map<int64_t, std::pair<int32_t, int32_t>> place_of_device;
+};
+
+class Registry {
+ public:
+  static Registry& get();
+  std::shared_ptr<GroupTable> find(const std::string& name);
+  void put(const std::string& name, std::shared_ptr<GroupTable> table);
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<GroupTable>> tables_;
+  // Recorded launches may still name the arenas of a table that was replaced.
+  std::vector<std::shared_ptr<GroupTable>> replaced_;
+};
+
+}  // namespace moriep::gpu

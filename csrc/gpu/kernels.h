@@ -1,0 +1,111 @@
+// The kernels of the GPU transport: what each takes, and how it is launched. None of them
+// synchronises with the host, allocates, or depends on what the host has counted.
+#pragma once
+
+#include "gpu_runtime.h"
+#include "team.h"
+
+namespace moriep::gpu {
+
+// Offsets of a dispatch's data inside a slot; those of layout.h.
+struct Staged {
+  int64_t ids;
+  int64_t weights;
+  int64_t rows;
+  int64_t row_stride;
+};
+
+// First half of dispatch and replay: copies to this rank's slot the tokens that another rank needs
+// and, where `weights` is given, the routing; then signals.
+struct StageArgs {
+  Team team;
+  Sizes sizes;
+  Stepping step;
+  Staged staged;
+  const std::byte* x;
+  const int32_t* ids;
+  const float* weights;  // or null: replay
+};
+gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& args);
+
+// Second half of dispatch, first: every route of the group gets its row. Two launches: count the
+// routes of each chunk, then place them.
+struct PlanArgs {
+  Team team;
+  Sizes sizes;
+  Stepping step;
+  Staged staged;
+  const int32_t* ids;    // this rank's own [T, K]
+  const float* weights;  // this rank's own [T, K]
+  int32_t tokens_per_chunk;
+  int32_t chunks_per_rank;
+  int32_t* counts;    // workspace: [chunks, L]
+  uint32_t* written;  // workspace: a bit for each row
+  int32_t* routes;
+  int32_t* slots;
+  int32_t* group_sizes;
+  float* row_weights;
+};
+int plan_chunk_routes(int num_local_experts);
+gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args);
+
+// Second half of replay, first: marks the rows that a known plan names.
+struct MarkArgs {
+  Team team;
+  Sizes sizes;
+  Stepping step;
+  const int32_t* routes;
+  uint32_t* written;
+};
+gpuError_t launch_mark(gpuStream_t stream, const MarkArgs& args);
+
+// Second half of dispatch and replay, last: reads every token that has rows here once and writes
+// all its rows; clears the rows that nobody owns.
+struct PullArgs {
+  Team team;
+  Sizes sizes;
+  Stepping step;
+  Staged staged;
+  const std::byte* x;  // this rank's own tokens are read where they are
+  const int32_t* routes;
+  const uint32_t* written;
+  std::byte* rows;
+  float* row_weights;  // or null: replay
+};
+gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args);
+
+// Both halves of combine. Push: one row per (token, rank) into the slot of the token's owner.
+// Reduce: the owner adds what the ranks pushed, in their order, and its own part on the way.
+struct CombineArgs {
+  Team team;
+  Sizes sizes;
+  Stepping step;
+  int64_t pushed_rows;     // offset of rows in a slot
+  int64_t pushed_scalars;  // offset of scalars in a slot
+  int64_t row_stride;
+  const std::byte* rows;
+  const float* scalars;  // or null
+  const int32_t* routes;
+  const int32_t* slots;
+  const int32_t* ids;
+  std::byte* y;
+  float* token_scalars;  // or null
+};
+gpuError_t launch_push(gpuStream_t stream, int num_blocks, RowType type, const CombineArgs& args);
+gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type, const CombineArgs& args);
+
+// Loads every kernel on the current device, so that none is loaded inside a recording.
+gpuError_t preload_stage();
+gpuError_t preload_plan();
+gpuError_t preload_pull();
+gpuError_t preload_push();
+gpuError_t preload_reduce();
+
+// Whether rows of these sizes at these addresses can be moved in words of so many bytes.
+inline bool fits_words(int word_bytes, int64_t row_bytes, const void* a, const void* b) {
+  const auto bits = static_cast<uint64_t>(row_bytes) | reinterpret_cast<uint64_t>(a) |
+                    reinterpret_cast<uint64_t>(b);
+  return bits % static_cast<uint64_t>(word_bytes) == 0;
+}
+
+}  // namespace moriep::gpu

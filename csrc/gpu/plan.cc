@@ -1,0 +1,252 @@
+// The plan of a dispatch: a stable counting sort of the group's routes by local expert. Chunks of
+// routes are counted, then each chunk places its own behind those of the chunks before it; no order
+// depends on which block or wave comes first.
+#include "plan.h"
+
+#include "kernels.h"
+#include "rows.h"
+#include "step.h"
+
+namespace moriep::gpu {
+namespace {
+
+inline constexpr int kPlanThreads = 512;      // a thread for each route of a chunk
+inline constexpr int kWidePlanThreads = 256;  // with many experts, whose counters need the room
+inline constexpr int kNarrowExperts = 256;
+
+struct Chunk {
+  int32_t source;
+  int32_t first_token;
+  int32_t num_tokens;
+};
+
+__device__ Chunk chunk_of_block(const PlanArgs& args) {
+  const int32_t source = static_cast<int32_t>(blockIdx.x) / args.chunks_per_rank;
+  const int32_t first =
+      static_cast<int32_t>(blockIdx.x) % args.chunks_per_rank * args.tokens_per_chunk;
+  return {source, first, min(args.tokens_per_chunk, args.sizes.num_tokens - first)};
+}
+
+__device__ const std::byte* routing_of(const PlanArgs& args, int32_t source) {
+  return slot_of(args.team, source, current_step(args.team));
+}
+
+__global__ void __launch_bounds__(kPlanThreads)
+    count_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
+  extern __shared__ int32_t shared[];
+  const Sizes& sizes = args.sizes;
+  if (args.team.num_ranks == 1) check_rank(args.team, args.step);
+  const bool good = wait_for_peers(args.team, args.step);
+
+  // The rows that have an owner are marked by the launch that follows.
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t i = thread; i < (sizes.capacity + 31) / 32; i += num_threads) args.written[i] = 0;
+
+  int32_t* counts = shared;
+  int32_t* ids = shared + sizes.num_local_experts;
+  for (int32_t e = threadIdx.x; e < sizes.num_local_experts; e += blockDim.x) counts[e] = 0;
+  __syncthreads();
+
+  const Chunk chunk = chunk_of_block(args);
+  const int64_t first_route = static_cast<int64_t>(chunk.first_token) * sizes.top_k;
+  const auto* source_ids =
+      chunk.source == args.team.rank
+          ? args.ids
+          : reinterpret_cast<const int32_t*>(routing_of(args, chunk.source) + args.staged.ids);
+  int32_t* routes = args.routes +
+                    static_cast<int64_t>(chunk.source) * sizes.num_tokens * sizes.top_k +
+                    first_route;
+  const int32_t first_expert = args.team.rank * sizes.num_local_experts;
+  const int32_t i = threadIdx.x;
+  if (i < chunk.num_tokens * sizes.top_k) {
+    const int32_t id = good ? source_ids[first_route + i] : -1;
+    ids[i] = id;
+    const bool here = rank_of(sizes, id) == args.team.rank;
+    // The local expert stands in for the row until the next launch.
+    routes[i] = here ? id - first_expert : kNotHere;
+    if (here) atomicAdd(&counts[id - first_expert], 1);
+  }
+  __syncthreads();
+
+  for (int32_t e = threadIdx.x; e < sizes.num_local_experts; e += blockDim.x) {
+    args.counts[static_cast<int64_t>(blockIdx.x) * sizes.num_local_experts + e] = counts[e];
+  }
+  for (int32_t t = threadIdx.x; t < chunk.num_tokens; t += blockDim.x) {
+    const uint64_t ranks = ranks_of(sizes, ids + t * sizes.top_k);
+    const bool goes_here = (ranks >> args.team.rank & 1) != 0;
+    const int32_t token = chunk.first_token + t;
+    args.slots[static_cast<int64_t>(chunk.source) * sizes.num_tokens + token] =
+        goes_here ? token * sizes.fanout + count_bits(ranks & lanes_below(args.team.rank)) : -1;
+  }
+}
+
+// Where the runs of all experts start, for one wave: an exclusive sum of the aligned totals.
+__device__ void start_runs(const Sizes& sizes, const int32_t* totals, int32_t* starts) {
+  int32_t next = 0;
+  for (int32_t first = 0; first < sizes.num_local_experts; first += kWave) {
+    const int32_t e = first + lane_id();
+    const int32_t total = e < sizes.num_local_experts ? totals[e] : 0;
+    const int32_t aligned = (total + sizes.block - 1) / sizes.block * sizes.block;
+    int32_t sum = aligned;
+    for (int reach = 1; reach < kWave; reach *= 2) {
+      const int32_t below = from_below(sum, reach);
+      if (lane_id() >= reach) sum += below;
+    }
+    if (e < sizes.num_local_experts) starts[e] = next + sum - aligned;
+    next += from_lane(sum, kWave - 1);
+  }
+}
+
+// Marks the rows of some experts' runs. Runs that share a word of the marks belong to one block or
+// several: hence the atomic, whose order does not matter.
+__device__ void mark_runs(const PlanArgs& args, const int32_t* totals, const int32_t* starts) {
+  const Sizes& sizes = args.sizes;
+  for (int32_t e = blockIdx.x; e < sizes.num_local_experts; e += gridDim.x) {
+    const int32_t first = starts[e];
+    const int32_t end = min(first + totals[e], sizes.capacity);
+    for (int32_t w = first / 32 + static_cast<int32_t>(threadIdx.x); w * 32 < end;
+         w += blockDim.x) {
+      const int32_t low = max(first - w * 32, 0);
+      const int32_t high = min(end - w * 32, 32);
+      const uint32_t below_high = high == 32 ? ~0u : (1u << high) - 1;
+      atomicOr(&args.written[w], below_high & ~((1u << low) - 1));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kPlanThreads)
+    place_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
+  extern __shared__ int32_t shared[];
+  const Sizes& sizes = args.sizes;
+  const bool good = wait_for_peers(args.team, args.step);
+  const int32_t num_experts = sizes.num_local_experts;
+  const int32_t num_chunks = args.chunks_per_rank * sizes.num_ranks;
+  const int32_t waves = static_cast<int32_t>(blockDim.x) / kWave;
+
+  int32_t* totals = shared;                // of all chunks
+  int32_t* before = totals + num_experts;  // of the chunks before this one
+  int32_t* starts = before + num_experts;
+  auto* in_wave = reinterpret_cast<uint16_t*>(starts + num_experts);  // [waves, L]
+  for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) totals[e] = before[e] = 0;
+  for (int32_t i = threadIdx.x; i < waves * num_experts; i += blockDim.x) in_wave[i] = 0;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += blockDim.x) {
+    const int32_t count = args.counts[i];
+    if (count == 0) continue;
+    atomicAdd(&totals[i % num_experts], count);
+    if (i / num_experts < static_cast<int32_t>(blockIdx.x)) {
+      atomicAdd(&before[i % num_experts], count);
+    }
+  }
+
+  // Lanes with the same expert find each other bit by bit; each then knows its place among them.
+  const Chunk chunk = chunk_of_block(args);
+  const int64_t first_route = static_cast<int64_t>(chunk.first_token) * sizes.top_k;
+  int32_t* routes = args.routes +
+                    static_cast<int64_t>(chunk.source) * sizes.num_tokens * sizes.top_k +
+                    first_route;
+  const int32_t i = threadIdx.x;
+  const int32_t wave = i / kWave;
+  const int32_t expert = i < chunk.num_tokens * sizes.top_k ? routes[i] : kNotHere;
+  uint64_t same = ballot(expert >= 0);
+  for (int32_t bit = 1; bit < num_experts; bit *= 2) {
+    const bool set = (expert & bit) != 0;
+    const uint64_t with = ballot(set);
+    same &= set ? with : ~with;
+  }
+  const int32_t in_front = count_bits(same & lanes_below(lane_id()));
+  if (expert >= 0 && in_front == 0) {
+    in_wave[wave * num_experts + expert] = static_cast<uint16_t>(count_bits(same));
+  }
+  __syncthreads();
+  if (threadIdx.x < kWave) start_runs(sizes, totals, starts);
+  for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    uint16_t next = 0;
+    for (int32_t w = 0; w < waves; ++w) {
+      const uint16_t count = in_wave[w * num_experts + e];
+      in_wave[w * num_experts + e] = next;
+      next += count;
+    }
+  }
+  __syncthreads();
+
+  if (expert >= 0) {
+    const int32_t row =
+        starts[expert] + before[expert] + in_wave[wave * num_experts + expert] + in_front;
+    if (row < sizes.capacity) {
+      const auto* weights = chunk.source == args.team.rank
+                                ? args.weights
+                                : reinterpret_cast<const float*>(routing_of(args, chunk.source) +
+                                                                 args.staged.weights);
+      args.row_weights[row] = weights[first_route + i];
+      routes[i] = row;
+    } else {
+      routes[i] = kDropped;
+    }
+  }
+  mark_runs(args, totals, starts);
+  if (blockIdx.x == 0) {
+    for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
+      args.group_sizes[e] = good ? max(0, min(sizes.capacity - starts[e], totals[e])) : 0;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(const MORIEP_KERNEL_ARGUMENT MarkArgs args) {
+  const Sizes& sizes = args.sizes;
+  if (args.team.num_ranks == 1) check_rank(args.team, args.step);
+  const int64_t num_routes = static_cast<int64_t>(sizes.num_ranks) * sizes.num_tokens * sizes.top_k;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_routes;
+       i += num_threads) {
+    const int32_t row = args.routes[i];
+    if (row >= sizes.capacity) {
+      // A plan is the user's array by the time it comes back: nothing in it is trusted as an index.
+      fail(args.team, args.step, Fault::kBadPlan, args.team.rank, row, sizes.capacity);
+    } else if (row >= 0) {
+      atomicOr(&args.written[row / 32], 1u << (row % 32));
+    }
+  }
+}
+
+int num_plan_threads(int num_local_experts) {
+  return num_local_experts <= kNarrowExperts ? kPlanThreads : kWidePlanThreads;
+}
+
+}  // namespace
+
+int plan_chunk_routes(int num_local_experts) { return num_plan_threads(num_local_experts); }
+
+gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args) {
+  const int num_experts = args.sizes.num_local_experts;
+  const int threads = num_plan_threads(num_experts);
+  const int num_chunks = args.chunks_per_rank * args.sizes.num_ranks;
+  const size_t count_bytes = sizeof(int32_t) * static_cast<size_t>(num_experts + threads);
+  const size_t place_bytes = static_cast<size_t>(num_experts) *
+                             (3 * sizeof(int32_t) + sizeof(uint16_t) * (threads / kWave));
+  count_kernel<<<num_chunks, threads, count_bytes, stream>>>(args);
+  place_kernel<<<num_chunks, threads, place_bytes, stream>>>(args);
+  return gpuGetLastError();
+}
+
+gpuError_t launch_mark(gpuStream_t stream, const MarkArgs& args) {
+  const int64_t num_routes =
+      static_cast<int64_t>(args.sizes.num_ranks) * args.sizes.num_tokens * args.sizes.top_k;
+  const auto num_blocks = static_cast<int>(
+      num_routes < kThreads * 256 ? (num_routes + kThreads - 1) / kThreads + 1 : 256);
+  mark_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
+  return gpuGetLastError();
+}
+
+gpuError_t preload_plan() {
+  gpuFuncAttributes found;
+  for (const auto kernel : {count_kernel, place_kernel}) {
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    if (error != gpuSuccess) return error;
+  }
+  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(mark_kernel));
+}
+
+}  // namespace moriep::gpu

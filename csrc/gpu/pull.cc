@@ -1,0 +1,134 @@
+// Second half of dispatch and replay: the rows.
+#include "kernels.h"
+#include "rows.h"
+#include "step.h"
+
+namespace moriep::gpu {
+namespace {
+
+template <typename Word>
+__device__ Word filled(bool poison) {
+  if constexpr (sizeof(Word) == 16) {
+    const uint32_t part = poison ? 0xffffffffu : 0u;
+    return make_uint4(part, part, part, part);
+  } else {
+    return static_cast<Word>(poison ? ~0u : 0u);
+  }
+}
+
+// One part of one token: read once, written to all rows that the token has here.
+template <typename Word>
+__device__ void pull_part(const PullArgs& args, const std::byte* from, const int32_t* routes,
+                          int64_t first) {
+  const Sizes& sizes = args.sizes;
+  const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
+  Word words[kCopyWords];
+  bool read = false;
+  for (int k0 = 0; k0 < sizes.top_k; k0 += kWave) {
+    int32_t route = k0 + lane_id() < sizes.top_k ? routes[k0 + lane_id()] : -1;
+    if (route >= sizes.capacity) route = -1;
+    if (ballot(route >= 0) == 0) continue;
+    if (!read) {
+      read = true;
+#pragma unroll
+      for (int i = 0; i < kCopyWords; ++i) {
+        if (first + i * kWave < row_words) {
+          words[i] = reinterpret_cast<const Word*>(from)[first + i * kWave];
+        }
+      }
+    }
+    const int num_routes = min(kWave, sizes.top_k - k0);
+    for (int k = 0; k < num_routes; ++k) {
+      const int32_t row = from_lane(route, k);
+      if (row < 0) continue;
+      auto* to = reinterpret_cast<Word*>(args.rows + row * sizes.row_bytes);
+#pragma unroll
+      for (int i = 0; i < kCopyWords; ++i) {
+        if (first + i * kWave < row_words) store_streamed(to + first + i * kWave, words[i]);
+      }
+    }
+  }
+}
+
+// One part of 32 rows: those without an owner are cleared; all are poisoned once this rank has
+// failed.
+template <typename Word>
+__device__ void clear_part(const PullArgs& args, int32_t group, int64_t first, bool good) {
+  const Sizes& sizes = args.sizes;
+  const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
+  const uint32_t written = good ? args.written[group] : 0;
+  const int lane = lane_id();
+  const int32_t own = group * 32 + lane;
+  if (args.row_weights != nullptr && first == lane && lane < 32 && own < sizes.capacity &&
+      (written >> lane & 1) == 0) {
+    args.row_weights[own] = good ? 0.0f : __uint_as_float(0x7fffffffu);
+  }
+  const Word word = filled<Word>(!good);
+  for (uint32_t left = ~written; left != 0; left &= left - 1) {
+    const int32_t row = group * 32 + __ffs(static_cast<int>(left)) - 1;
+    if (row >= sizes.capacity) break;
+    auto* to = reinterpret_cast<Word*>(args.rows + row * sizes.row_bytes);
+#pragma unroll
+    for (int i = 0; i < kCopyWords; ++i) {
+      if (first + i * kWave < row_words) store_streamed(to + first + i * kWave, word);
+    }
+  }
+}
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
+  const Sizes& sizes = args.sizes;
+  const bool good = wait_for_peers(args.team, args.step);
+  const uint64_t step = current_step(args.team);
+  const auto ranks = static_cast<uint32_t>(sizes.num_ranks);
+  const uint32_t parts = num_parts(sizes.row_bytes, sizeof(Word), kCopyWords);
+  const uint32_t num_pulls = ranks * static_cast<uint32_t>(sizes.num_tokens) * parts;
+  const uint32_t num_clears = static_cast<uint32_t>((sizes.capacity + 31) / 32) * parts;
+  const int64_t begin = good ? 0 : num_pulls;
+  for (int64_t item = begin + wave_index(); item < int64_t{num_pulls} + num_clears;
+       item += num_waves()) {
+    const auto index = static_cast<uint32_t>(item < num_pulls ? item : item - num_pulls);
+    const int64_t first = static_cast<int64_t>(index % parts) * kCopyWords * kWave + lane_id();
+    const uint32_t place = index / parts;
+    if (item >= num_pulls) {
+      clear_part<Word>(args, static_cast<int32_t>(place), first, good);
+      continue;
+    }
+    // Beginning with the next rank, so that not all read the same peer at the same time.
+    const uint32_t source = (static_cast<uint32_t>(args.team.rank) + 1 + place % ranks) % ranks;
+    const int64_t token = place / ranks;
+    const std::byte* from = static_cast<int32_t>(source) == args.team.rank
+                                ? args.x + token * sizes.row_bytes
+                                : slot_of(args.team, static_cast<int32_t>(source), step) +
+                                      args.staged.rows + token * args.staged.row_stride;
+    pull_part<Word>(args, from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k,
+                    first);
+  }
+  leave_step(args.team, args.step);
+}
+
+}  // namespace
+
+gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args) {
+  const int64_t row_bytes = args.sizes.row_bytes;
+  if (fits_words(16, row_bytes, args.x, args.rows)) {
+    pull_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else if (fits_words(2, row_bytes, args.x, args.rows)) {
+    pull_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else {
+    pull_kernel<uint8_t><<<num_blocks, kThreads, 0, stream>>>(args);
+  }
+  return gpuGetLastError();
+}
+
+gpuError_t preload_pull() {
+  gpuFuncAttributes found;
+  for (const auto kernel : {pull_kernel<uint4>, pull_kernel<uint16_t>, pull_kernel<uint8_t>}) {
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+}  // namespace moriep::gpu

@@ -1,0 +1,142 @@
+// Second half of combine.
+#include "kernels.h"
+#include "plan.h"
+#include "rows.h"
+#include "step.h"
+
+namespace moriep::gpu {
+namespace {
+
+// One part of one token of this rank.
+template <typename Word, bool kAlone>
+__device__ void reduce_part(const CombineArgs& args, const std::byte* received, int64_t token,
+                            int64_t word, bool inside) {
+  using Type = typename Word::Type;
+  const Sizes& sizes = args.sizes;
+  const int32_t me = args.team.rank;
+  const int32_t* routes =
+      args.routes + (static_cast<int64_t>(me) * sizes.num_tokens + token) * sizes.top_k;
+  Sum<Word> sum;
+  if constexpr (kAlone) {
+    add_routes<Word>(routes, sizes, args.rows, word, inside, sum);
+  } else {
+    uint64_t ranks = ranks_of(sizes, args.ids + token * sizes.top_k);
+    for (int64_t slot = token * sizes.fanout; ranks != 0; ranks &= ranks - 1, ++slot) {
+      const int32_t rank = __ffsll(static_cast<long long>(ranks)) - 1;
+      if (rank == me) {
+        // Rounded to the row type, as it would have been on the way from another rank.
+        Sum<Word> own;
+        add_routes<Word>(routes, sizes, args.rows, word, inside, own);
+        if (inside) sum.add(own.rounded());
+      } else if (inside) {
+        sum.add(reinterpret_cast<const Type*>(received + args.pushed_rows +
+                                              slot * args.row_stride)[word]);
+      }
+    }
+  }
+  if (inside) {
+    store_streamed(reinterpret_cast<Type*>(args.y + token * sizes.row_bytes) + word, sum.rounded());
+  }
+}
+
+// kAlone: there is one rank. Its own kernel needs half the registers.
+template <typename Word, bool kAlone>
+__global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
+    reduce_kernel(const MORIEP_KERNEL_ARGUMENT CombineArgs args) {
+  using Type = typename Word::Type;
+  const Sizes& sizes = args.sizes;
+  if (kAlone) check_rank(args.team, args.step);
+  const bool good = wait_for_peers(args.team, args.step);
+  const std::byte* received = slot_of(args.team, args.team.rank, current_step(args.team));
+
+  constexpr int kBytes = sizeof(Type);
+  const uint32_t parts = num_parts(sizes.row_bytes, kBytes, 1);
+  const int64_t row_words = sizes.row_bytes / kBytes;
+  const uint32_t num_items = static_cast<uint32_t>(sizes.num_tokens) * parts;
+  for (int64_t item = wave_index(); item < num_items; item += num_waves()) {
+    const uint32_t token = static_cast<uint32_t>(item) / parts;
+    const int64_t word =
+        static_cast<int64_t>(static_cast<uint32_t>(item) % parts) * kWave + lane_id();
+    const bool inside = word < row_words;
+    if (good) {
+      reduce_part<Word, kAlone>(args, received, token, word, inside);
+    } else if (inside) {
+      float poison[Word::kElements];
+      for (int i = 0; i < Word::kElements; ++i) poison[i] = __uint_as_float(0x7fffffffu);
+      reinterpret_cast<Type*>(args.y + token * sizes.row_bytes)[word] = Word::pack(poison);
+    }
+  }
+
+  const int64_t num_routes = static_cast<int64_t>(sizes.num_tokens) * sizes.top_k;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const auto* scalars = reinterpret_cast<const float*>(received + args.pushed_scalars);
+  const int32_t* own_routes = args.routes + static_cast<int64_t>(args.team.rank) * num_routes;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_routes;
+       i += num_threads) {
+    const int32_t row = own_routes[i];
+    if (row >= sizes.capacity) {
+      fail(args.team, args.step, Fault::kBadPlan, args.team.rank, row, sizes.capacity);
+    }
+    if (args.token_scalars == nullptr) continue;
+    const int32_t rank = rank_of(sizes, args.ids[i]);
+    float value = 0.0f;
+    if (!good) {
+      value = __uint_as_float(0x7fffffffu);
+    } else if (rank == args.team.rank) {
+      value = row >= 0 && row < sizes.capacity ? args.scalars[row] : 0.0f;
+    } else if (rank >= 0) {
+      value = scalars[i];
+    }
+    args.token_scalars[i] = value;
+  }
+  leave_step(args.team, args.step);
+}
+
+template <typename Word>
+gpuError_t preload_one() {
+  gpuFuncAttributes found;
+  const gpuError_t error =
+      gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, true>));
+  if (error != gpuSuccess) return error;
+  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, false>));
+}
+
+template <typename Word>
+void launch_words(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
+  if (args.team.num_ranks == 1) {
+    reduce_kernel<Word, true><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else {
+    reduce_kernel<Word, false><<<num_blocks, kThreads, 0, stream>>>(args);
+  }
+}
+
+template <RowType kType>
+void launch(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
+  if (fits_words(16, args.sizes.row_bytes, args.rows, args.y)) {
+    launch_words<WideWord<kType>>(stream, num_blocks, args);
+  } else {
+    launch_words<NarrowWord<kType>>(stream, num_blocks, args);
+  }
+}
+
+}  // namespace
+
+gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type,
+                         const CombineArgs& args) {
+  if (type == RowType::kF32) launch<RowType::kF32>(stream, num_blocks, args);
+  if (type == RowType::kBF16) launch<RowType::kBF16>(stream, num_blocks, args);
+  if (type == RowType::kF16) launch<RowType::kF16>(stream, num_blocks, args);
+  return gpuGetLastError();
+}
+
+gpuError_t preload_reduce() {
+  for (const gpuError_t error :
+       {preload_one<WideWord<RowType::kF32>>(), preload_one<NarrowWord<RowType::kF32>>(),
+        preload_one<WideWord<RowType::kBF16>>(), preload_one<NarrowWord<RowType::kBF16>>(),
+        preload_one<WideWord<RowType::kF16>>(), preload_one<NarrowWord<RowType::kF16>>()}) {
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+}  // namespace moriep::gpu

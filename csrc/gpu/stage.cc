@@ -1,0 +1,81 @@
+// First half of dispatch and replay.
+#include "kernels.h"
+#include "plan.h"
+#include "rows.h"
+#include "step.h"
+
+namespace moriep::gpu {
+namespace {
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    stage_kernel(const MORIEP_KERNEL_ARGUMENT StageArgs args) {
+  const Sizes& sizes = args.sizes;
+  check_rank(args.team, args.step);
+  std::byte* slot = slot_of(args.team, args.team.rank, current_step(args.team));
+  const auto num_routes = static_cast<int64_t>(sizes.num_tokens) * sizes.top_k;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (args.weights != nullptr) {
+    auto* ids = reinterpret_cast<int32_t*>(slot + args.staged.ids);
+    auto* weights = reinterpret_cast<float*>(slot + args.staged.weights);
+    for (int64_t i = thread; i < num_routes; i += num_threads) {
+      ids[i] = args.ids[i];
+      weights[i] = args.weights[i];
+    }
+  }
+
+  constexpr int kBytes = sizeof(Word);
+  const uint32_t parts = num_parts(sizes.row_bytes, kBytes, kCopyWords);
+  const int64_t row_words = sizes.row_bytes / kBytes;
+  const auto num_items = static_cast<uint32_t>(sizes.num_tokens) * parts;
+  for (int64_t item = wave_index(); item < num_items; item += num_waves()) {
+    const uint32_t token = static_cast<uint32_t>(item) / parts;
+    const uint32_t part = static_cast<uint32_t>(item) % parts;
+    const int32_t* ids = args.ids + static_cast<int64_t>(token) * sizes.top_k;
+    bool needed = false;
+    for (int k = lane_id(); k < sizes.top_k; k += kWave) {
+      const int32_t rank = rank_of(sizes, ids[k]);
+      needed |= rank >= 0 && rank != args.team.rank;
+    }
+    if (ballot(needed) == 0) continue;
+    const auto* from = reinterpret_cast<const Word*>(args.x + token * sizes.row_bytes);
+    auto* to = reinterpret_cast<Word*>(slot + args.staged.rows + token * args.staged.row_stride);
+    const int64_t first = static_cast<int64_t>(part) * kCopyWords * kWave + lane_id();
+    Word words[kCopyWords];
+#pragma unroll
+    for (int i = 0; i < kCopyWords; ++i) {
+      if (first + i * kWave < row_words) words[i] = from[first + i * kWave];
+    }
+#pragma unroll
+    for (int i = 0; i < kCopyWords; ++i) {
+      if (first + i * kWave < row_words) to[first + i * kWave] = words[i];
+    }
+  }
+  signal_peers(args.team, args.step);
+}
+
+}  // namespace
+
+gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& args) {
+  const int64_t row_bytes = args.sizes.row_bytes;
+  if (fits_words(16, row_bytes, args.x, nullptr)) {
+    stage_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else if (fits_words(2, row_bytes, args.x, nullptr)) {
+    stage_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else {
+    stage_kernel<uint8_t><<<num_blocks, kThreads, 0, stream>>>(args);
+  }
+  return gpuGetLastError();
+}
+
+gpuError_t preload_stage() {
+  gpuFuncAttributes found;
+  for (const auto kernel : {stage_kernel<uint4>, stage_kernel<uint16_t>, stage_kernel<uint8_t>}) {
+    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+}  // namespace moriep::gpu

@@ -1,0 +1,292 @@
+// The GPU exchanges against the oracle: in several processes that share one device, and with
+// several ranks on one stream, whose halves run one after the other.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <memory>
+
+#include "exercise.h"
+
+namespace moriep::gpu {
+namespace {
+
+constexpr int64_t kSlotBytes = int64_t{8} << 20;
+
+// What the processes of a test share.
+struct Shared {
+  int64_t words[8][kAddressWords];
+  std::atomic<int32_t> ready[8];
+  std::atomic<int32_t> done;
+};
+
+Shared* share() {
+  void* data =
+      mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  CHECK(data != MAP_FAILED);
+  return new (data) Shared();
+}
+
+// Joins the group of `num_ranks` processes, all on device 0.
+std::unique_ptr<Group> join(Shared& shared, int32_t me, int32_t num_ranks, double timeout) {
+  auto group =
+      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kSlotBytes);
+  CHECK_OK(group->add_local(me, 0));
+  CHECK_OK(group->address(me, shared.words[me]));
+  shared.ready[me] = 1;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    while (shared.ready[r] == 0) usleep(1000);
+    if (r != me) CHECK_OK(group->connect(r, shared.words[r]));
+  }
+  return group;
+}
+
+// Runs `body` in a process of its own for every rank; the parent never touches the device.
+template <typename Body>
+std::vector<pid_t> fork_ranks(int32_t num_ranks, const Body& body) {
+  std::vector<pid_t> children;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    const pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+      check::set_deadline(150);
+      body(r);
+      std::_Exit(0);
+    }
+    children.push_back(child);
+  }
+  return children;
+}
+
+void expect_success(const std::vector<pid_t>& children) {
+  for (const pid_t child : children) {
+    int status = 0;
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    CHECK_EQ(status, 0);
+  }
+}
+
+void check_processes(int32_t num_ranks, int num_steps) {
+  Shared* shared = share();
+  expect_success(fork_ranks(num_ranks, [&](int32_t me) {
+    const auto group = join(*shared, me, num_ranks, 60);
+    for (const RowType type : {RowType::kF32, RowType::kBF16}) {
+      Case test{shape_of(num_ranks, 33, 3, 72, 10, 4), type};
+      test.with_scalars = true;
+      const Oracle want(test);
+      Exercise exercise(*group->local(me), test, want);
+      for (int i = 0; i < num_steps; ++i) {
+        exercise.poison_results();
+        CHECK_OK(exercise.dispatch(Half::kBoth));
+        check_gpu(gpuDeviceSynchronize(), "dispatch");
+        CHECK_OK(group->failure());
+        exercise.check_dispatch();
+        CHECK_OK(exercise.replay(Half::kBoth));
+        CHECK_OK(exercise.combine(Half::kBoth));
+        check_gpu(gpuDeviceSynchronize(), "combine");
+        CHECK_OK(group->failure());
+        exercise.check_replay();
+        exercise.check_combine();
+      }
+    }
+    // Nobody frees an arena that another still reads.
+    ++shared->done;
+    while (shared->done < num_ranks) usleep(1000);
+  }));
+}
+
+TEST(two_processes, 200) { check_processes(2, 10); }
+TEST(four_processes, 200) { check_processes(4, 5); }
+
+TEST(a_killed_process_is_a_deadline_error, 200) {
+  Shared* shared = share();
+  const auto children = fork_ranks(3, [&](int32_t me) {
+    const auto group = join(*shared, me, 3, 3);
+    const Case test{shape_of(3, 17, 2, 64, 6, 4), RowType::kBF16};
+    const Oracle want(test);
+    Exercise exercise(*group->local(me), test, want);
+    CHECK_OK(exercise.dispatch(Half::kBoth));
+    check_gpu(gpuDeviceSynchronize(), "dispatch");
+    exercise.check_dispatch();
+    ++shared->done;
+    while (shared->done < 3) usleep(1000);
+    if (me == 1) kill(getpid(), SIGKILL);
+    CHECK_OK(exercise.dispatch(Half::kBoth));
+    check_gpu(gpuDeviceSynchronize(), "dispatch without a peer");
+    const Status status = group->failure();
+    // The second to notice may hear it from the first.
+    CHECK(!status.ok());
+    if (status.code() == Code::kDeadlineExceeded) {
+      CHECK_CONTAINS(status.text(),
+                     "dispatch, rank " + std::to_string(me) + ", step 2: rank 1 did not arrive");
+    }
+    // The next call says so at once, and enqueues nothing.
+    CHECK_EQ(exercise.combine(Half::kBoth).text(), status.text());
+    CHECK((std::to_integer<int>(exercise.rows()[0]) & 0xff) == 0xff);
+  });
+  for (size_t r = 0; r < children.size(); ++r) {
+    int status = 0;
+    CHECK_EQ(waitpid(children[r], &status, 0), children[r]);
+    if (r != 1) CHECK_EQ(status, 0);
+  }
+}
+
+// A group whose ranks all live on device 0 of this process.
+std::unique_ptr<Group> ranks_on_one_device(int32_t num_ranks, double timeout = 20) {
+  auto group =
+      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kSlotBytes);
+  for (int32_t r = 0; r < num_ranks; ++r) CHECK_OK(group->add_local(r, 0));
+  CHECK_OK(group->link_locals());
+  return group;
+}
+
+using Exercises = std::vector<std::unique_ptr<Exercise>>;
+
+Exercises exercises_of(Group& group, const Case& test, const Oracle& want) {
+  Exercises all;
+  for (int32_t r = 0; r < group.num_ranks(); ++r) {
+    all.push_back(std::make_unique<Exercise>(*group.local(r), test, want));
+  }
+  return all;
+}
+
+void run(Exercises& all, Status (Exercise::*op)(Half)) {
+  for (const Half half : {Half::kFirst, Half::kSecond}) {
+    for (const auto& one : all) CHECK_OK((one.get()->*op)(half));
+  }
+}
+
+void check_case(Group& group, const Case& test) {
+  const Oracle want(test);
+  Exercises all = exercises_of(group, test, want);
+  run(all, &Exercise::dispatch);
+  check_gpu(gpuDeviceSynchronize(), "dispatch");
+  CHECK_OK(group.failure());
+  for (const auto& one : all) one->check_dispatch();
+  for (const auto& one : all) one->poison_results();
+  run(all, &Exercise::replay);
+  check_gpu(gpuDeviceSynchronize(), "replay");
+  CHECK_OK(group.failure());
+  for (const auto& one : all) one->check_replay();
+  if (test.type == RowType::kU8) return;
+  run(all, &Exercise::combine);
+  check_gpu(gpuDeviceSynchronize(), "combine");
+  CHECK_OK(group.failure());
+  for (const auto& one : all) one->check_combine();
+}
+
+TEST(ranks_on_one_stream, 300) {
+  for (const int32_t num_ranks : {1, 2, 3, 4, 5, 8}) {
+    const auto group = ranks_on_one_device(num_ranks);
+    uint64_t seed = 0;
+    for (const RowType type : {RowType::kF32, RowType::kBF16, RowType::kF16, RowType::kU8}) {
+      for (const Routing routing : {Routing::kUniform, Routing::kOneExpert, Routing::kInvalid,
+                                    Routing::kDuplicates, Routing::kNone}) {
+        for (const int64_t hidden : {int64_t{1}, int64_t{40}, int64_t{1111}}) {
+          Case test{shape_of(num_ranks, 21, 3, hidden, 10, 4, hidden == 40 ? 0.5 : 1.0), type,
+                    routing};
+          test.with_scalars = hidden != 1 && type != RowType::kU8;
+          test.seed = ++seed;
+          check_case(*group, test);
+        }
+      }
+    }
+    check_case(*group, Case{shape_of(num_ranks, 0, 2, 16, 4, 8), RowType::kF32});
+    check_case(*group, Case{shape_of(num_ranks, 700, 8, 24, 64, 16), RowType::kBF16});
+    check_case(*group, Case{shape_of(num_ranks, 90, 12, 24, 700, 8), RowType::kF32});
+  }
+}
+
+TEST(many_steps_give_the_same_bits, 120) {
+  const auto group = ranks_on_one_device(3);
+  Case test{shape_of(3, 50, 4, 136, 12, 8), RowType::kBF16};
+  const Oracle want(test);
+  Exercises all = exercises_of(*group, test, want);
+  std::vector<std::vector<std::byte>> rows, sums;
+  for (int i = 0; i < 2000; ++i) {
+    run(all, &Exercise::dispatch);
+    run(all, &Exercise::combine);
+    if (i % 200 != 0) continue;
+    check_gpu(gpuDeviceSynchronize(), "steps");
+    CHECK_OK(group->failure());
+    for (size_t r = 0; r < all.size(); ++r) {
+      if (i == 0) {
+        rows.push_back(all[r]->rows());
+        sums.push_back(all[r]->y());
+      }
+      CHECK(all[r]->rows() == rows[r]);
+      CHECK(all[r]->y() == sums[r]);
+      all[r]->poison_results();
+    }
+  }
+}
+
+TEST(faults_are_named, 60) {
+  const Case test{shape_of(2, 9, 2, 32, 4, 4), RowType::kF32};
+  const Oracle want(test);
+  {  // Another place in the program.
+    const auto group = ranks_on_one_device(2);
+    Exercise a(*group->local(0), test, want, 5), b(*group->local(1), test, want, 7);
+    CHECK_OK(a.dispatch(Half::kFirst));
+    CHECK_OK(b.dispatch(Half::kFirst));
+    CHECK_OK(a.dispatch(Half::kSecond));
+    check_gpu(gpuDeviceSynchronize(), "order");
+    CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
+    CHECK_CONTAINS(group->failure().text(), "5 here and 7 there");
+  }
+  {  // Another exchange.
+    const auto group = ranks_on_one_device(2);
+    Exercise a(*group->local(0), test, want), b(*group->local(1), test, want);
+    CHECK_OK(a.dispatch(Half::kFirst));
+    b.spoil_plan();
+    CHECK_OK(b.replay(Half::kFirst));
+    CHECK_OK(a.dispatch(Half::kSecond));
+    check_gpu(gpuDeviceSynchronize(), "kind");
+    CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
+  }
+  {  // A peer that never comes.
+    const auto group = ranks_on_one_device(2, 0.5);
+    Exercise a(*group->local(0), test, want);
+    CHECK_OK(a.dispatch(Half::kBoth));
+    check_gpu(gpuDeviceSynchronize(), "deadline");
+    CHECK_EQ(group->failure().code(), Code::kDeadlineExceeded);
+    CHECK_CONTAINS(group->failure().text(), "dispatch, rank 0, step 1: rank 1 did not arrive");
+  }
+  for (const int32_t num_ranks : {1, 2}) {  // A plan that names rows beyond the capacity.
+    const Case alone{shape_of(num_ranks, 9, 2, 32, 4, 4), RowType::kF32};
+    const Oracle wanted(alone);
+    const auto group = ranks_on_one_device(num_ranks);
+    Exercises all = exercises_of(*group, alone, wanted);
+    run(all, &Exercise::dispatch);
+    check_gpu(gpuDeviceSynchronize(), "dispatch");
+    all[0]->spoil_plan();
+    // From the first launch on the fault may be known already, and the next call refused.
+    for (const Half half : {Half::kFirst, Half::kSecond}) {
+      for (const auto& one : all) (void)one->combine(half);
+    }
+    check_gpu(gpuDeviceSynchronize(), "plan");
+    CHECK_CONTAINS(group->failure().text(), "plan names row or place");
+  }
+  {  // A program that takes this device for another rank.
+    const auto group = ranks_on_one_device(1);
+    const Case alone{shape_of(1, 9, 2, 32, 4, 4), RowType::kF32};
+    const Oracle wanted(alone);
+    Exercise a(*group->local(0), alone, wanted, 0, 3);
+    CHECK_OK(a.dispatch(Half::kBoth));
+    check_gpu(gpuDeviceSynchronize(), "rank");
+    CHECK_CONTAINS(group->failure().text(), "this device is rank 3 of the running mesh");
+  }
+  {  // More than an arena holds.
+    const auto group = ranks_on_one_device(2);
+    const Case large{shape_of(2, 600, 2, 8192, 4, 4), RowType::kF32};
+    const Status status =
+        gpu::dispatch(*group->local(0), Call{.shape = large.shape, .type = large.type}, {});
+    CHECK_CONTAINS(status.text(), "set JAX_MORIEP_ARENA_MB to at least");
+  }
+}
+
+}  // namespace
+}  // namespace moriep::gpu
+
+TEST_MAIN()
