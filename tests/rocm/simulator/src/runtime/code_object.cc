@@ -9,7 +9,7 @@
 
 #include "msgpack.h"
 
-namespace gfx942 {
+namespace gfx942::runtime {
 namespace {
 
 constexpr uint16_t kMachineAmdGpu = 224;
@@ -57,7 +57,8 @@ class CodeObject::Loader {
     }
     header_ = header[0];
     const uint32_t mach = header_.e_flags & kMachMask;
-    if (header_.e_machine != kMachineAmdGpu || (mach != kMachGfx942 && mach != kMachGfx9_4Generic)) {
+    if (header_.e_machine != kMachineAmdGpu ||
+        (mach != kMachGfx942 && mach != kMachGfx9_4Generic)) {
       return fail("it is not for gfx942: machine " + std::to_string(header_.e_machine) +
                   ", flags " + std::to_string(header_.e_flags));
     }
@@ -182,6 +183,7 @@ class CodeObject::Loader {
       info.scratch_bytes = static_cast<uint32_t>(entry[".private_segment_fixed_size"].integer());
       info.kernarg_bytes = static_cast<uint32_t>(entry[".kernarg_segment_size"].integer());
       info.max_workgroup = static_cast<uint32_t>(entry[".max_flat_workgroup_size"].integer(1024));
+      info.vector_registers = static_cast<uint32_t>(entry[".vgpr_count"].integer());
       for (const auto& argument : entry[".args"].array()) {
         info.arguments.push_back({argument[".value_kind"].text(),
                                   static_cast<uint32_t>(argument[".offset"].integer()),
@@ -266,4 +268,4 @@ size_t elf_bytes(std::span<const std::byte> elf) {
   return header.e_shoff + size_t{header.e_shentsize} * header.e_shnum;
 }
 
-}  // namespace gfx942
+}  // namespace gfx942::runtime

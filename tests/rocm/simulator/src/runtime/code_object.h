@@ -11,7 +11,7 @@
 
 #include "../launch.h"
 
-namespace gfx942 {
+namespace gfx942::runtime {
 
 struct KernelArgument {
   std::string kind;  // the metadata's .value_kind, such as by_value or hidden_block_count_x
@@ -27,6 +27,7 @@ struct KernelInfo {
   uint32_t scratch_bytes = 0;  // of one work-item
   uint32_t kernarg_bytes = 0;
   uint32_t max_workgroup = 0;
+  uint32_t vector_registers = 0;
   std::vector<KernelArgument> arguments;
 };
 
@@ -68,4 +69,4 @@ class CodeObject {
 // How many bytes an ELF file takes that is followed by something else, or 0 if this is none.
 size_t elf_bytes(std::span<const std::byte> elf);
 
-}  // namespace gfx942
+}  // namespace gfx942::runtime

@@ -2,7 +2,7 @@
 
 #include <optional>
 
-namespace gfx942 {
+namespace gfx942::runtime {
 namespace {
 
 // Deeper than any metadata, and shallow enough for the stack.
@@ -140,4 +140,4 @@ MsgValue parse_msgpack(std::span<const std::byte> bytes) {
   return Reader(bytes).value().value_or(MsgValue());
 }
 
-}  // namespace gfx942
+}  // namespace gfx942::runtime

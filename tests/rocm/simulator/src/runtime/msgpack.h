@@ -9,7 +9,7 @@
 #include <variant>
 #include <vector>
 
-namespace gfx942 {
+namespace gfx942::runtime {
 
 class MsgValue {
  public:
@@ -35,4 +35,4 @@ class MsgValue {
 // Gives an empty value for bytes that are not MessagePack.
 MsgValue parse_msgpack(std::span<const std::byte> bytes);
 
-}  // namespace gfx942
+}  // namespace gfx942::runtime
