@@ -1,0 +1,110 @@
+#include "memory.h"
+
+#include <algorithm>
+
+namespace gfx942 {
+namespace {
+
+const char* verb(Use use) {
+  return use == Use::kLoad ? "loads" : use == Use::kStore ? "stores" : "has an atomic on";
+}
+
+std::string range(Use use, uint32_t bytes, uint64_t address, int lane) {
+  return "lane " + std::to_string(lane) + " " + verb(use) + " " + std::to_string(bytes) +
+         " bytes at " + hex(address);
+}
+
+constexpr size_t kRecent = 8;
+
+}  // namespace
+
+void Memory::refresh() {
+  const uint64_t now = space_.generation();
+  if (now == generation_) return;
+  generation_ = now;
+  recent_.clear();
+}
+
+const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int lane) {
+  const auto holds = [&](const Allocation& a) {
+    return address >= a.first && address - a.first < a.bytes;
+  };
+  auto known = std::find_if(recent_.begin(), recent_.end(), holds);
+  if (known == recent_.end()) {
+    std::optional<Allocation> found = space_.find(address);
+    const auto own = std::find_if(own_.begin(), own_.end(), holds);
+    if (!found && own != own_.end()) found = *own;
+    if (!found) {
+      throw FaultError(FaultCode::kIllegalAddress,
+                       range(use, bytes, address, lane) + ", where no allocation is alive");
+    }
+    if (recent_.size() == kRecent) recent_.erase(recent_.begin());
+    recent_.push_back(std::move(*found));
+    known = recent_.end() - 1;
+  }
+  const Allocation& a = *known;
+  if (address - a.first + bytes > a.bytes) {
+    throw FaultError(FaultCode::kIllegalAddress,
+                     range(use, bytes, address, lane) + ", beyond the end of " + a.what + " [" +
+                         hex(a.first) + ", " + hex(a.first + a.bytes) + ")");
+  }
+  if (use != Use::kLoad && !a.writable) {
+    throw FaultError(FaultCode::kIllegalAddress,
+                     range(use, bytes, address, lane) + " in read-only " + a.what);
+  }
+  return a;
+}
+
+std::byte* Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
+  check_alignment(address, bytes, use, lane);
+  find(address, bytes, use, lane);
+  return reinterpret_cast<std::byte*>(address);
+}
+
+void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane) {
+  const uint32_t alignment = use == Use::kAtomic ? bytes : std::min(bytes, 4u);
+  if ((address & (alignment - 1)) == 0) return;
+  throw FaultError(FaultCode::kMisaligned, range(use, bytes, address, lane) + ", which is misaligned");
+}
+
+std::byte* lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
+  Workgroup& group = *wave.group;
+  check_alignment(offset, bytes, use, lane);
+  if (offset + bytes > group.lds.size()) {
+    throw FaultError(FaultCode::kIllegalAddress,
+                     range(use, bytes, offset, lane) + " of LDS, beyond its " +
+                         std::to_string(group.lds.size()) + " bytes");
+  }
+  if (!group.lds_written.empty()) {
+    const auto first = group.lds_written.begin() + static_cast<ptrdiff_t>(offset);
+    if (use == Use::kStore) {
+      std::fill_n(first, bytes, true);
+    } else if (std::find(first, first + bytes, false) != first + bytes) {
+      throw FaultError(FaultCode::kIllegalAddress,
+                       range(use, bytes, offset, lane) + " of LDS that nothing has written");
+    }
+  }
+  return group.lds.data() + offset;
+}
+
+std::byte* scratch_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
+  check_alignment(offset, bytes, use, lane);
+  if (offset + bytes > wave.scratch_bytes) {
+    throw FaultError(FaultCode::kIllegalAddress,
+                     range(use, bytes, offset, lane) + " of scratch, beyond its " +
+                         std::to_string(wave.scratch_bytes) + " bytes of a work-item");
+  }
+  return wave.scratch.get() + uint64_t{wave.scratch_bytes} * static_cast<uint64_t>(lane) + offset;
+}
+
+std::byte* flat_at(Wave& wave, uint64_t address, uint32_t bytes, Use use, int lane) {
+  if (address - kSharedAperture < kApertureBytes) {
+    return lds_at(wave, address - kSharedAperture, bytes, use, lane);
+  }
+  if (address - kPrivateAperture < kApertureBytes) {
+    return scratch_at(wave, address - kPrivateAperture, bytes, use, lane);
+  }
+  return wave.memory->at(address, bytes, use, lane);
+}
+
+}  // namespace gfx942

@@ -1,0 +1,12 @@
+// Runs the waves of a launch: which are resident, in which order they proceed, and where they meet.
+#pragma once
+
+#include "wave.h"
+
+namespace gfx942 {
+
+// The last wave of the workgroup lets all go on. Waves that wait at different barriers, or that have ended
+// while others wait, are a fault: hardware lets some of them pass.
+void arrive_at_barrier(Wave& wave, const Instruction& i);
+
+}  // namespace gfx942
