@@ -38,7 +38,7 @@ def run(code_object, launches, folder, *options, timeout=240):
             if isinstance(argument, np.ndarray):
                 path = folder / f"{i}.{j}.bin"
                 argument.tofile(path)
-                words.append(f"out:{path}")
+                words.append(f"buf:{path}")
             else:
                 words.append(f"u64:{argument}")
         lines.append(" ".join(words))

@@ -196,8 +196,72 @@ def scalar_lanes():
     ]
 
 
+def swizzled(offset):
+    """The lane that each lane reads with ds_swizzle_b32."""
+    if offset & 0x8000:
+        return LANE // 4 * 4 + np.array([offset >> (2 * i) & 3 for i in range(4)])[LANE % 4]
+    keep, set_, flip = offset & 31, offset >> 5 & 31, offset >> 10 & 31
+    return LANE // 32 * 32 + (((LANE % 32 & keep) | set_) ^ flip)
+
+
+def through_lds():
+    """Exchanges that use the paths of LDS but none of its memory. A lane that is off gives zero."""
+    wait = "; s_waitcnt lgkmcnt(0)"
+
+    def backward(extra):
+        def call(place, a, active):
+            lane = (((place.astype(np.int64) + extra) >> 2) % 64).astype(int)
+            given = np.where(active, a, U32(0))
+            return np.take_along_axis(given, lane, axis=1)
+
+        return call
+
+    def forward(extra):
+        """Lanes write; of several that write to one lane the last stays."""
+
+        def call(place, a, active):
+            out = np.zeros_like(a)
+            for wave in range(len(a)):
+                for lane in range(64):
+                    if active[wave, lane]:
+                        out[wave, (int(place[wave, lane]) + extra >> 2) % 64] = a[wave, lane]
+            return out
+
+        return call
+
+    lines = [
+        case(f"ds_bpermute_b32 D, A, B{wait}", "u32 u32 exec -> D:u32", backward(0)),
+        case(f"ds_bpermute_b32 D, A, B offset:20{wait}", "u32 u32 exec -> D:u32", backward(20)),
+        case(f"ds_permute_b32 D, A, B{wait}", "u32 u32 exec -> D:u32", forward(0), adjust=_permutation),
+        case(f"ds_permute_b32 D, A, B offset:8{wait}", "u32 u32 exec -> D:u32", forward(8), adjust=_permutation),
+    ]
+    for offset in (0x1F | 1 << 10, 0x1F | 16 << 10, 0x18 | 3 << 5, 0x10, 0x8000 | 0b00011011, 0x8000 | 0b10110001):
+        source = swizzled(offset)
+        lines.append(case(f"ds_swizzle_b32 D, A offset:{offset}{wait}", "u32 exec -> D:u32",
+                          lambda a, active, source=source: np.where(active, a, U32(0))[:, source]))
+    return lines
+
+
+def _permutation(lanes, state):
+    """Every lane goes somewhere else."""
+    rng = np.random.default_rng(43)
+    for wave in range(lanes.shape[0]):
+        lanes[wave, :, 0] = rng.permutation(64) * 4
+
+
+def accumulators():
+    return [
+        case("v_accvgpr_write_b32 a7, A; v_accvgpr_mov_b32 a9, a7; v_accvgpr_read_b32 D, a9", "u32 -> u32", lambda a: a),
+        case("v_accvgpr_write_b32 a0, -3; v_accvgpr_read_b32 D, a0", "-> D:i32", lambda: np.array([[-3]])),
+        # A lane that is off keeps its accumulator too.
+        case("s_mov_b64 vcc, exec; s_mov_b64 exec, -1; v_accvgpr_write_b32 a1, A; s_mov_b64 exec, vcc;"
+             " v_accvgpr_write_b32 a1, B; s_mov_b64 exec, -1; v_accvgpr_read_b32 D, a1; s_mov_b64 exec, vcc",
+             "u32 u32 exec -> D:u32 vcc", lambda a, b, active: (b, active)),
+    ]
+
+
 def _all_active(lanes, state):
     state[:, 18:20] = 2**32 - 1
 
 
-CASES = [*dpp(), *sdwa(), *scalar_lanes()]
+CASES = [*dpp(), *sdwa(), *scalar_lanes(), *through_lds(), *accumulators()]

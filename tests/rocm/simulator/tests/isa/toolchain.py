@@ -1,7 +1,5 @@
 """The assembler, the compiler and the simulator, each a program; tests skip where one is missing."""
 
-import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -22,18 +20,14 @@ def need(*programs):
         pytest.skip(f"not installed: {', '.join(missing)}; run tests/rocm/simulator/tools/setup")
 
 
-@functools.cache
-def _built():
-    direct = [BUILD / "src" / folder / "gfx942_run" for folder in ("tool", "machine")]
-    programs = [path for path in (BUILD / "gfx942_run", *direct) if path.is_file()]
-    return programs[0] if programs else None
+PROGRAM = BUILD / "tests" / "isa" / "gfx942_batch"
 
 
 def simulator():
-    """The path of `gfx942_run`; skips the test where it is not built."""
-    if _built() is None:
-        pytest.skip(f"not built: {BUILD}/**/gfx942_run; build tests/rocm/simulator")
-    return _built()
+    """The path of `gfx942_batch`; skips the test where it is not built."""
+    if not PROGRAM.exists():
+        pytest.skip(f"not built: {PROGRAM}; configure and build tests/rocm/simulator in {BUILD}")
+    return PROGRAM
 
 
 def _checked(command):
