@@ -254,9 +254,9 @@ def accumulators():
         case("v_accvgpr_write_b32 a7, A; v_accvgpr_mov_b32 a9, a7; v_accvgpr_read_b32 D, a9", "u32 -> u32", lambda a: a),
         case("v_accvgpr_write_b32 a0, -3; v_accvgpr_read_b32 D, a0", "-> D:i32", lambda: np.array([[-3]])),
         # A lane that is off keeps its accumulator too.
-        case("s_mov_b64 vcc, exec; s_mov_b64 exec, -1; v_accvgpr_write_b32 a1, A; s_mov_b64 exec, vcc;"
-             " v_accvgpr_write_b32 a1, B; s_mov_b64 exec, -1; v_accvgpr_read_b32 D, a1; s_mov_b64 exec, vcc",
-             "u32 u32 exec -> D:u32 vcc", lambda a, b, active: (b, active)),
+        case("v_accvgpr_write_b32 a1, A; s_mov_b64 exec, SA2; v_accvgpr_write_b32 a1, B; s_mov_b64 exec, -1;"
+             " v_accvgpr_read_b32 D, a1", "u32 u32 SA:mask -> u32", lambda a, b, m: np.where(m, b, a),
+             adjust=_all_active),
     ]
 
 
