@@ -300,6 +300,8 @@ void parse_instruction(const std::string& text, Instruction* out) {
   if (tokens.empty()) return;
   out->mnemonic = without_encoding(tokens[0]);
   const bool control = is_scalar_control(out->mnemonic);
+  // Mixed instructions take floats unless told otherwise; packed ones take their upper halves.
+  if (out->mnemonic.find("_mix") != std::string::npos) out->op_sel_hi = 0;
   Modifiers modifiers{out, LaneMoveText(), Select::kDword, Select::kDword};
   bool understood = true;
   for (size_t k = 1; k < tokens.size(); ++k) {
