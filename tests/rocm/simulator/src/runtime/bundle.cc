@@ -52,7 +52,7 @@ std::optional<Bytes> from_bundle(const std::byte* bundle, std::string* why) {
     const std::string_view target(reinterpret_cast<const char*>(at), name_bytes);
     at += name_bytes;
     if (is_for_gfx942(target)) return Bytes(bundle + offset, bundle + offset + bytes);
-    others += " " + std::string(target);
+    others.append(" ").append(target);
   }
   *why = "its targets are" + others + ", and none is gfx942";
   return std::nullopt;

@@ -1,0 +1,97 @@
+"""XLA's ROCm client on simulated devices: every result equals that of the CPU."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.rocm import jax_cases as cases
+from tests.rocm import simulated
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(48, 80)).astype(np.float32)
+ROWS = RNG.integers(0, 48, size=48).astype(np.int32)
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def assert_equal(actual, expected, tolerance=None):
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        other = np.asarray(other)
+        assert one.dtype == other.dtype
+        rtol = tolerance or TOLERANCE.get(str(one.dtype), 0)
+        np.testing.assert_allclose(
+            one.astype(np.float64), other.astype(np.float64), rtol=rtol, atol=rtol, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("case", "arguments"),
+    [
+        (cases.round_trip, (X,)),
+        (cases.elementwise, (X,)),
+        (cases.elementwise, (X.astype(ml_dtypes.bfloat16),)),
+        (cases.integers, (np.arange(-500, 500, dtype=np.int32),)),
+        (cases.sums, (X,)),
+        (cases.softmax, (X,)),
+        (cases.softmax, (X.astype(ml_dtypes.bfloat16),)),
+        (cases.gather, (X, ROWS)),
+        (cases.scatter_add, (X, ROWS)),
+        (cases.sort, (X,)),
+        (cases.top_k, (X,)),
+        (cases.cumsum, (X,)),
+        (cases.while_loop, (X,)),
+        (cases.scan, (X,)),
+        (cases.conditional, (X,)),
+        (cases.random_bits, (7,)),
+        (cases.many_launches, (X,)),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(np.asarray(value[0]).dtype),
+)
+def test_equals_the_cpu(on_rocm, case, arguments):
+    assert_equal(on_rocm(case, *arguments), case(*arguments))
+
+
+SPECIAL = np.array([0, -0.0, 1e-8, 240, 448, 500, 1e6, np.inf, -np.inf, np.nan], np.float32)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3fn"]
+)
+def test_conversions_are_exact(on_rocm, dtype):
+    x = np.concatenate([X.ravel() * 100, X.ravel() / 100, SPECIAL])
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    np.testing.assert_array_equal(on_rocm(cases.convert, x, dtype), cases.convert(x, dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 64, 64), (33, 70, 17)], ids=str)
+def test_dot(on_rocm, dtype, shape):
+    m, k, n = shape
+    x, y = RNG.normal(size=(m, k)).astype(dtype), RNG.normal(size=(k, n)).astype(dtype)
+    assert_equal(on_rocm(cases.dot, x, y, deadline=300), cases.dot(x, y), 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_pallas_triton_dot(on_rocm, dtype):
+    x, y = RNG.normal(size=(64, 64)).astype(dtype), RNG.normal(size=(64, 64)).astype(dtype)
+    assert_equal(on_rocm(cases.pallas_dot, x, y, deadline=300), cases.pallas_dot(x, y), 2e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shard_map(on_rocm, count):
+    actual = on_rocm(cases.sharded_elementwise, X, count, devices=count)
+    assert_equal(actual, cases.sharded_elementwise(X, count))
+
+
+def test_without_command_buffers(on_rocm):
+    flags = simulated.XLA_FLAGS + " --xla_gpu_enable_command_buffer="
+    assert_equal(on_rocm(cases.while_loop, X, XLA_FLAGS=flags), cases.while_loop(X))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ffi_call(on_rocm, ffi_scale, count):
+    actual = on_rocm(cases.ffi_scale, X, str(ffi_scale), count, devices=count)
+    expected = ((X * 3 + 1) * 3 + 1) * 3 + 1
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
