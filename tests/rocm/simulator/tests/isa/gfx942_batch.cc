@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -22,6 +23,13 @@
 #include "launch.h"
 #include "machine/semantics.h"
 #include "tool/elf_file.h"
+
+namespace gfx942 {
+// A table that the machine does not have yet is null.
+Table conversion_table() __attribute__((weak));
+Table matrix_table() __attribute__((weak));
+Table atomic_table() __attribute__((weak));
+}  // namespace gfx942
 
 namespace {
 
@@ -159,7 +167,14 @@ void run_line(const std::string& line, const gfx942::ElfFile& elf, const gfx942:
 
 void list_instructions() {
   std::set<std::string_view> names;
-  for (const std::string_view name : gfx942::mnemonics()) names.insert(name);
+  for (const auto table : {gfx942::scalar_table, gfx942::scalar_memory_table, gfx942::control_table,
+                           gfx942::integer_table, gfx942::float_table, gfx942::half_table,
+                           gfx942::compare_table, gfx942::packed_table, gfx942::lane_table,
+                           gfx942::conversion_table, gfx942::matrix_table, gfx942::lds_table,
+                           gfx942::memory_table, gfx942::atomic_table}) {
+    if (table == nullptr) continue;
+    for (const gfx942::Semantics& entry : table()) names.insert(entry.mnemonic);
+  }
   for (const std::string_view name : names) std::cout << name << '\n';
 }
 

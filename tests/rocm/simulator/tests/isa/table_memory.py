@@ -540,7 +540,7 @@ def lds_accesses():
         line("ds_read2st64_b64 D4, C offset0:1 offset1:2", read2(8, 512, 1024), place="any", align=8, high=2900),
         line("ds_write2_b32 C, B, E offset0:1 offset1:3", write2(4, 4, 12)),
         line("ds_write2_b64 C, B2, E2 offset1:1", write2(8, 0, 8)),
-        line("ds_write2st64_b32 C, B, E offset0:2 offset1:4", write2(4, 512, 1024), high=1100),
+        line("ds_write2st64_b32 C, B, E offset0:2 offset1:8", write2(4, 512, 2048), high=1100),
         line("ds_write2st64_b64 C, B2, E2 offset0:4 offset1:2", write2(8, 2048, 1024), high=1100),
     ]
 
