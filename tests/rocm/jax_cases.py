@@ -77,11 +77,14 @@ def random_bits(seed):
 
 
 def convert(x, dtype):
-    return jax.jit(lambda x: x.astype(dtype).astype(jnp.float32))(x)
+    return jax.jit(lambda x: x.astype(dtype))(x)
 
 
-def dot(x, y):
-    return jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))(x, y)
+def dot(x, y, precision):
+    def of(x, y):
+        return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+    return jax.jit(of)(x, y)
 
 
 def mesh_of(count):
@@ -105,6 +108,7 @@ def many_launches(x):
 def pallas_dot(x, y):
     """A Pallas kernel that Triton compiles, with jnp.dot inside; interpreted where there is no Triton."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
     block = 32
 
@@ -119,6 +123,7 @@ def pallas_dot(x, y):
             pl.BlockSpec((y.shape[0], block), lambda i, j: (0, j)),
         ],
         out_specs=pl.BlockSpec((block, block), lambda i, j: (i, j)),
+        compiler_params=triton.CompilerParams(),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], y.shape[1]), jnp.float32),
         interpret=jax.default_backend() == "cpu",
     )

@@ -159,6 +159,19 @@ void lds_compare_swap(Wave& wave, const Instruction& i) {
   });
 }
 
+// The bits of the first operand are replaced by the second.
+template <class T, bool returns>
+void lds_masked_or(Wave& wave, const Instruction& i) {
+  const Operands operands = lds_operands<T>(wave, i, returns);
+  for_each_place<T>(wave, operands, [&](int lane, std::byte* at) {
+    const T keep = ~gather<T>(wave, *operands.data, 0, lane);
+    const T old = exchange<T, [](T before, T mask) { return before & mask; }>(at, keep);
+    exchange<T, [](T before, T bits) { return before | bits; }>(
+        at, gather<T>(wave, operands.data[1], 0, lane));
+    return old;
+  });
+}
+
 constexpr auto kSwap = [](auto, auto b) { return b; };
 constexpr auto kAdd = [](auto a, auto b) { return a + b; };
 constexpr auto kSubtract = [](auto a, auto b) { return a - b; };
@@ -260,6 +273,10 @@ constexpr Semantics kTable[] = {
     {"ds_cmpst_rtn_b32", lds_compare_swap<u32, true>},
     {"ds_cmpst_b64", lds_compare_swap<u64, false>},
     {"ds_cmpst_rtn_b64", lds_compare_swap<u64, true>},
+    {"ds_mskor_b32", lds_masked_or<u32, false>},
+    {"ds_mskor_rtn_b32", lds_masked_or<u32, true>},
+    {"ds_mskor_b64", lds_masked_or<u64, false>},
+    {"ds_mskor_rtn_b64", lds_masked_or<u64, true>},
     // Scopes matter to the caches only, which are not simulated in the ordinary memory mode.
     {"buffer_wbl2", [](Wave&, const Instruction&) {}},
     {"buffer_inv", [](Wave&, const Instruction&) {}},

@@ -92,7 +92,7 @@ void pack_byte(Wave& wave, const Instruction& i) {
   alignas(64) u32 result[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     const unsigned shift = 8 * (position.data[lane] & 3);
-    const u32 byte = integer_of<u8>(__builtin_roundevenf(a.data[lane]));
+    const u32 byte = integer_of<u8>(a.data[lane]);
     result[lane] = (old.data[lane] & ~(0xffu << shift)) | byte << shift;
   }
   write_result(wave, i, result, wave.exec());
@@ -109,7 +109,7 @@ constexpr Semantics kTable[] = {
     {"v_cvt_u32_f64", each<[](double a) { return integer_of<u32>(a); }>},
     {"v_cvt_f32_f64", each<[](double a) { return static_cast<float>(a); }>},
     {"v_cvt_f64_f32", each<[](float a) { return static_cast<double>(a); }>},
-    {"v_cvt_rpi_i32_f32", each<[](float a) { return integer_of<i32>(std::floor(a + 0.5f)); }>},
+    {"v_cvt_rpi_i32_f32", each<[](float a) { return integer_of<i32>(std::floor(double{a} + 0.5)); }>},
     {"v_cvt_flr_i32_f32", each<[](float a) { return integer_of<i32>(std::floor(a)); }>},
     {"v_cvt_off_f32_i4", each<[](u32 a) { return static_cast<float>(i32(a << 28) >> 28) / 16; }>},
     {"v_cvt_f32_ubyte0", each<[](u32 a) { return static_cast<float>(a & 0xff); }>},

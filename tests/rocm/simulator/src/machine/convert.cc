@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cfenv>
 #include <cmath>
 
 namespace gfx942 {
@@ -96,11 +97,26 @@ uint16_t double_to_half(double value, Rounding rounding) {
   return sign | (towards_zero ? 0x7bff : 0x7c00);
 }
 
-uint16_t float_to_half(float value, Rounding rounding) {
+uint16_t float_to_half(float value, Rounding rounding) { return double_to_half(value, rounding); }
+
+uint16_t double_to_half(double value) {
+  switch (std::fegetround()) {
+    case FE_UPWARD:
+      return double_to_half(value, Rounding::kUp);
+    case FE_DOWNWARD:
+      return double_to_half(value, Rounding::kDown);
+    case FE_TOWARDZERO:
+      return double_to_half(value, Rounding::kZero);
+  }
+  return double_to_half(value, Rounding::kNearest);
+}
+
+uint16_t float_to_half(float value) {
 #ifdef __F16C__
-  if (rounding == Rounding::kNearest) return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+  return _cvtss_sh(value, _MM_FROUND_CUR_DIRECTION);
+#else
+  return double_to_half(value);
 #endif
-  return double_to_half(value, rounding);
 }
 
 uint16_t float_to_bf16(float value) {

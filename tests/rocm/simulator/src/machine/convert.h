@@ -13,9 +13,12 @@ namespace gfx942 {
 
 enum class Rounding : uint8_t { kNearest = 0, kUp = 1, kDown = 2, kZero = 3 };
 
-uint16_t float_to_half(float value, Rounding rounding = Rounding::kNearest);
+uint16_t float_to_half(float value, Rounding rounding);
 // From the sum or product itself, so that nothing is rounded twice.
-uint16_t double_to_half(double value, Rounding rounding = Rounding::kNearest);
+uint16_t double_to_half(double value, Rounding rounding);
+// As the host rounds at the moment, which is the wave's mode inside a FloatScope.
+uint16_t float_to_half(float value);
+uint16_t double_to_half(double value);
 uint16_t float_to_bf16(float value);
 
 inline float half_to_float(uint16_t half) {

@@ -96,11 +96,9 @@ T fix_quotient(T quotient, T denominator, T numerator) {
     magnitude = infinity;
   } else if (std::isinf(denominator) || numerator == 0) {
     magnitude = 0;
-  } else {
-    const i32 difference = exponent(numerator) - exponent(denominator);
-    if (difference < std::numeric_limits<T>::min_exponent - std::numeric_limits<T>::digits - 1) {
-      magnitude = 0;
-    }
+  } else if (std::isnan(quotient)) {
+    // The refinement of a quotient that overflows subtracts infinities.
+    magnitude = infinity;
   }
   return negative ? -magnitude : magnitude;
 }

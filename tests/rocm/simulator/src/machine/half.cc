@@ -84,6 +84,11 @@ constexpr Semantics kTable[] = {
     {"v_mac_f16", each_tied<[](Half a, Half b, Half c) { return half(half(a * b) + c); }>},
     {"v_madak_f16", each<[](Half a, Half b, Half k) { return half(half(a * b) + k); }>},
     {"v_madmk_f16", each<[](Half a, Half k, Half b) { return half(half(a * k) + b); }>},
+    {"v_fma_legacy_f16", each_legacy<[](Half a, Half b, Half c) { return fused(a, b, c); }>},
+    {"v_mad_legacy_f16", each_legacy<[](Half a, Half b, Half c) { return half(half(a * b) + c); }>},
+    {"v_div_fixup_legacy_f16", each_legacy<[](Half a, Half b, Half c) {
+       return fix_quotient(a, b, c);
+     }>},
     {"v_min3_f16", each<[](Half a, Half b, Half c) { return smaller(smaller(a, b), c); }>},
     {"v_max3_f16", each<[](Half a, Half b, Half c) { return larger(larger(a, b), c); }>},
     {"v_med3_f16", each<[](Half a, Half b, Half c) { return median(a, b, c); }>},

@@ -231,6 +231,8 @@ constexpr Semantics kTable[] = {
     {"v_max_u16", each<[](u16 a, u16 b) { return std::max(a, b); }>},
     {"v_mad_u16", each<[](u16 a, u16 b, u16 c) { return Wide<u16>(i64{a} * b + c); }>},
     {"v_mad_i16", each<[](i16 a, i16 b, i16 c) { return Wide<i16>(i64{a} * b + c); }>},
+    {"v_mad_legacy_u16", each_legacy<[](u16 a, u16 b, u16 c) { return Wide<u16>(i64{a} * b + c); }>},
+    {"v_mad_legacy_i16", each_legacy<[](i16 a, i16 b, i16 c) { return Wide<i16>(i64{a} * b + c); }>},
     {"v_mad_u32_u16", each<[](u16 a, u16 b, u32 c) { return Wide<u32>(i64{a} * b + c); }>},
     {"v_mad_i32_i16", each<[](i16 a, i16 b, i32 c) { return Wide<i32>(i64{a} * b + c); }>},
     {"v_min3_i16", each<[](i16 a, i16 b, i16 c) { return std::min({a, b, c}); }>},

@@ -79,6 +79,7 @@ void apply_packed(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequ
       results[part][lane] =
           clamp_packed(wave, i, finish(i, F(std::get<N>(sources).values[part][lane]...)));
     }
+    scope.flush(results[part]);
   }
   Lanes words;
   for (unsigned part = 0; part < 2; ++part) {
@@ -160,6 +161,7 @@ void mixed_fma(Wave& wave, const Instruction& i) {
     results[lane] = std::fma(a.values[lane], b.values[lane], c.values[lane]);
     if (i.clamp) results[lane] = clamp_float(wave, results[lane]);
   }
+  scope.flush(results);
   if constexpr (to == MixedResult::kFloat) {
     write_words(wave, i.operand[0], 0, reinterpret_cast<const u32*>(results), wave.exec());
   } else {

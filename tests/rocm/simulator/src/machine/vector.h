@@ -31,15 +31,26 @@ class FloatScope {
     static constexpr uint32_t kHostRounding[] = {0, 2, 1, 3};
     saved_ = _mm_getcsr();
     changed_ = true;
+    flush_outputs_ = (denormals & 2) == 0;
     const uint32_t flush_inputs = (denormals & 1) == 0 ? 1u << 6 : 0;
-    const uint32_t flush_outputs = (denormals & 2) == 0 ? 1u << 15 : 0;
-    _mm_setcsr((saved_ & ~0xe040u) | kHostRounding[rounding] << 13 | flush_inputs | flush_outputs);
+    _mm_setcsr((saved_ & ~0xe040u) | kHostRounding[rounding] << 13 | flush_inputs);
   }
   ~FloatScope() {
     if (changed_) _mm_setcsr(saved_);
   }
   FloatScope(const FloatScope&) = delete;
   FloatScope& operator=(const FloatScope&) = delete;
+
+  // The host would flush before it rounds, which makes zeros of the largest denormals.
+  template <class T>
+  void flush(T* values) const {
+    if constexpr (std::is_floating_point_v<T>) {
+      for (int lane = 0; lane < kLanes && flush_outputs_; ++lane) {
+        const T magnitude = std::fabs(values[lane]);
+        if (magnitude < std::numeric_limits<T>::min()) values[lane] = std::copysign(T{0}, values[lane]);
+      }
+    }
+  }
 
   // Of operations on floats, and of those on halves and doubles.
   static FloatScope single(const Wave& wave) { return {wave.mode & 3, wave.mode >> 4 & 3}; }
@@ -48,6 +59,7 @@ class FloatScope {
  private:
   uint32_t saved_ = 0;
   bool changed_ = false;
+  bool flush_outputs_ = false;
 };
 
 inline Rounding half_rounding(const Wave& wave) { return static_cast<Rounding>(wave.mode >> 2 & 3); }
@@ -141,7 +153,8 @@ class Source {
 template <class T>
 T clamp_float(const Wave& wave, T value) {
   if (std::isnan(value)) return wave.dx10_clamp ? T{0} : value;
-  return std::clamp(value, T{0}, T{1});
+  // Negative zero becomes zero too.
+  return value > 0 ? std::min(value, T{1}) : T{0};
 }
 
 template <class R>
@@ -220,7 +233,7 @@ FloatScope scope_of(const Wave& wave) {
 // Where the sources stand among the operands: after the destination, or with the destination as the last.
 enum class Tied : uint8_t { kNo, kYes };
 
-template <auto F, Tied tied, class R, class... A, size_t... N>
+template <auto F, Tied tied, Half16 low_half, class R, class... A, size_t... N>
 void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequence<N...>) {
   constexpr size_t kCount = sizeof...(A);
   const std::tuple<Source<A>...> sources{
@@ -242,10 +255,9 @@ void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequen
     [&](const A*... data) {
       for (int lane = 0; lane < kLanes; ++lane) results[lane] = finish(i, F(data[lane]...));
     }(std::get<N>(sources).data...);
-    // Instructions with three sources keep the other half of a 16-bit destination; others clear it.
+    scope.flush(results);
     const Half16 half = (i.op_sel >> kCount & 1) != 0            ? Half16::kHigh
-                        : kCount >= 3 && tied == Tied::kNo ? Half16::kLowPreserving
-                                                           : Half16::kLow;
+                                                      : low_half;
     write_result(wave, i, results, mask, half);
   }
 }
@@ -253,22 +265,33 @@ void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequen
 template <class R, class F, class... A>
 constexpr auto signature_of(R (F::*)(A...) const) -> R (*)(A...);
 
-template <auto F, Tied tied>
+// Instructions with three sources keep the other half of a 16-bit destination; others clear it.
+template <class... A>
+constexpr Half16 kOtherHalf = sizeof...(A) >= 3 ? Half16::kLowPreserving : Half16::kLow;
+
+template <auto F, Tied tied, bool legacy>
 void apply_function(Wave& wave, const Instruction& i) {
   using Signature = decltype(signature_of(&decltype(F)::operator()));
   [&]<class R, class... A>(R (*signature)(A...)) {
-    apply_each<F, tied>(wave, i, signature, std::index_sequence_for<A...>());
+    constexpr Half16 kHalf =
+        legacy || tied == Tied::kYes ? Half16::kLow : kOtherHalf<A...>;
+    apply_each<F, tied, kHalf>(wave, i, signature, std::index_sequence_for<A...>());
   }(Signature{nullptr});
 }
 
-// destination = F(source, ...) and destination = F(source, ..., destination).
+// destination = F(source, ...); the legacy form clears the other half of a 16-bit destination in any case.
 template <auto F>
 void each(Wave& wave, const Instruction& i) {
-  apply_function<F, Tied::kNo>(wave, i);
+  apply_function<F, Tied::kNo, false>(wave, i);
 }
 template <auto F>
+void each_legacy(Wave& wave, const Instruction& i) {
+  apply_function<F, Tied::kNo, true>(wave, i);
+}
+// destination = F(source, ..., destination).
+template <auto F>
 void each_tied(Wave& wave, const Instruction& i) {
-  apply_function<F, Tied::kYes>(wave, i);
+  apply_function<F, Tied::kYes, false>(wave, i);
 }
 
 // Calls f(lane) for every active lane.
