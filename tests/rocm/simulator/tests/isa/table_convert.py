@@ -5,6 +5,7 @@ import numpy as np
 from isa.exact import f64, quiet
 from isa.frame import case
 from isa.kinds import BF8, FP8
+from isa.table_float import ZERO_SIGN_FREE
 
 U8, U16, U32, I32 = np.uint8, np.uint16, np.uint32, np.int32
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -125,7 +126,7 @@ def _byte(i):
 def plain():
     i32, u32 = (-(2**31), 2**31 - 1), (0, 2**32 - 1)
     i16, u16 = (-(2**15), 2**15 - 1), (0, 2**16 - 1)
-    half_up = quiet(lambda a: np.floor(a + 0.5))
+    half_up = quiet(lambda a: np.floor(a.astype(F32) + F32(0.5)))  # the sum is one of single precision
     return [
         case("v_cvt_f32_i32", "i32 -> f32", to(F32)),
         case("v_cvt_f32_u32", "u32 -> f32", to(F32)),
@@ -156,7 +157,7 @@ def plain():
         case("v_cvt_pknorm_u16_f16", "f16 f16 -> 2xu16", both(normalised(False, 65535))),
         case("v_cvt_pk_i16_i32", "i32 i32 -> 2xi16", both(lambda a: np.clip(a, *i16))),
         case("v_cvt_pk_u16_u32", "u32 u32 -> 2xu16", both(lambda a: np.clip(a, *u16))),
-        case("v_cvt_f32_f16_e64 D, -|A| clamp", "f16 -> f32", quiet(_clamped_negative)),
+        case("v_cvt_f32_f16_e64 D, -|A| clamp", "f16 -> f32", quiet(_clamped_negative), ulp=ZERO_SIGN_FREE),
         case("v_cvt_f16_f32_e64 D, -A", "f32 -> f16", quiet(lambda a: (-a).astype(F16))),
         case("v_cvt_f32_u32_e64 D, A mul:2", "u32 -> f32", lambda a: a.astype(F32) * F32(2)),
         case("v_cvt_f32_f16_sdwa D, A src0_sel:WORD_1", "2xf16 -> f32", lambda a: a[..., 1].astype(F32)),

@@ -32,6 +32,10 @@ def med3(a, b, c):
     return np.where(nan, minimum(minimum(a, b), c), maximum(low, minimum(high, c)))
 
 
+# An allowance that no neighbour meets: it only frees the sign of zero, which clamping may keep or drop.
+ZERO_SIGN_FREE = 0.01
+
+
 def clamped(x):
     """0 to 1, a NaN becoming 0."""
     return np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(x.dtype) + x.dtype.type(0)
@@ -151,7 +155,8 @@ def arithmetic():
             case(f"v_ldexp_{kind}", f"{kind} i32 -> {kind}" if kind != "f16" else "f16 i16 -> f16", ldexp(dtype)),
             # Modifiers of operands and results.
             case(f"v_add_{kind}_e64 D{w}, -{A}, |{B}|", two, quiet(lambda a, b: -a + np.abs(b))),
-            case(f"v_mul_{kind}_e64 D{w}, -|{A}|, {B} clamp", two, quiet(lambda a, b: clamped(-np.abs(a) * b))),
+            case(f"v_mul_{kind}_e64 D{w}, -|{A}|, {B} clamp", two, quiet(lambda a, b: clamped(-np.abs(a) * b)),
+                 ulp=ZERO_SIGN_FREE),
             case(f"v_add_{kind}_e64 D{w}, {A}, 0.5", f"{kind} -> {kind}", quiet(lambda a: a + a.dtype.type(0.5))),
             case(f"v_add_{kind}_e64 D{w}, {A}, -4.0", f"{kind} -> {kind}", quiet(lambda a: a + a.dtype.type(-4))),
         ]
@@ -164,9 +169,9 @@ def arithmetic():
     three = "f16 f16 f16 -> f16lo"
     lines += [
         case("v_fma_f16", three, fma(F16)),
-        case("v_fma_f16 D, -A, |B|, C clamp", three, lambda a, b, c: clamped(fma(F16)(-a, np.abs(b), c))),
+        case("v_fma_f16 D, -A, |B|, C clamp", three, lambda a, b, c: clamped(fma(F16)(-a, np.abs(b), c)),
+             ulp=ZERO_SIGN_FREE),
         case("v_fma_f16 D, A, B, C op_sel:[1,0,1,1]", "old:2xu16 2xf16 2xf16 2xf16 -> 2xf16", _fma_halves),
-        case("v_fma_legacy_f16", "f16 f16 f16 -> f16", fma(F16)),
         case("v_fmac_f32 D, A, B", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(a, b, d)),
         case("v_fmac_f32_e64 D, -A, |B|", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(-a, np.abs(b), d)),
         case("v_fmac_f64 D2, A2, B2", "old:f64 f64 f64 -> f64", lambda d, a, b: fma(F64)(a, b, d)),
@@ -267,8 +272,8 @@ def flush_mode():
     f, f3 = "f32 f32 -> f32", "f32 f32 f32 -> f32"
     return [
         case("v_add_f32", f, two(np.add), mode="flush"),
-        case("v_mul_f32", f, two(np.multiply), mode="flush"),
-        case("v_fma_f32", f3, f32_three(fma(F32)), mode="flush"),
+        case("v_mul_f32", f, two(np.multiply), mode="flush", adjust=_no_least_normal),
+        case("v_fma_f32", f3, f32_three(fma(F32)), mode="flush", adjust=_no_least_normal),
         case("v_max_f32", f, two(maximum), mode="flush"),
         case("v_max3_f32", f3, f32_three(lambda a, b, c: maximum(maximum(a, b), c)), mode="flush"),
         case("v_pk_mul_f32", "2xf32 2xf32 -> 2xf32", two(np.multiply), mode="flush"),
@@ -279,6 +284,13 @@ def flush_mode():
         case("v_cmp_eq_f32_e32 vcc, A, B", "f32 f32 -> vcc", lambda a, b: flushed(a) == flushed(b), mode="flush"),
         case("v_mul_f32_e64 D, A, B mul:2", f, two(lambda a, b: _flushed_double(a, b)), mode="flush"),
     ]
+
+
+def _no_least_normal(lanes, state):
+    """Whether a product just below the least normal is flushed before or after it rounds is not said anywhere."""
+    for register in (0, 4, 8):
+        words = lanes[..., register]
+        words[(words & U32(0x7FFFFFFF)) == 0x00800000] ^= U32(0x01000000)
 
 
 def _flushed_double(a, b):
@@ -394,6 +406,11 @@ def _tame_doubles(lanes, state):
         lanes[..., register : register + 2] = values[..., None].view(U32)
 
 
+def _encoded_exponent(x):
+    bits, _, high = exact.MANTISSA[x.dtype]
+    return (x.view(f"i{x.itemsize}") >> (bits - 1) & (2 * high + 1)).astype(np.int64)
+
+
 @quiet
 def _fixup(q, denominator, numerator):
     """The special cases of a division; elsewhere the quotient with the sign that it must have."""
@@ -406,8 +423,13 @@ def _fixup(q, denominator, numerator):
             ((denominator == 0) & (numerator == 0)) | (np.isinf(denominator) & np.isinf(numerator)),
             (denominator == 0) | np.isinf(numerator),
             np.isinf(denominator) | (numerator == 0),
+            # The exponents, as the operands encode them, leave no doubt that the quotient underflows.
+            _encoded_exponent(numerator) - _encoded_exponent(denominator) < {2: -99, 4: -150, 8: -1075}[q.itemsize],
+            # Operands that are numbers have no NaN for a quotient: the approximation overflowed on its way.
+            np.isnan(q),
         ],
-        [nan, nan, sign * q.dtype.type(np.inf), sign * q.dtype.type(0)],
+        [nan, nan, sign * q.dtype.type(np.inf), sign * q.dtype.type(0), sign * q.dtype.type(0),
+         sign * q.dtype.type(np.inf)],
         np.where(negative, -np.abs(q), np.abs(q)),
     )
 

@@ -257,13 +257,19 @@ def three_operands():
         mad64("i", I64),
         case("v_mad_u32_u16", "u16 u16 u32 -> u32", wrap(lambda a, b, c: a * b + c)),
         case("v_mad_i32_i16", "i16 i16 i32 -> i32", wrap(lambda a, b, c: a * b + c)),
-        case("v_cvt_pk_u8_f32", "f32c u32 u32 -> u32", _pack_byte),
+        case("v_cvt_pk_u8_f32", "f32c u32 u32 -> u32", _pack_byte, adjust=_whole),
     ]
     return lines
 
 
 def _shift_to_4(lanes, state):
     lanes[..., 4] %= 5
+
+
+def _whole(lanes, state):
+    """Whole numbers within and about a byte: how others are rounded is not said anywhere."""
+    rng = np.random.default_rng(5)
+    lanes[..., 0] = rng.integers(-20, 300, lanes.shape[:2]).astype(np.float32).view(U32)
 
 
 def _pack_byte(a, b, c):

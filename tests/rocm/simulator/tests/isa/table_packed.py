@@ -4,7 +4,7 @@ import numpy as np
 
 from isa.exact import fma, quiet
 from isa.frame import case
-from isa.table_float import clamped, maximum, minimum
+from isa.table_float import ZERO_SIGN_FREE, clamped, maximum, minimum
 from isa.table_integer import wide
 
 F16, F32 = np.float16, np.float32
@@ -57,7 +57,9 @@ def integers():
              selected(lambda a, b: a + b, (1, 0), (0, 0))),
         case("v_pk_mad_u16 D, A, B, C op_sel:[0,1,1] op_sel_hi:[1,0,1]", u3,
              selected(lambda a, b, c: a * b + c, (0, 1, 1), (1, 0, 1))),
-        case("v_pk_mov_b32", "2xu32 2xu32 -> 2xu32", lambda a, b: np.stack([a[..., 0], b[..., 1]], axis=-1)),
+        case("v_pk_mov_b32", "2xu32 2xu32 -> 2xu32", lambda a, b: np.stack([a[..., 0], b[..., 0]], axis=-1)),
+        case("v_pk_mov_b32 D2, A2, B2 op_sel:[0,1]", "2xu32 2xu32 -> 2xu32",
+             lambda a, b: np.stack([a[..., 0], b[..., 1]], axis=-1)),
         case("v_pk_mov_b32 D2, A2, B2 op_sel:[1,0]", "2xu32 2xu32 -> 2xu32",
              lambda a, b: np.stack([a[..., 1], b[..., 0]], axis=-1)),
     ]
@@ -83,7 +85,8 @@ def floats():
         ]
     f = "2xf32 2xf32 -> 2xf32"
     lines += [
-        case("v_pk_mul_f16 D, A, B clamp", "2xf16 2xf16 -> 2xf16", quiet(lambda a, b: clamped(a * b))),
+        case("v_pk_mul_f16 D, A, B clamp", "2xf16 2xf16 -> 2xf16", quiet(lambda a, b: clamped(a * b)),
+             ulp=ZERO_SIGN_FREE),
         case("v_pk_add_f32", f, quiet(np.add)),
         case("v_pk_mul_f32", f, quiet(np.multiply)),
         case("v_pk_mul_f32 D2, A2, B2 op_sel:[1,0] op_sel_hi:[0,1]", f, selected(np.multiply, (1, 0), (0, 1))),
@@ -109,7 +112,7 @@ def mixed():
         case("v_fma_mix_f32 D, A, B, C op_sel:[1,0,1] op_sel_hi:[1,1,1]", "2xf16 2xf16 2xf16 -> f32",
              lambda a, b, c: f(half(a, 1), half(b, 0), half(c, 1))),
         case("v_fma_mix_f32 D, A, B, C op_sel:[0,1,0] op_sel_hi:[0,1,0] clamp", "f32 2xf16 f32 -> f32",
-             lambda a, b, c: clamped(f(a, half(b, 1), c))),
+             lambda a, b, c: clamped(f(a, half(b, 1), c)), ulp=ZERO_SIGN_FREE),
         case("v_fma_mixlo_f16 D, A, B, C", "old:2xf16 f32 f32 f32 -> 2xf16", _mixed_half(0)),
         case("v_fma_mixhi_f16 D, A, B, C", "old:2xf16 f32 f32 f32 -> 2xf16", _mixed_half(1)),
     ]

@@ -47,6 +47,11 @@ def assemble(source, path):
     return path
 
 
+def compile_cpp(flags, source, path, *libraries):
+    """One C++ or HIP file -> `path`."""
+    _checked(["clang++-19", *flags, source, "-o", path, *libraries])
+
+
 def disassembly(path):
     """The text that llvm-objdump prints for a code object."""
     need("llvm-objdump-19")
