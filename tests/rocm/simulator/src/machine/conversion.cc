@@ -46,10 +46,11 @@ u64 small_pair(u32 bytes) {
 
 void half_of_float(Wave& wave, const Instruction& i) {
   const Source<float> source(wave, i, 1, 0);
-  const Rounding rounding = half_rounding(wave);
+  // The rounding is that of halves, although the source is a float.
+  const FloatScope scope = FloatScope::other(wave);
   alignas(64) Half result[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    result[lane] = Half(float_to_half(source.data[lane], rounding));
+    result[lane] = Half(float_to_half(source.data[lane]));
   }
   write_result(wave, i, result, write_mask(wave, i));
 }

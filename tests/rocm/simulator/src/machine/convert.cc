@@ -97,7 +97,12 @@ uint16_t double_to_half(double value, Rounding rounding) {
   return sign | (towards_zero ? 0x7bff : 0x7c00);
 }
 
-uint16_t float_to_half(float value, Rounding rounding) { return double_to_half(value, rounding); }
+uint16_t float_to_half(float value, Rounding rounding) {
+#ifdef __F16C__
+  if (rounding == Rounding::kZero) return _cvtss_sh(value, _MM_FROUND_TO_ZERO);
+#endif
+  return double_to_half(value, rounding);
+}
 
 uint16_t double_to_half(double value) {
   switch (std::fegetround()) {

@@ -165,10 +165,9 @@ void mixed_fma(Wave& wave, const Instruction& i) {
   if constexpr (to == MixedResult::kFloat) {
     write_words(wave, i.operand[0], 0, reinterpret_cast<const u32*>(results), wave.exec());
   } else {
+    const FloatScope half_scope = FloatScope::other(wave);
     u16 halves[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      halves[lane] = float_to_half(results[lane], half_rounding(wave));
-    }
+    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = float_to_half(results[lane]);
     write_halves(wave, i, halves, wave.exec(),
                  to == MixedResult::kHighHalf ? Half16::kHigh : Half16::kLowPreserving);
   }

@@ -62,8 +62,6 @@ class FloatScope {
   bool flush_outputs_ = false;
 };
 
-inline Rounding half_rounding(const Wave& wave) { return static_cast<Rounding>(wave.mode >> 2 & 3); }
-
 // One dword of a source for all lanes, before modifiers that depend on its type. May point into the
 // register file; uses `buffer` if it cannot.
 const uint32_t* read_words(Wave& wave, const Instruction& i, const Operand& operand, unsigned dword,
