@@ -217,3 +217,38 @@ def translation_unit(seeds):
     writers = [Writer(seed) for seed in seeds]
     text = '#include "random_lanes.h"\n' + CALLED + "\n".join(writer.kernel() for writer in writers) + "\n"
     return text, [writer.threads for writer in writers]
+
+
+def operations():
+    """Every operation of the grammar as (result's kind, text)."""
+    return [(kind, text) for kind in VARIABLES for text in getattr(Writer, f"_{kind}")]
+
+
+def operations_unit():
+    """A translation unit with a kernel for each operation alone: kernel `i` stores what operation `i` gives.
+
+    Lanes take every operand from their own words: as they are, or as numbers of moderate size.
+    """
+    word = "in[(L.gid * 8u + {0}u) % %uu]".replace("%u", str(INPUT_WORDS))
+    lines = ['#include "random_lanes.h"', CALLED, "struct Lane { u32 tid, gid; };"]
+    for i, (kind, text) in enumerate(operations()):
+        place = iter(range(0, 100, 2))
+
+        def operand(match, place=place):
+            at = next(place)
+            low, high = word.format(at), word.format(at + 1)
+            raw = {"u32": low, "u64": f"((u64){high} << 32 | {low})"}
+            moderate = f"({high} & 64u)"
+            made = {
+                **raw,
+                "f32": f"({moderate} ? to_f32({low}) : __builtin_bit_cast(f32, {low}))",
+                "f64": f"({moderate} ? to_f64({raw['u64']}) : __builtin_bit_cast(f64, {raw['u64']}))",
+                "f16": f"({moderate} ? to_f16({low}) : __builtin_bit_cast(f16, (u16){low}))",
+            }
+            return made[match.group(1)]
+
+        value = PLACE.sub(operand, text)
+        value = f"({kind})({value})"
+        value = value if kind[0] == "u" else f"bits({value})"
+        lines.append(f"GLOBAL_KERNEL(kernel{i}, 64) {{ BEGIN(Lane, 64) EACH(out[L.gid] = {value};) END }}")
+    return "\n".join(lines) + "\n"

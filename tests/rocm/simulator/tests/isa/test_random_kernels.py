@@ -32,13 +32,23 @@ def inputs(seed):
     return np.random.default_rng(seed).integers(0, 2**32, random_kernels.INPUT_WORDS, dtype=np.uint32)
 
 
-def on_host(library, seed, threads):
+def on_host(library, seed, threads, results=random_kernels.RESULTS, blocks=random_kernels.BLOCKS):
     kernel = getattr(library, f"kernel{seed}")
-    out = np.zeros((random_kernels.BLOCKS * threads, random_kernels.RESULTS), np.uint64)
+    out = np.zeros((blocks * threads, results), np.uint64)
     data, counts = inputs(seed), counters()
-    for block in range(random_kernels.BLOCKS):
+    for block in range(blocks):
         kernel(ctypes.c_uint32(block), *(ctypes.c_void_p(array.ctypes.data) for array in (data, out, counts)))
     return out, counts
+
+
+def compiled(text, level, folder):
+    """The host's library; the device's code object lies beside it, `kernels.co`."""
+    folder.mkdir()
+    source = folder / "kernels.hip"
+    source.write_text(text)
+    toolchain.compile_cpp([*DEVICE, level, *COMMON], source, folder / "kernels.co")
+    toolchain.compile_cpp([*HOST, *COMMON], source, folder / "kernels.so", "-lm")
+    return ctypes.CDLL(str(folder / "kernels.so"))
 
 
 class Units:
@@ -57,12 +67,7 @@ class Units:
         seeds = range(unit * KERNELS_EACH, (unit + 1) * KERNELS_EACH)
         text, threads = random_kernels.translation_unit(seeds)
         folder = self.folder / f"unit{unit}"
-        folder.mkdir()
-        source = folder / "kernels.hip"
-        source.write_text(text)
-        toolchain.compile_cpp([*DEVICE, LEVELS[unit], *COMMON], source, folder / "kernels.co")
-        toolchain.compile_cpp([*HOST, *COMMON], source, folder / "kernels.so", "-lm")
-        library = ctypes.CDLL(str(folder / "kernels.so"))
+        library = compiled(text, LEVELS[unit], folder)
         right = {seed: on_host(library, seed, count) for seed, count in zip(seeds, threads, strict=True)}
         launches = []
         for seed, count in zip(seeds, threads, strict=True):
@@ -70,7 +75,7 @@ class Units:
             arguments = [inputs(seed), out, counters()]
             launches.append(simulator.Launch(f"kernel{seed}", arguments, (random_kernels.BLOCKS, 1, 1), (count, 1, 1)))
         results = simulator.run(folder / "kernels.co", launches, folder, "--seed", str(unit))
-        return right, dict(zip(seeds, results, strict=True)), text
+        return right, dict(zip(seeds, results, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def units(tmp_path_factory):
 
 @pytest.mark.parametrize(("unit", "seed"), CASES)
 def test_same_bits_as_on_the_host(units, unit, seed):
-    right, results, text = units.of(unit)
+    right, results = units.of(unit)
     result = results[seed]
     assert result.fault is None, result.fault
     (right_out, right_counts), (_, out, counts) = right[seed], result.buffers
@@ -91,3 +96,35 @@ def test_same_bits_as_on_the_host(units, unit, seed):
     places = [f"item {i} {names[k]}: {out[i, k]:#x} expected {right_out[i, k]:#x}" for i, k in wrong[:10]]
     assert not places, f"kernel{seed} {LEVELS[unit]}: {len(wrong)} differ\n" + "\n".join(places)
     np.testing.assert_array_equal(counts, right_counts)
+
+
+OPERATIONS = random_kernels.operations()
+OPERATION_BLOCKS = 8
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    toolchain.need("clang++-19", "ld.lld-19")
+    toolchain.simulator()
+    folder = tmp_path_factory.mktemp("operations")
+    library = compiled(random_kernels.operations_unit(), "-O2", folder / "unit")
+    right = [on_host(library, i, 64, 1, OPERATION_BLOCKS)[0] for i in range(len(OPERATIONS))]
+    launches = [
+        simulator.Launch(f"kernel{i}", [inputs(i), np.zeros_like(right[i]), counters()], (OPERATION_BLOCKS, 1, 1))
+        for i in range(len(OPERATIONS))
+    ]
+    return right, simulator.run(folder / "unit" / "kernels.co", launches, folder)
+
+
+@pytest.mark.parametrize("i", range(len(OPERATIONS)))
+def test_each_operation_of_the_grammar(operations, i):
+    right, result = operations[0][i], operations[1][i]
+    assert result.fault is None, result.fault
+    data, out, _ = result.buffers
+    wrong = np.flatnonzero(out != right)
+    words = data.reshape(-1, 8)
+    places = [
+        f"item {k} words {[hex(w) for w in words[k % len(words)]]}: {int(out[k, 0]):#x} expected {int(right[k, 0]):#x}"
+        for k in wrong[:6]
+    ]
+    assert not places, f"{' '.join(OPERATIONS[i])}: {len(wrong)} differ\n" + "\n".join(places)
