@@ -120,9 +120,7 @@ class Rank:
         assert self.host.mori_rank_init(rank, config.ranks, buffer, c_char_p(config.kernels.encode())) == 0
         size = np.dtype(self.dtype).itemsize
         shape = (rank, config.ranks, config.hidden, size, config.max_tokens, config.experts_per_rank)
-        self.handle = c_void_p(
-            self.host.mori_rank_handle(*shape, config.top_k, config.blocks, config.waves)
-        )
+        self.handle = c_void_p(self.host.mori_rank_handle(*shape, config.top_k, config.blocks, config.waves))
         assert self.handle.value
         # Peers must not dispatch into buffers that this process still clears.
         hip.check("hipDeviceSynchronize")

@@ -1,8 +1,11 @@
 // Graphs, and streams captured into graphs.
+#include <cstdio>
+
 #include "api.h"
 #include "graph.h"
 #include "handles.h"
 #include "module.h"
+#include "settings.h"
 
 using namespace gfx942::runtime;  // NOLINT: the entry points belong to no namespace.
 
@@ -215,6 +218,7 @@ hipError_t hipGraphExecChildGraphNodeSetParams(hipGraphExec_t exec, hipGraphNode
 hipError_t hipGraphLaunch(hipGraphExec_t handle, hipStream_t stream) {
   const auto exec = handles<GraphExec>().find(handle);
   if (exec == nullptr) return remember(hipErrorInvalidValue);
+  if (settings().trace) std::fprintf(stderr, "rocm-sim: a graph is launched\n");
   return submit(stream, ChildOperation{exec->snapshot()});
 }
 

@@ -67,7 +67,8 @@ bool Memory::covers(const Range& range) const {
   if (range.bytes == 0) return true;
   const Block* block = at(first);
   if (block == nullptr) return range.host_too && at(first + range.bytes - 1) == nullptr;
-  return block->allocation.first + block->allocation.bytes - first >= range.bytes;
+  return block->allocation.first + block->allocation.bytes - first >= range.bytes &&
+         (block->allocation.writable || !range.written);
 }
 
 void Memory::insert(const Block& block) {

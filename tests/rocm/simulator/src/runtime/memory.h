@@ -63,11 +63,13 @@ class Memory final : public AddressSpace {
   bool close(const void* address);
 
   // Runs an access of the host to device memory while nothing can be released. False, without
-  // running it, unless each range lies in one thing alive or, where `host_too`, in none.
+  // running it, unless each range lies in one thing alive or, where `host_too`, in none, and may be
+  // written where it is `written`.
   struct Range {
     const void* first;
     uint64_t bytes;
     bool host_too;
+    bool written;
   };
   template <typename Access>
   bool access(std::initializer_list<Range> ranges, Access run) const {

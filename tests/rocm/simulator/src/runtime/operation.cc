@@ -26,8 +26,12 @@ hipError_t error_of(FaultCode code) {
   return hipErrorUnknown;
 }
 
-Memory::Range target(const CopyOperation& copy) { return {copy.to, copy.bytes, copy.to_host}; }
-Memory::Range source(const CopyOperation& copy) { return {copy.from, copy.bytes, copy.from_host}; }
+Memory::Range target(const CopyOperation& copy) {
+  return {copy.to, copy.bytes, copy.to_host, true};
+}
+Memory::Range source(const CopyOperation& copy) {
+  return {copy.from, copy.bytes, copy.from_host, false};
+}
 
 uint64_t extent(const FillOperation& fill) {
   if (fill.width == 0 || fill.height == 0) return 0;
@@ -70,7 +74,7 @@ hipError_t run(const CopyOperation& copy, int, std::span<std::byte>) {
 }
 
 hipError_t run(const FillOperation& fill, int, std::span<std::byte>) {
-  const bool done = memory().access({{fill.to, extent(fill), false}}, [&] {
+  const bool done = memory().access({{fill.to, extent(fill), false, true}}, [&] {
     for (uint64_t row = 0; row < fill.height; ++row) {
       auto* to = static_cast<std::byte*>(fill.to) + row * fill.pitch;
       if (fill.element_bytes == 1) {
@@ -104,8 +108,8 @@ hipError_t check(const CopyOperation& copy) {
 }
 
 hipError_t check(const FillOperation& fill) {
-  return memory().access({{fill.to, extent(fill), false}}, [] {}) ? hipSuccess
-                                                                  : hipErrorInvalidValue;
+  return memory().access({{fill.to, extent(fill), false, true}}, [] {}) ? hipSuccess
+                                                                        : hipErrorInvalidValue;
 }
 
 hipError_t execute(const Operation& operation, int device, std::span<std::byte> kernarg) {
