@@ -81,6 +81,16 @@ float exp2_of(float value) { return static_cast<float>(std::exp2(double{value}))
 float log2_of(float value) { return static_cast<float>(std::log2(double{value})); }
 float reciprocal_root(float value) { return static_cast<float>(1 / std::sqrt(double{value})); }
 
+// By the exponents as they are encoded, in which all denormals have the same.
+template <class T>
+bool underflows(T numerator, T denominator) {
+  using Limits = std::numeric_limits<T>;
+  const auto encoded = [](T value) {
+    return std::fabs(value) < Limits::min() ? Limits::min_exponent - 2 : exponent(value);
+  };
+  return encoded(numerator) - encoded(denominator) < Limits::min_exponent - Limits::digits - 1;
+}
+
 // The special cases of a division whose quotient was refined by Newton steps: quotient, denominator, numerator.
 template <class T>
 T fix_quotient(T quotient, T denominator, T numerator) {
@@ -94,7 +104,7 @@ T fix_quotient(T quotient, T denominator, T numerator) {
   T magnitude = std::fabs(quotient);
   if (denominator == 0 || std::isinf(numerator)) {
     magnitude = infinity;
-  } else if (std::isinf(denominator) || numerator == 0) {
+  } else if (std::isinf(denominator) || numerator == 0 || underflows<T>(numerator, denominator)) {
     magnitude = 0;
   } else if (std::isnan(quotient)) {
     // The refinement of a quotient that overflows subtracts infinities.
@@ -151,6 +161,9 @@ void division_scale(Wave& wave, const Instruction& i) {
   wave.write_scalar_pair(i.operand[1], flags & wave.exec());
 }
 
+template <class T>
+using Wider = std::conditional_t<std::is_same_v<T, float>, double, __float128>;
+
 // The last step of a division: scaled back where VCC says so.
 template <class T>
 void division_fma(Wave& wave, const Instruction& i) {
@@ -161,12 +174,15 @@ void division_fma(Wave& wave, const Instruction& i) {
   const FloatScope scope = scope_of<T>(wave);
   alignas(64) T result[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    result[lane] = std::fma(a.data[lane], b.data[lane], c.data[lane]);
-    if ((wave.vcc() >> lane & 1) != 0) {
-      // Towards which side follows from the addend, whose magnitude is the quotient's.
-      const bool large = exponent(c.data[lane]) > 0;
-      result[lane] = scale(result[lane], large ? kStep : -kStep);
+    if ((wave.vcc() >> lane & 1) == 0) {
+      result[lane] = std::fma(a.data[lane], b.data[lane], c.data[lane]);
+      continue;
     }
+    // Towards which side follows from the addend, whose magnitude is the quotient's. In a wider type the
+    // scaled sum is rounded once only, also where it is denormal.
+    const Wider<T> sum = static_cast<Wider<T>>(a.data[lane]) * b.data[lane] + c.data[lane];
+    const int step = exponent(c.data[lane]) > 0 ? kStep : -kStep;
+    result[lane] = static_cast<T>(sum * static_cast<Wider<T>>(scale(T{1}, step)));
   }
   write_result(wave, i, result, wave.exec());
 }

@@ -65,6 +65,7 @@ Half fix_quotient(Half quotient, Half denominator, Half numerator) {
   if ((n == 0 && d == 0) || (std::isinf(n) && std::isinf(d))) return Half(uint16_t{0x7e00});
   if (d == 0 || std::isinf(n)) return Half(static_cast<uint16_t>(sign | 0x7c00));
   if (std::isinf(d) || n == 0) return Half(sign);
+  if (std::isnan(float{quotient})) return Half(static_cast<uint16_t>(sign | 0x7c00));
   return Half(static_cast<uint16_t>(sign | (quotient.bits & 0x7fff)));
 }
 

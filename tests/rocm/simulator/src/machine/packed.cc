@@ -2,6 +2,7 @@
 // source for the lower result, op_sel_hi the one for the upper.
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "semantics.h"

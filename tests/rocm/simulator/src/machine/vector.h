@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -80,7 +79,7 @@ template <class T>
 class Source {
  public:
   // `position` counts sources only, as op_sel does.
-  Source(Wave& wave, const Instruction& i, unsigned operand_number, unsigned position) {
+  Source(Wave& wave, const Instruction& i, size_t operand_number, size_t position) {
     const Operand& operand = i.operand[operand_number];
     if constexpr (sizeof(T) == 4) {
       const uint32_t* words = read_words(wave, i, operand, 0, first_);
@@ -98,6 +97,9 @@ class Source {
       read_halves(wave, i, operand, (i.op_sel >> position & 1) != 0);
     }
   }
+
+  Source(const Source&) = delete;  // it may point into itself
+  Source& operator=(const Source&) = delete;
 
   const T* data;
 
@@ -231,18 +233,31 @@ FloatScope scope_of(const Wave& wave) {
 // Where the sources stand among the operands: after the destination, or with the destination as the last.
 enum class Tied : uint8_t { kNo, kYes };
 
+// The sources of an instruction, each in its place: a tuple would have to move them.
+template <size_t position, class T>
+struct Slot {
+  Slot(Wave& wave, const Instruction& i, size_t operand) : source(wave, i, operand, position) {}
+  Source<T> source;
+};
+template <class Positions, class... A>
+struct Sources;
+template <size_t... N, class... A>
+struct Sources<std::index_sequence<N...>, A...> : Slot<N, A>... {
+  Sources(Wave& wave, const Instruction& i, bool tied)
+      : Slot<N, A>(wave, i, tied && N + 1 == sizeof...(A) ? 0 : N + 1)... {}
+};
+
 template <auto F, Tied tied, Half16 low_half, class R, class... A, size_t... N>
 void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequence<N...>) {
   constexpr size_t kCount = sizeof...(A);
-  const std::tuple<Source<A>...> sources{
-      Source<A>(wave, i, tied == Tied::kYes && N + 1 == kCount ? 0 : N + 1, N)...};
+  const Sources<std::index_sequence<N...>, A...> sources(wave, i, tied == Tied::kYes);
   const uint64_t mask = write_mask(wave, i);
   const FloatScope scope = scope_of<R, A...>(wave);
   if constexpr (std::is_same_v<R, bool>) {
     alignas(64) uint8_t results[kLanes];
     [&](const A*... data) {
       for (int lane = 0; lane < kLanes; ++lane) results[lane] = F(data[lane]...);
-    }(std::get<N>(sources).data...);
+    }(static_cast<const Slot<N, A>&>(sources).source.data...);
     uint64_t bits = 0;
     for (int lane = 0; lane < kLanes; ++lane) bits |= uint64_t{results[lane]} << lane;
     wave.write_scalar_pair(i.operand[0], bits & mask);
@@ -252,7 +267,7 @@ void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequen
     alignas(64) Result results[kLanes];
     [&](const A*... data) {
       for (int lane = 0; lane < kLanes; ++lane) results[lane] = finish(i, F(data[lane]...));
-    }(std::get<N>(sources).data...);
+    }(static_cast<const Slot<N, A>&>(sources).source.data...);
     scope.flush(results);
     const Half16 half = (i.op_sel >> kCount & 1) != 0            ? Half16::kHigh
                                                       : low_half;
