@@ -62,8 +62,7 @@ std::byte* Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
 }
 
 void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane) {
-  const uint32_t alignment = use == Use::kAtomic ? bytes : std::min(bytes, 4u);
-  if ((address & (alignment - 1)) == 0) return;
+  if (use != Use::kAtomic || (address & (bytes - 1)) == 0) return;
   throw FaultError(FaultCode::kMisaligned, range(use, bytes, address, lane) + ", which is misaligned");
 }
 

@@ -37,7 +37,7 @@ class Memory {
   std::vector<Allocation> recent_;
 };
 
-// Faults unless the address suits the size: its own for atomics, at most a dword's for others.
+// Faults if an atomic is misaligned. Loads and stores may be: compilers make use of it.
 void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane);
 
 std::byte* lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane);
