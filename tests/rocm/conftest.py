@@ -24,19 +24,24 @@ def ffi_scale(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulated.compile_library(source, output, "-isystem", jax.ffi.include_dir())
 
 
-@pytest.fixture
-def on_rocm(tmp_path: Path) -> Callable[..., Any]:
-    """Calls a function of a test module on the simulated devices and returns its arrays as NumPy's.
+class OnRocm:
+    """Calls a function of a test module on simulated devices and gives its arrays as NumPy's.
 
-    The call is ``on_rocm(function, *arguments, devices=1, deadline=120, **environment)``. It takes a process
-    of its own, because jax chooses its platform once, and because a kernel that fails takes its device along.
+    A call takes a process of its own, because jax chooses its platform once, and because a kernel that fails
+    takes its device along. Keywords beyond `devices` and `deadline` (seconds) set the process's environment.
     """
 
-    def call(function: Callable, *arguments: Any, devices=1, deadline=120.0, **more: str) -> Any:
-        given, result = tmp_path / "given.pickle", tmp_path / "result.pickle"
-        given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
-        command = (simulated.PYTHON, "-m", "tests.rocm.on_device", given, result)
-        simulated.run(*command, deadline=deadline, devices=devices, **more)
-        return pickle.loads(result.read_bytes())
+    def __init__(self, folder: Path):
+        self._given, self._result = folder / "given.pickle", folder / "result.pickle"
+        self.said = ""  # what the last call wrote to stderr
 
-    return call
+    def __call__(self, function: Callable, *arguments: Any, devices=1, deadline=120.0, **more: str) -> Any:
+        self._given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+        command = (simulated.PYTHON, "-m", "tests.rocm.on_device", self._given, self._result)
+        _, self.said = simulated.run(*command, devices=devices, deadline=deadline, **more)
+        return pickle.loads(self._result.read_bytes())
+
+
+@pytest.fixture
+def on_rocm(tmp_path: Path) -> OnRocm:
+    return OnRocm(tmp_path)

@@ -97,6 +97,12 @@ def sharded_elementwise(x, count):
     return jax.jit(jax.shard_map(_elementwise, mesh=mesh, in_specs=P("i"), out_specs=P("i")))(x)
 
 
+def all_reduce(x):
+    mesh = mesh_of(2)
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "i"), mesh=mesh, in_specs=P("i"), out_specs=P())
+    return jax.jit(total)(jax.device_put(x, NamedSharding(mesh, P("i"))))
+
+
 def many_launches(x):
     """One small program in a loop: what command buffers are for."""
     step = jax.jit(lambda x: jnp.sin(x) + 0.5 * x)

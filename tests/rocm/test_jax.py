@@ -108,13 +108,43 @@ def test_shard_map(on_rocm, count):
     assert_equal(actual, cases.sharded_elementwise(X, count))
 
 
-def test_without_command_buffers(on_rocm):
-    flags = simulated.XLA_FLAGS + " --xla_gpu_enable_command_buffer="
-    assert_equal(on_rocm(cases.while_loop, X, XLA_FLAGS=flags), cases.while_loop(X))
+def test_sort_of_many_runs_rocprims_kernels(on_rocm):
+    """These come compressed in a fat binary of the plugin, from AMD's compiler."""
+    x = RNG.normal(size=1 << 15).astype(np.float32)
+    assert_equal(on_rocm(cases.sort, x, ROCM_SIM_TRACE="1"), cases.sort(x))
+    assert matches_in(on_rocm.said, "rocprim") > 0
 
 
+def test_what_is_not_simulated_fails_with_its_name(on_rocm):
+    with pytest.raises(AssertionError, match="ncclGetUniqueId of librccl.so.1 is not simulated"):
+        on_rocm(cases.all_reduce, X, devices=2)
+
+
+def matches_in(text, word):
+    return sum(word in line for line in text.splitlines())
+
+
+# By default XLA makes a graph only of several kernels in a row.
+GRAPHS = simulated.XLA_FLAGS + " --xla_gpu_graph_min_graph_size=1"
+
+
+@pytest.mark.parametrize(
+    "case", [cases.sort, cases.many_launches, cases.scan], ids=lambda case: case.__name__
+)
+def test_command_buffers(on_rocm, case):
+    assert_equal(on_rocm(case, X, XLA_FLAGS=GRAPHS, ROCM_SIM_TRACE="1"), case(X))
+    assert matches_in(on_rocm.said, "a graph is launched") > 0
+
+
+def test_products_run_on_kernels_that_triton_compiled(on_rocm):
+    x, y = matrices(64, 64, 64, ml_dtypes.bfloat16)
+    on_rocm(cases.dot, x, y, "default", ROCM_SIM_TRACE="1")
+    assert matches_in(on_rocm.said, "runs gemm_fusion_dot") == 1
+
+
+@pytest.mark.parametrize("flags", [simulated.XLA_FLAGS, GRAPHS], ids=["streams", "graphs"])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_ffi_call(on_rocm, ffi_scale, count):
-    actual = on_rocm(cases.ffi_scale, X, str(ffi_scale), count, devices=count)
+def test_ffi_call(on_rocm, ffi_scale, count, flags):
+    actual = on_rocm(cases.ffi_scale, X, str(ffi_scale), count, devices=count, XLA_FLAGS=flags)
     expected = ((X * 3 + 1) * 3 + 1) * 3 + 1
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
