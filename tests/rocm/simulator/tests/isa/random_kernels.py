@@ -224,12 +224,13 @@ def operations():
     return [(kind, text) for kind in VARIABLES for text in getattr(Writer, f"_{kind}")]
 
 
-def operations_unit():
+def operations_unit(whose):
     """A translation unit with a kernel for each operation alone: kernel `i` stores what operation `i` gives.
 
-    Lanes take every operand from their own words: as they are, or as numbers of moderate size.
+    Operands are words as they are, or numbers of moderate size; each lane has its own where `whose` is "L.gid",
+    and each block where it is "block", for which the compiler uses scalar instructions.
     """
-    word = "in[(L.gid * 8u + {0}u) % %uu]".replace("%u", str(INPUT_WORDS))
+    word = f"in[({whose} * 8u + {{0}}u) % {INPUT_WORDS}u]"
     lines = ['#include "random_lanes.h"', CALLED, "struct Lane { u32 tid, gid; };"]
     for i, (kind, text) in enumerate(operations()):
         place = iter(range(0, 100, 2))
@@ -237,7 +238,8 @@ def operations_unit():
         def operand(match, place=place):
             at = next(place)
             low, high = word.format(at), word.format(at + 1)
-            raw = {"u32": low, "u64": f"((u64){high} << 32 | {low})"}
+            # Half of the wide integers are small: divisions have a short way for them.
+            raw = {"u32": low, "u64": f"((u64)({high} & 32u ? {high} : 0u) << 32 | {low})"}
             moderate = f"({high} & 64u)"
             made = {
                 **raw,

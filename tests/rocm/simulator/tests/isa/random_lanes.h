@@ -121,10 +121,14 @@ typedef f32 f32x2 __attribute__((ext_vector_type(2)));
 
 // Every operation is defined for every operand: shifts and divisors are limited, conversions keep to the range.
 DEVICE u32 rotl(u32 a, u32 b) { return __builtin_rotateleft32(a, b & 31); }
-DEVICE u32 div_u32(u32 a, u32 b) { return a / (b | 1); }
-DEVICE u32 rem_u32(u32 a, u32 b) { return a % (b | 1); }
-DEVICE u64 div_u64(u64 a, u64 b) { return a / (b | 1); }
-DEVICE u64 rem_u64(u64 a, u64 b) { return a % (b | 1); }
+// The top bit is cleared because clang 19 for AMDGPU takes the operands of an unsigned division for small ones
+// where they are sign-extended, and divides fewer bits than they have.
+DEVICE u32 half(u32 a) { return a & 0x7fffffffu; }
+DEVICE u64 half(u64 a) { return a & 0x7fffffffffffffffull; }
+DEVICE u32 div_u32(u32 a, u32 b) { return half(a) / half(b | 1); }
+DEVICE u32 rem_u32(u32 a, u32 b) { return half(a) % half(b | 1); }
+DEVICE u64 div_u64(u64 a, u64 b) { return half(a) / half(b | 1); }
+DEVICE u64 rem_u64(u64 a, u64 b) { return half(a) % half(b | 1); }
 DEVICE u32 div_i32(u32 a, u32 b) { return (u32)((i32)a / (i32)((b & 0xffff) + 1)); }
 DEVICE u64 div_i64(u64 a, u64 b) { return (u64)((i64)a / (i64)((b & 0xffffffff) + 1)); }
 DEVICE u32 sra(u32 a, u32 b) { return (u32)((i32)a >> (b & 31)); }

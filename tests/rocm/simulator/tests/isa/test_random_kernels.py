@@ -99,32 +99,34 @@ def test_same_bits_as_on_the_host(units, unit, seed):
 
 
 OPERATIONS = random_kernels.operations()
-OPERATION_BLOCKS = 8
+OPERATION_BLOCKS = 40
 
 
-@pytest.fixture(scope="module")
-def operations(tmp_path_factory):
+@pytest.fixture(scope="module", params=["L.gid", "block"])
+def operations(request, tmp_path_factory):
+    """Operands of each lane's own, and operands that all lanes share."""
     toolchain.need("clang++-19", "ld.lld-19")
     toolchain.simulator()
     folder = tmp_path_factory.mktemp("operations")
-    library = compiled(random_kernels.operations_unit(), "-O2", folder / "unit")
+    library = compiled(random_kernels.operations_unit(request.param), "-O2", folder / "unit")
     right = [on_host(library, i, 64, 1, OPERATION_BLOCKS)[0] for i in range(len(OPERATIONS))]
     launches = [
         simulator.Launch(f"kernel{i}", [inputs(i), np.zeros_like(right[i]), counters()], (OPERATION_BLOCKS, 1, 1))
         for i in range(len(OPERATIONS))
     ]
-    return right, simulator.run(folder / "unit" / "kernels.co", launches, folder)
+    return right, simulator.run(folder / "unit" / "kernels.co", launches, folder), request.param
 
 
 @pytest.mark.parametrize("i", range(len(OPERATIONS)))
 def test_each_operation_of_the_grammar(operations, i):
-    right, result = operations[0][i], operations[1][i]
+    right, result, whose = operations[0][i], operations[1][i], operations[2]
     assert result.fault is None, result.fault
     data, out, _ = result.buffers
-    wrong = np.flatnonzero(out != right)
+    wrong = np.argwhere(out != right)[:, 0]
     words = data.reshape(-1, 8)
     places = [
-        f"item {k} words {[hex(w) for w in words[k % len(words)]]}: {int(out[k, 0]):#x} expected {int(right[k, 0]):#x}"
+        f"item {k} words {[hex(w) for w in words[(k if whose == 'L.gid' else k // 64) % len(words)]]}:"
+        f" {int(out[k, 0]):#x} expected {int(right[k, 0]):#x}"
         for k in wrong[:6]
     ]
     assert not places, f"{' '.join(OPERATIONS[i])}: {len(wrong)} differ\n" + "\n".join(places)
