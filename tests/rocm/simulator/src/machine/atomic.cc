@@ -109,8 +109,11 @@ Operands operands_of(Wave& wave, const Instruction& i, uint32_t bytes) {
 template <class T, class Apply>
 void for_each_place(Wave& wave, const Operands& operands, Apply apply) {
   for_lanes(operands.places.mask, [&](int lane) {
-    std::byte* at = operands.places.at[static_cast<size_t>(lane)];
-    const T old = at != nullptr ? apply(lane, at) : T{};
+    const Place& place = operands.places.of[static_cast<size_t>(lane)];
+    if (place.cached) {
+      wave.memory->caches()->prepare_atomic(wave.group->xcd, reinterpret_cast<uint64_t>(place.at));
+    }
+    const T old = place.at != nullptr ? apply(lane, place.at) : T{};
     if (operands.result != nullptr) scatter(wave, *operands.result, lane, old);
   });
 }
@@ -170,6 +173,18 @@ void lds_masked_or(Wave& wave, const Instruction& i) {
         at, gather<T>(wave, operands.data[1], 0, lane));
     return old;
   });
+}
+
+// Releases and acquires. Without caches, all memory is coherent anyway.
+void write_back(Wave& wave, const Instruction& i) {
+  if (Caches* caches = wave.memory->caches()) {
+    caches->write_back(wave.group->xcd, scope_of_bits(i.sc0, i.sc1));
+  }
+}
+void invalidate(Wave& wave, const Instruction& i) {
+  if (Caches* caches = wave.memory->caches()) {
+    caches->invalidate(wave.group->xcd, scope_of_bits(i.sc0, i.sc1));
+  }
 }
 
 constexpr auto kSwap = [](auto, auto b) { return b; };
@@ -277,9 +292,8 @@ constexpr Semantics kTable[] = {
     {"ds_mskor_rtn_b32", lds_masked_or<u32, true>},
     {"ds_mskor_b64", lds_masked_or<u64, false>},
     {"ds_mskor_rtn_b64", lds_masked_or<u64, true>},
-    // Scopes matter to the caches only, which are not simulated in the ordinary memory mode.
-    {"buffer_wbl2", [](Wave&, const Instruction&) {}},
-    {"buffer_inv", [](Wave&, const Instruction&) {}},
+    {"buffer_wbl2", write_back},
+    {"buffer_inv", invalidate},
 };
 
 }  // namespace

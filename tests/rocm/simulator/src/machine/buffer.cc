@@ -61,6 +61,7 @@ Places buffer_places(Wave& wave, const Instruction& i, int address_operand, uint
   const Lanes* words = vectors != 0 ? wave.vector(address.index, vectors) : nullptr;
   Places places;
   places.mask = wave.exec();
+  places.scope = scope_of_bits(i.sc0, i.sc1);
   wave.memory->refresh();
   for_lanes(places.mask, [&](int lane) {
     uint32_t index = i.idxen ? words[0][lane] : 0;
@@ -69,7 +70,7 @@ Places buffer_places(Wave& wave, const Instruction& i, int address_operand, uint
     if (i.offen) offset += words[i.idxen ? 1 : 0][lane];
     if (!resource.holds(index, offset, scalar_offset, bytes)) return;
     const uint64_t at = resource.base + scalar_offset + resource.position(index, offset);
-    places.at[static_cast<size_t>(lane)] = flat_at(wave, at, bytes, use, lane);
+    places.of[static_cast<size_t>(lane)] = flat_at(wave, at, bytes, use, lane);
   });
   return places;
 }

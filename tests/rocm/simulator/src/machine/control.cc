@@ -114,7 +114,38 @@ void set_register_scalar(Wave& wave, const Instruction& i) {
 }
 void set_register_literal(Wave& wave, const Instruction& i) { set_register(wave, i, i.raw[1]); }
 
+void set_skip(Wave& wave, const Instruction& i) {
+  const uint32_t bit = wave.read_scalar(i.operand[1]) & 31;
+  wave.skip_vector = (wave.read_scalar(i.operand[0]) >> bit & 1) != 0;
+}
+
+// M0 holds the index in its lowest byte, and which operands are counted from it in bits 12 to 15.
+constexpr uint32_t kIndexBits = 0xff;
+constexpr unsigned kIndexedOperands = 12;
+
+void set_index(Wave& wave, uint32_t mask, uint32_t value) {
+  wave.s[kM0] = (wave.s[kM0] & ~mask) | (value & mask);
+}
+void start_indexing(Wave& wave, const Instruction& i) {
+  const uint32_t operands = i.raw[0] >> 8 & 0xf;
+  set_index(wave, kIndexBits | 0xf << kIndexedOperands,
+            (wave.read_scalar(i.operand[0]) & kIndexBits) | operands << kIndexedOperands);
+  wave.index_vectors = true;
+}
+void stop_indexing(Wave& wave, const Instruction&) { wave.index_vectors = false; }
+void change_index(Wave& wave, const Instruction& i) {
+  set_index(wave, kIndexBits, wave.read_scalar(i.operand[0]));
+}
+void change_indexed_operands(Wave& wave, const Instruction& i) {
+  set_index(wave, 0xf << kIndexedOperands, (i.raw[0] & 0xf) << kIndexedOperands);
+}
+
 constexpr Semantics kTable[] = {
+    {"s_setvskip", set_skip},
+    {"s_set_gpr_idx_on", start_indexing},
+    {"s_set_gpr_idx_off", stop_indexing},
+    {"s_set_gpr_idx_idx", change_index},
+    {"s_set_gpr_idx_mode", change_indexed_operands},
     {"s_endpgm", end},
     {"s_endpgm_saved", end},
     {"s_barrier", barrier},
@@ -151,6 +182,23 @@ constexpr Semantics kTable[] = {
 };
 
 }  // namespace
+
+void execute_in_vector_mode(Wave& wave, const Instruction& i) {
+  if (wave.skip_vector) return;
+  if (!i.mnemonic.starts_with("v_")) return i.handler(wave, i);
+  Instruction moved = i;
+  const uint32_t index = wave.s[kM0] & kIndexBits;
+  const uint32_t operands = wave.s[kM0] >> kIndexedOperands & 0xf;
+  // Bits 0 to 2 stand for the sources, bit 3 for the destination.
+  for (uint32_t k = 0; k < 4; ++k) {
+    Operand& operand = moved.operand[k];
+    const uint32_t bit = k == 0 ? 3 : k - 1;
+    if (operand.is_vector() && (operands >> bit & 1) != 0) {
+      operand.index = static_cast<uint16_t>(operand.index + index);
+    }
+  }
+  moved.handler(wave, moved);
+}
 
 Table control_table() { return kTable; }
 

@@ -18,8 +18,6 @@ bool bit(uint32_t word, unsigned position) { return (word >> position & 1) != 0;
 constexpr uint32_t kUnwrittenRegister = 0xcdcdcdcd;
 constexpr std::byte kUnwrittenLds{0xa5};
 
-constexpr uint32_t kNumXcds = 8;
-
 }  // namespace
 
 Descriptor::Descriptor(uint64_t address) {
@@ -54,7 +52,7 @@ Descriptor::Descriptor(uint64_t address) {
 }
 
 Dispatch::Dispatch(const Launch& what, const AddressSpace& space, const Options& how)
-    : launch(what), options(how), descriptor(what.kernel.descriptor), memory(space) {
+    : launch(what), options(how), descriptor(what.kernel.descriptor), memory(space, how.adversarial_memory) {
   code = code_of(launch.kernel.text, launch.kernel.text_bytes);
   const Dim3& size = launch.workgroup_size;
   const Dim3& count = launch.num_workgroups;
@@ -122,7 +120,7 @@ std::unique_ptr<Wave> Dispatch::start_wave(Workgroup& group, uint32_t index) {
   if (descriptor.private_segment_size) wave->s[next++] = launch.scratch_bytes;
   for (uint32_t k = 0; k < descriptor.preload_dwords && next < 16; ++k) {
     const uint64_t from = launch.kernarg + 4 * (descriptor.preload_offset + k);
-    std::memcpy(&wave->s[next++], memory.at(from, 4, Use::kLoad, 0), 4);
+    std::memcpy(&wave->s[next++], memory.at(from, 4, Use::kLoad, 0).at, 4);
   }
   const uint32_t ids[] = {group.id.x, group.id.y, group.id.z};
   for (unsigned k = 0; k < 3; ++k) {

@@ -12,11 +12,12 @@ uint64_t address_of(Wave& wave, const Operand& operand, int lane) {
 }
 
 template <class Check>
-Places places_of(Wave& wave, uint64_t mask, Check check) {
+Places places_of(Wave& wave, const Instruction& i, Check check) {
   Places places;
-  places.mask = mask;
+  places.mask = wave.exec();
+  places.scope = scope_of_bits(i.sc0, i.sc1);
   wave.memory->refresh();
-  for_lanes(mask, [&](int lane) { places.at[static_cast<size_t>(lane)] = check(lane); });
+  for_lanes(places.mask, [&](int lane) { places.of[static_cast<size_t>(lane)] = check(lane); });
   return places;
 }
 
@@ -69,14 +70,23 @@ void load_global_to_lds(Wave& wave, const Instruction& i) {
 template <size_t bytes>
 void copy_words(Wave& wave, const Operand& operand, const Places& places, bool to_memory) {
   Lanes* words = wave.vector(operand.index, bytes / 4);
+  // Inlined with the number of bytes: the common case is a plain copy.
   for_lanes(places.mask, [&](int lane) {
-    std::byte* at = places.at[static_cast<size_t>(lane)];
-    std::array<uint32_t, bytes / 4> moved{};
+    const Place& place = places.of[static_cast<size_t>(lane)];
+    std::array<uint32_t, bytes / 4> moved;
     if (to_memory) {
       for (size_t k = 0; k < moved.size(); ++k) moved[k] = words[k][lane];
-      if (at != nullptr) std::memcpy(at, moved.data(), bytes);
+      if (place.at != nullptr && !place.cached) {
+        std::memcpy(place.at, moved.data(), bytes);
+      } else {
+        write_place(wave, place, places.scope, moved.data(), bytes);
+      }
     } else {
-      if (at != nullptr) std::memcpy(moved.data(), at, bytes);
+      if (place.at != nullptr && !place.cached) {
+        std::memcpy(moved.data(), place.at, bytes);
+      } else {
+        read_place(wave, place, places.scope, moved.data(), bytes);
+      }
       for (size_t k = 0; k < moved.size(); ++k) words[k][lane] = moved[k];
     }
   });
@@ -96,15 +106,12 @@ void move_words(Wave& wave, const Operand& operand, const Places& places, uint8_
   }
 }
 
-uint32_t load_narrow(const std::byte* at, Shape shape) {
-  if (at == nullptr) return 0;
-  if (shape.bytes == 1) {
-    const auto value = static_cast<uint8_t>(*at);
-    return shape.is_signed ? static_cast<uint32_t>(static_cast<int8_t>(value)) : value;
-  }
-  uint16_t value;
-  std::memcpy(&value, at, sizeof(value));
-  return shape.is_signed ? static_cast<uint32_t>(static_cast<int16_t>(value)) : value;
+uint32_t load_narrow(Wave& wave, const Place& place, Scope scope, Shape shape) {
+  uint32_t value = 0;
+  read_place(wave, place, scope, &value, shape.bytes);
+  if (!shape.is_signed) return value;
+  return shape.bytes == 1 ? static_cast<uint32_t>(static_cast<int8_t>(value))
+                          : static_cast<uint32_t>(static_cast<int16_t>(value));
 }
 
 }  // namespace
@@ -117,11 +124,11 @@ Places global_places(Wave& wave, const Instruction& i, int address_operand, int 
   if (base.bank == Bank::kScalar) {
     const uint64_t start = wave.read_scalar_pair(base) + offset;
     const uint32_t* words = *wave.vector(address.index);
-    return places_of(wave, wave.exec(), [&](int lane) {
+    return places_of(wave, i, [&](int lane) {
       return wave.memory->at(start + words[lane], bytes, use, lane);
     });
   }
-  return places_of(wave, wave.exec(), [&](int lane) {
+  return places_of(wave, i, [&](int lane) {
     return wave.memory->at(address_of(wave, address, lane) + offset, bytes, use, lane);
   });
 }
@@ -129,7 +136,7 @@ Places global_places(Wave& wave, const Instruction& i, int address_operand, int 
 Places flat_places(Wave& wave, const Instruction& i, int address_operand, uint32_t bytes, Use use) {
   const Operand& address = i.operand[static_cast<size_t>(address_operand)];
   const auto offset = static_cast<uint64_t>(int64_t{i.offset});
-  return places_of(wave, wave.exec(), [&](int lane) {
+  return places_of(wave, i, [&](int lane) {
     return flat_at(wave, address_of(wave, address, lane) + offset, bytes, use, lane);
   });
 }
@@ -141,7 +148,7 @@ Places scratch_places(Wave& wave, const Instruction& i, int address_operand, int
   uint32_t start = static_cast<uint32_t>(i.offset);
   if (base.bank == Bank::kScalar) start += wave.read_scalar(base);
   const uint32_t* words = address.is_vector() ? *wave.vector(address.index) : nullptr;
-  return places_of(wave, wave.exec(), [&](int lane) {
+  return places_of(wave, i, [&](int lane) {
     const uint32_t offset = start + (words != nullptr ? words[lane] : 0);
     return scratch_at(wave, offset, bytes, use, lane);
   });
@@ -151,7 +158,7 @@ void load(Wave& wave, const Operand& to, const Places& places, Shape shape) {
   if (shape.bytes >= 4) return move_words(wave, to, places, shape.bytes, false);
   uint32_t* words = *wave.vector(to.index);
   for_lanes(places.mask, [&](int lane) {
-    const uint32_t value = load_narrow(places.at[static_cast<size_t>(lane)], shape);
+    const uint32_t value = load_narrow(wave, places.of[static_cast<size_t>(lane)], places.scope, shape);
     switch (shape.into) {
       case Into::kWords:
         words[lane] = value;
@@ -170,9 +177,8 @@ void store(Wave& wave, const Operand& from, const Places& places, Shape shape) {
   if (shape.bytes >= 4) return move_words(wave, from, places, shape.bytes, true);
   const uint32_t* words = *wave.vector(from.index);
   for_lanes(places.mask, [&](int lane) {
-    std::byte* at = places.at[static_cast<size_t>(lane)];
     const uint32_t value = shape.into == Into::kHighHalf ? words[lane] >> 16 : words[lane];
-    if (at != nullptr) std::memcpy(at, &value, shape.bytes);
+    write_place(wave, places.of[static_cast<size_t>(lane)], places.scope, &value, shape.bytes);
   });
 }
 
@@ -180,15 +186,15 @@ void store_in_lds(Wave& wave, const Instruction& i, const Places& places, Shape 
   // The lanes write one after the other from M0 on, a dword each whatever is loaded.
   const uint32_t start = wave.s[kM0] + static_cast<uint32_t>(i.offset);
   for_lanes(places.mask, [&](int lane) {
-    const std::byte* at = places.at[static_cast<size_t>(lane)];
+    const Place& place = places.of[static_cast<size_t>(lane)];
     uint32_t value = 0;
     if (shape.bytes < 4) {
-      value = load_narrow(at, shape);
-    } else if (at != nullptr) {
-      std::memcpy(&value, at, sizeof(value));
+      value = load_narrow(wave, place, places.scope, shape);
+    } else {
+      read_place(wave, place, places.scope, &value, sizeof(value));
     }
     const uint64_t offset = start + 4u * static_cast<uint32_t>(lane);
-    std::memcpy(lds_at(wave, offset, 4, Use::kStore, lane), &value, sizeof(value));
+    std::memcpy(lds_at(wave, offset, 4, Use::kStore, lane).at, &value, sizeof(value));
   });
 }
 

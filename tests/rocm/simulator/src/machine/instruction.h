@@ -74,6 +74,7 @@ struct Instruction {
   uint64_t pc = 0;
   uint8_t bytes = 4;
   uint8_t num_operands = 0;
+  bool is_vector = false;  // not executed by the scalar unit
   std::array<Operand, 7> operand;
   std::array<uint32_t, 4> raw{};  // the encoding, for what the text states in names
 

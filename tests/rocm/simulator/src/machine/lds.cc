@@ -46,7 +46,7 @@ Places own_places(Wave& wave, const Instruction& i, Use use) {
   places.mask = wave.exec();
   const uint64_t start = (wave.s[kM0] & 0xffff) + static_cast<uint32_t>(i.offset);
   for_lanes(places.mask, [&](int lane) {
-    places.at[static_cast<size_t>(lane)] =
+    places.of[static_cast<size_t>(lane)] =
         lds_at(wave, start + 4u * static_cast<uint32_t>(lane), 4, use, lane);
   });
   return places;
@@ -119,7 +119,7 @@ void swizzle(Wave& wave, const Instruction& i) {
 // A counter in LDS that moves by the number of active lanes; all get its old value.
 void count_lanes(Wave& wave, const Instruction& i, bool up) {
   const uint64_t offset = (wave.s[kM0] & 0xffff) + static_cast<uint32_t>(i.offset);
-  std::byte* at = lds_at(wave, offset, 4, Use::kAtomic, 0);
+  std::byte* at = lds_at(wave, offset, 4, Use::kAtomic, 0).at;
   uint32_t old;
   std::memcpy(&old, at, sizeof(old));
   const auto lanes = static_cast<uint32_t>(__builtin_popcountll(wave.exec()));
@@ -180,7 +180,7 @@ Places lds_places(Wave& wave, const Instruction& i, int address_operand, uint32_
   Places places;
   places.mask = wave.exec();
   for_lanes(places.mask, [&](int lane) {
-    places.at[static_cast<size_t>(lane)] =
+    places.of[static_cast<size_t>(lane)] =
         lds_at(wave, uint64_t{address[lane]} + offset, bytes, use, lane);
   });
   return places;

@@ -55,10 +55,11 @@ const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int la
   return a;
 }
 
-std::byte* Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
+Place Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
   check_alignment(address, bytes, use, lane);
-  find(address, bytes, use, lane);
-  return reinterpret_cast<std::byte*>(address);
+  const Allocation& allocation = find(address, bytes, use, lane);
+  return {reinterpret_cast<std::byte*>(address),
+          caches_ != nullptr && allocation.kind == MemoryKind::kOrdinary};
 }
 
 void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane) {
@@ -66,7 +67,7 @@ void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane) {
   throw FaultError(FaultCode::kMisaligned, range(use, bytes, address, lane) + ", which is misaligned");
 }
 
-std::byte* lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
+Place lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
   Workgroup& group = *wave.group;
   check_alignment(offset, bytes, use, lane);
   if (offset + bytes > group.lds.size()) {
@@ -83,20 +84,20 @@ std::byte* lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane
                        range(use, bytes, offset, lane) + " of LDS that nothing has written");
     }
   }
-  return group.lds.data() + offset;
+  return {group.lds.data() + offset};
 }
 
-std::byte* scratch_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
+Place scratch_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
   check_alignment(offset, bytes, use, lane);
   if (offset + bytes > wave.scratch_bytes) {
     throw FaultError(FaultCode::kIllegalAddress,
                      range(use, bytes, offset, lane) + " of scratch, beyond its " +
                          std::to_string(wave.scratch_bytes) + " bytes of a work-item");
   }
-  return wave.scratch.get() + uint64_t{wave.scratch_bytes} * static_cast<uint64_t>(lane) + offset;
+  return {wave.scratch.get() + uint64_t{wave.scratch_bytes} * static_cast<uint64_t>(lane) + offset};
 }
 
-std::byte* flat_at(Wave& wave, uint64_t address, uint32_t bytes, Use use, int lane) {
+Place flat_at(Wave& wave, uint64_t address, uint32_t bytes, Use use, int lane) {
   if (address - kSharedAperture < kApertureBytes) {
     return lds_at(wave, address - kSharedAperture, bytes, use, lane);
   }
@@ -104,6 +105,27 @@ std::byte* flat_at(Wave& wave, uint64_t address, uint32_t bytes, Use use, int la
     return scratch_at(wave, address - kPrivateAperture, bytes, use, lane);
   }
   return wave.memory->at(address, bytes, use, lane);
+}
+
+void read_place(Wave& wave, const Place& place, Scope scope, void* to, uint32_t bytes) {
+  if (place.at == nullptr) {
+    std::memset(to, 0, bytes);
+  } else if (place.cached) {
+    wave.memory->caches()->read(wave.group->xcd, reinterpret_cast<uint64_t>(place.at), to, bytes,
+                                scope);
+  } else {
+    std::memcpy(to, place.at, bytes);
+  }
+}
+
+void write_place(Wave& wave, const Place& place, Scope scope, const void* from, uint32_t bytes) {
+  if (place.at == nullptr) return;
+  if (place.cached) {
+    wave.memory->caches()->write(wave.group->xcd, reinterpret_cast<uint64_t>(place.at), from,
+                                 bytes, scope);
+  } else {
+    std::memcpy(place.at, from, bytes);
+  }
 }
 
 }  // namespace gfx942

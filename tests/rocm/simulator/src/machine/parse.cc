@@ -286,7 +286,7 @@ std::string without_encoding(std::string_view mnemonic) {
 bool is_scalar_control(std::string_view mnemonic) {
   for (const std::string_view prefix :
        {"s_waitcnt", "s_branch", "s_cbranch", "s_sendmsg", "s_getreg", "s_setreg", "s_call",
-        "s_nop", "s_sleep", "s_set_gpr_idx_on", "s_set_gpr_idx_mode"}) {
+        "s_nop", "s_sleep", "s_trap", "s_set_gpr_idx_on", "s_set_gpr_idx_mode"}) {
     if (mnemonic.starts_with(prefix)) return true;
   }
   return false;
@@ -299,6 +299,7 @@ void parse_instruction(const std::string& text, Instruction* out) {
   out->text = text.substr(std::min(text.find_first_not_of(" \t"), text.size()));
   if (tokens.empty()) return;
   out->mnemonic = without_encoding(tokens[0]);
+  out->is_vector = !out->mnemonic.starts_with("s_");
   const bool control = is_scalar_control(out->mnemonic);
   // Mixed instructions take floats unless told otherwise; packed ones take their upper halves.
   if (out->mnemonic.find("_mix") != std::string::npos) out->op_sel_hi = 0;

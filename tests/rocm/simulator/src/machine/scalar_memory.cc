@@ -16,9 +16,8 @@ uint32_t offset_of(const Wave& wave, const Instruction& i) {
 }
 
 void copy(Wave& wave, const Operand& to, uint64_t from, uint32_t dwords) {
-  const std::byte* at =
-      wave.memory->at(from & ~uint64_t{3}, 4 * dwords, Use::kLoad, kWholeWave);
-  std::memcpy(&wave.s[to.index], at, 4 * dwords);
+  const Place place = wave.memory->at(from & ~uint64_t{3}, 4 * dwords, Use::kLoad, kWholeWave);
+  read_place(wave, place, Scope::kDie, &wave.s[to.index], 4 * dwords);
 }
 
 template <uint32_t dwords>

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <deque>
+#include <random>
 #include <thread>
 
 #include "dispatch.h"
@@ -113,7 +113,11 @@ bool Scheduler::take_turn(Wave& wave) {
       scoped_load = wave.pc;
     }
     wave.pc += current_->bytes;
-    current_->handler(wave, *current_);
+    if (current_->is_vector && wave.has_vector_mode()) {
+      execute_in_vector_mode(wave, *current_);
+    } else {
+      current_->handler(wave, *current_);
+    }
   }
   if (wave.state == WaveState::kEnded) end_wave(wave);
   return wave.state != WaveState::kYielding;
@@ -152,6 +156,8 @@ std::optional<Fault> Scheduler::run() {
   int idle_rounds = 0;
   for (fill(); !resident_.empty(); fill()) {
     bool busy = false;
+    // No workgroup may rely on another one being ahead.
+    std::shuffle(resident_.begin(), resident_.end(), random_);
     for (Resident& resident : resident_) {
       for (const auto& wave : resident.waves) {
         if (wave->state == WaveState::kEnded) continue;
@@ -213,7 +219,9 @@ std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const
   }
   try {
     Dispatch dispatch(launch, memory, options);
-    return Scheduler(dispatch).run();
+    std::optional<Fault> fault = Scheduler(dispatch).run();
+    if (Caches* caches = dispatch.memory.caches()) caches->write_back_all();
+    return fault;
   } catch (const FaultError& error) {
     return Fault{error.code, launch.kernel.name + ": " + error.what()};
   }

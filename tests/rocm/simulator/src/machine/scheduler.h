@@ -9,4 +9,7 @@ namespace gfx942 {
 // while others wait, are a fault: hardware lets some of them pass.
 void arrive_at_barrier(Wave& wave, const Instruction& i);
 
+// Vector instructions while they are skipped, or while their registers are counted from M0.
+void execute_in_vector_mode(Wave& wave, const Instruction& i);
+
 }  // namespace gfx942

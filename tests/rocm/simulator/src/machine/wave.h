@@ -59,6 +59,8 @@ struct Wave {
   uint64_t barriers_before = 0;  // of the workgroup when this wave arrived at the one it waits at
   uint32_t mode = kModeDefault;
   bool dx10_clamp = true;
+  bool skip_vector = false;    // s_setvskip
+  bool index_vectors = false;  // s_set_gpr_idx_on
   alignas(8) std::array<uint32_t, kFirstComputed> s{};
   uint32_t num_vectors = 0;
   uint32_t num_accumulators = 0;
@@ -66,6 +68,8 @@ struct Wave {
   Lanes* accumulators = nullptr;
   std::unique_ptr<std::byte[]> scratch;  // of all lanes, one after the other
   uint32_t scratch_bytes = 0;            // of one lane
+
+  bool has_vector_mode() const { return skip_vector || index_vectors; }
 
   uint64_t pair(uint16_t index) const {
     uint64_t value;
