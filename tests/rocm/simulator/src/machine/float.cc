@@ -188,21 +188,21 @@ void division_fma(Wave& wave, const Instruction& i) {
 }
 
 double trigonometric_preoperation(double value, i32 segment) {
-  // Bits of 2/pi, which fix how much of a huge argument matters.
+  // The first 1201 bits of 2/pi, which fix how much of a huge argument matters.
   static constexpr u32 kTwoOverPi[] = {
       0xa2f9836e, 0x4e441529, 0xfc2757d1, 0xf534ddc0, 0xdb629599, 0x3c439041, 0xfe5163ab,
       0xdebbc561, 0xb7246e3a, 0x424dd2e0, 0x06492eea, 0x09d1921c, 0xfe1deb1c, 0xb129a73e,
       0xe88235f5, 0x2ebb4484, 0xe99c7026, 0xb45f7e41, 0x3991d639, 0x835339f4, 0x9c845f8b,
       0xbdf9283b, 0x1ff897ff, 0xde05980f, 0xef2f118b, 0x5a0a6d1f, 0x6d367ecf, 0x27cb09b7,
       0x4f463f66, 0x9e5fea2d, 0x7527bac7, 0xebe5f17b, 0x3d0739f7, 0x8a5292ea, 0x6bfb5fb1,
-      0x1f8d5d08, 0x56033046};
+      0x1f8d5d08, 0x56033046, 0xfc7b0000};
   const auto biased = static_cast<i32>(std::bit_cast<uint64_t>(value) >> 52 & 0x7ff);
   i32 shift = (segment & 31) * 53;
   if (biased > 1077) shift += biased - 1077;
   double bits = 0;
   for (i32 k = 0; k < 53; ++k) {
     const i32 position = shift + k;
-    const u32 word = position / 32 < 37 ? kTwoOverPi[position / 32] : 0;
+    const u32 word = position / 32 < 38 ? kTwoOverPi[position / 32] : 0;
     bits = 2 * bits + static_cast<double>(word >> (31 - position % 32) & 1);
   }
   i32 scaling = -53 - shift;
