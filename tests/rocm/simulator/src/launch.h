@@ -59,7 +59,10 @@ class AddressSpace {
 struct Options {
   double deadline_seconds = 60;  // of one launch without any wave that ends
   bool adversarial_memory = false;
-  bool check_uninitialised = false;
+  bool check_uninitialised = false;  // of LDS
+  // That the waves of a workgroup meet at the same barrier instruction. Compilers see to it; hand-written
+  // kernels whose waves share out the work need not.
+  bool check_barriers = false;
   uint64_t seed = 0;  // of the order in which waves are interleaved
 };
 

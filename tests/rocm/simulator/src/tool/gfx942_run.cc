@@ -1,7 +1,7 @@
 // Runs one kernel of a code object on the simulated machine:
 //   gfx942_run CODE_OBJECT KERNEL --grid X,Y,Z --block X,Y,Z [--lds BYTES] [--scratch BYTES]
 //     [--arg buf:FILE[:OUTFILE] | --arg f32:V | f64:V | u8:V | u16:V | u32:V | u64:V ...]
-//     [--adversarial] [--check-uninitialised] [--deadline SECONDS] [--seed N]
+//     [--adversarial] [--check-uninitialised] [--check-barriers] [--deadline SECONDS] [--seed N]
 // The grid counts workgroups and --lds adds to the kernel's static LDS. Buffers are written to OUTFILE after
 // the run. Exits with 1 and the fault's text if the kernel faults, with 2 if it cannot be started.
 #include <algorithm>
@@ -124,6 +124,10 @@ int run(int argc, char** argv) {
     }
     if (name == "--check-uninitialised") {
       options.check_uninitialised = true;
+      continue;
+    }
+    if (name == "--check-barriers") {
+      options.check_barriers = true;
       continue;
     }
     if (k + 1 == argc) throw std::runtime_error(name + " needs a value");
