@@ -172,6 +172,15 @@ def arithmetic():
         case("v_fma_f16 D, -A, |B|, C clamp", three, lambda a, b, c: clamped(fma(F16)(-a, np.abs(b), c)),
              ulp=ZERO_SIGN_FREE),
         case("v_fma_f16 D, A, B, C op_sel:[1,0,1,1]", "old:2xu16 2xf16 2xf16 2xf16 -> 2xf16", _fma_halves),
+        case("v_fma_legacy_f16", "f16 f16 f16 -> f16", fma(F16)),
+        # Multiplication and addition that each round, on operands that no step makes denormal.
+        case("v_mad_f16", three, mad16, adjust=_everyday_halves),
+        case("v_mad_legacy_f16", "f16 f16 f16 -> f16", mad16, adjust=_everyday_halves),
+        case("v_mac_f16 D, A, B", "old:f16 f16 f16 -> f16lo", lambda d, a, b: mad16(a, b, d), adjust=_everyday_halves),
+        case("v_madak_f16 D, A, B, 0x4248", "f16 f16 -> f16lo", lambda a, b: mad16(a, b, F16(3.140625)),
+             adjust=_everyday_halves),
+        case("v_madmk_f16 D, A, 0x4248, B", "f16 f16 -> f16lo", lambda a, b: mad16(a, F16(3.140625), b),
+             adjust=_everyday_halves),
         case("v_fmac_f32 D, A, B", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(a, b, d)),
         case("v_fmac_f32_e64 D, -A, |B|", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(-a, np.abs(b), d)),
         case("v_fmac_f64 D2, A2, B2", "old:f64 f64 f64 -> f64", lambda d, a, b: fma(F64)(a, b, d)),
@@ -196,6 +205,16 @@ def arithmetic():
         *_min_max_three("f16", F16, "f16lo"),
     ]
     return lines
+
+
+def mad16(a, b, c):
+    return (a * b) + c
+
+
+def _everyday_halves(lanes, state):
+    rng = np.random.default_rng(53)
+    for register in (0, 4, 8, 12):
+        lanes[..., register] = (rng.integers(16, 200, lanes.shape[:2]) / 16).astype(F16).view(np.uint16)
 
 
 def _bits(word):
@@ -355,6 +374,7 @@ def transcendental():
           for kind, dtype in (("f32", F32), ("f16", F16))
           for name, function in (("sin", np.sin), ("cos", np.cos))),
     ]
+    lines.append(case("v_trig_preop_f64", "f64 u32 -> f64", _two_over_pi_parts(), adjust=_few_segments))
     return lines
 
 
@@ -365,6 +385,38 @@ def _circular(kind, dtype, name, function, tau):
                  quiet(lambda a: (function(f64(a) * tau) + 4).astype(dtype)), ulp=1,
                  adjust=_positive_normals(dtype, name))
     return close
+
+
+def _two_over_pi_parts():
+    """v_trig_preop_f64: 53 bits of 2/pi from bit 53 times the segment on, where the operand is below 2**1077."""
+    # 1201 bits of 2/pi after its point, by Machin's formula in integers; those behind them count as zeros.
+    digits = 1300
+    one = 1 << digits
+
+    def arctan_of_inverse(n):
+        term, total, k, sign = one // n, 0, 1, 1
+        while term:
+            total += sign * (term // k)
+            term, k, sign = term // (n * n), k + 2, -sign
+        return total
+
+    pi = 4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239))
+    two_over_pi = (2 * one * one) // pi
+
+    def one_lane(a, segment):
+        exponent = int(np.float64(a).view(np.uint64) >> np.uint64(52)) & 0x7FF
+        shift = 53 * (int(segment) & 31)
+        if exponent > 1077:
+            shift += exponent - 1077
+        bits = (two_over_pi >> (digits - 1201) << shift) >> (1201 - 53) & (2**53 - 1)
+        scale = -53 - shift + (128 if exponent >= 1968 else 0)
+        return float(Fraction(bits) * Fraction(2) ** scale)
+
+    return np.vectorize(one_lane, otypes=[F64])
+
+
+def _few_segments(lanes, state):
+    lanes[..., 4] %= 8
 
 
 def division():
@@ -391,6 +443,7 @@ v_div_fmas_f64 v[62:63], v[60:61], v[52:53], v[58:59]; v_div_fixup_f64 D2, v[62:
         case("v_div_fmas_f64 D2, A2, B2, C2", "f64 f64 f64 -> f64", fma(F64), adjust=_no_scale),
         case("v_div_fixup_f32", "f32 f32 f32 -> f32", _fixup, adjust=_quotients(F32)),
         case("v_div_fixup_f64", "f64 f64 f64 -> f64", _fixup, adjust=_quotients(F64)),
+        case("v_div_fixup_legacy_f16", "f16 f16 f16 -> f16", _fixup, adjust=_quotients(F16)),
         case("v_div_fixup_f16", "f16 f16 f16 -> f16lo", _fixup, adjust=_quotients(F16)),
     ]
 

@@ -73,6 +73,24 @@ def sad_bytes(a, b, c, masked=False):
     return total
 
 
+def windows(masked):
+    """Four sums of differences, of b's bytes with those of a from byte 0, 1, 2 and 3 on, added to c's halves."""
+
+    def one(a, b, c):
+        out = 0
+        for k in range(4):
+            total = sad_bytes(a >> (8 * k) & 0xFFFFFFFF, b, c >> (16 * k) & 0xFFFF, masked)
+            out |= (total & 0xFFFF) << (16 * k)
+        return out
+
+    return each(one)
+
+
+def _low_halves(lanes, state):
+    """Addends that the sums do not carry beyond 16 bits, for whether they saturate is not said anywhere."""
+    lanes[..., 8:10] &= U32(0x7FFF7FFF)
+
+
 def lerp(a, b, c):
     return sum((((a >> i & 0xFF) + (b >> i & 0xFF) + (c >> i & 1)) >> 1) << i for i in range(0, 32, 8))
 
@@ -172,6 +190,7 @@ def two_operands():
         case("v_mul_hi_i32_i24", i, lambda a, b: (signed24(a) * signed24(b)) >> 32),
         case("v_mul_hi_u32_u24", u, lambda a, b: (low24(a) * low24(b)) >> 32),
         case("v_mul_lo_u32", u, each(lambda a, b: a * b, U32)),
+        case("v_mul_lo_i32", i, each(lambda a, b: a * b, U32)),
         case("v_mul_hi_u32", u, each(lambda a, b: (a * b) >> 32, U32)),
         case("v_mul_hi_i32", i, each(lambda a, b: (a * b) >> 32, U32)),
         case("v_add_i32", i, wrap(lambda a, b: a + b)),
@@ -235,6 +254,8 @@ def three_operands():
         case("v_lerp_u8", u3, each(lerp, U32)),
         case("v_sad_u8", u3, each(sad_bytes, U32)),
         case("v_msad_u8", u3, each(lambda a, b, c: sad_bytes(a, b, c, True), U32)),
+        case("v_qsad_pk_u16_u8", "u64 u32 u64 -> u64", windows(False), adjust=_low_halves),
+        case("v_mqsad_pk_u16_u8", "u64 u32 u64 -> u64", windows(True), adjust=_low_halves),
         case("v_sad_hi_u8", u3, each(lambda a, b, c: (sad_bytes(a, b, 0) << 16) + c, U32)),
         case("v_sad_u16", u3, each(
             lambda a, b, c: abs((a & 0xFFFF) - (b & 0xFFFF)) + abs((a >> 16) - (b >> 16)) + c, U32)),

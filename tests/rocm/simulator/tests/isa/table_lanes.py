@@ -242,6 +242,37 @@ def through_lds():
     return lines
 
 
+def relative():
+    """Vector register numbers that M0 displaces, and vector instructions that are skipped."""
+
+    def small(lanes, state):
+        state[:, 0] %= 4
+        state[:, 4] %= 4
+
+    def m0_of(m0, index, bits):
+        return (m0 & U32(0xFFFF0F00)) | index | U32(bits << 12)
+
+    def at(a, index):
+        return np.take_along_axis(a, np.broadcast_to(index, a.shape[:2])[..., None].astype(int), axis=-1)[..., 0]
+
+    def put(old, a, index):
+        return np.where(np.arange(4) == index[..., None], a[..., None], old)
+
+    off = "; s_set_gpr_idx_off; v_mov_b32 v60, A"
+    return [
+        case(f"s_set_gpr_idx_on SA, gpr_idx(SRC0); v_mov_b32 D, A{off}", "A:4xu32 SA:u32 m0 -> D:u32 m0",
+             lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)), adjust=small),
+        case(f"s_set_gpr_idx_on SA, gpr_idx(DST); v_mov_b32 D, A{off}", "old:4xu32 A:u32 SA:u32 m0 -> D:4xu32 m0",
+             lambda old, a, i, m0: (put(old, a, i), m0_of(m0, i, 8)), adjust=small),
+        case(f"s_set_gpr_idx_on SA, gpr_idx(SRC0); s_set_gpr_idx_idx SB; v_mov_b32 D, A{off}",
+             "A:4xu32 SB:u32 m0 -> D:u32 m0", lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)), adjust=small),
+        case(f"s_set_gpr_idx_on SA, gpr_idx(DST); s_set_gpr_idx_mode gpr_idx(SRC1); v_add_u32 D, A, B{off}",
+             "A:u32 B:4xu32 SA:u32 m0 -> D:u32 m0", lambda a, b, i, m0: (a + at(b, i), m0_of(m0, i, 2)), adjust=small),
+        case("s_setvskip SA, SB; v_mov_b32 D, A; s_setvskip 0, 0; v_mov_b32 v60, A", "old:u32 A:u32 SA:u32 SB:u32 -> u32",
+             lambda old, a, word, bit: np.where(word >> (bit & U32(31)) & U32(1), old, a)),
+    ]
+
+
 def _permutation(lanes, state):
     """Every lane goes somewhere else."""
     rng = np.random.default_rng(43)
@@ -264,4 +295,4 @@ def _all_active(lanes, state):
     state[:, 18:20] = 2**32 - 1
 
 
-CASES = [*dpp(), *sdwa(), *scalar_lanes(), *through_lds(), *accumulators()]
+CASES = [*dpp(), *sdwa(), *scalar_lanes(), *through_lds(), *accumulators(), *relative()]

@@ -35,6 +35,10 @@ class MatrixCase:
         return self.text.replace(" ", "_").replace(",", "") + ("" if self.whole else "_any")
 
     @property
+    def mnemonics(self):
+        return {self.text.split()[0]}
+
+    @property
     def out_type(self):
         return {"f64": F64, "i8": np.int32}.get(self.a_type, F32)
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from isa.kernels import Kernel
+from isa.toolchain import base_name
 
 REGION = 4096
 WAVES = 4
@@ -42,10 +43,18 @@ class MemoryCase:
     high: int = REGION
     # Values of the data words that matter, such as a comparison that must succeed now and then.
     data: Callable | None = None
+    # Whether the oracle is called once for a wave: with the region, the offsets, the data, the destinations and
+    # which lanes are active, each for all lanes.
+    whole: bool = False
+    scratch: int = 0
 
     @property
     def id(self):
-        return self.text.split(";")[0].replace(" ", "_").replace(",", "")
+        return self.text.split("; ")[-1 if self.scratch or self.whole else 0].replace(" ", "_").replace(",", "")
+
+    @property
+    def mnemonics(self):
+        return {base_name(line.split()[0]) for line in self.text.split(";")}
 
 
 def kernel(one, name):
@@ -109,7 +118,7 @@ s_mov_b64 exec, -1
 {copy_out}
 v_lshlrev_b32 v2, 6, v1
 {stores}"""
-    return Kernel(name, body, 4, lds=REGION if one.lds else 0)
+    return Kernel(name, body, 4, lds=REGION if one.lds else 0, scratch=one.scratch)
 
 
 def _renamed(word, names):
@@ -142,8 +151,12 @@ def expected(one, lanes, memory, exec_):
     out, after = lanes[..., 8:24].copy(), memory.copy()
     masks = exec_.reshape(-1).view(np.uint64)
     for wave in range(WAVES):
+        active = np.array([int(masks[wave]) >> lane & 1 for lane in range(64)], bool)
+        if one.whole:
+            one.oracle(after[wave], lanes[wave, :, 4] + one.disp, lanes[wave, :, :4], out[wave], active)
+            continue
         for lane in range(64):
-            if int(masks[wave]) >> lane & 1:
+            if active[lane]:
                 address = int(lanes[wave, lane, 4]) + one.disp
                 result = one.oracle(after[wave], address, lanes[wave, lane, :4], out[wave, lane])
                 if result is not None:
@@ -608,6 +621,126 @@ def lds_atomics():
     return lines
 
 
+def counters():
+    """Additions of the number of active lanes, which all of them see the value before."""
+
+    def of(sign):
+        def call(memory, offsets, data, out, active):
+            word = memory[84:88].view(np.uint32)
+            out[active, 0] = word[0]
+            word += np.uint32(sign * int(active.sum()) % 2**32)
+
+        return call
+
+    place = "s_mov_b32 m0, 64; s_nop 1; "
+    return [
+        MemoryCase(f"{place}ds_append D offset:20", of(1), lds=True, whole=True),
+        MemoryCase(f"{place}ds_consume D offset:20", of(-1), lds=True, whole=True),
+    ]
+
+
+def by_lane_number():
+    """Accesses to the word of the lane's own number, from where M0 says."""
+
+    def read(memory, offsets, data, out, active):
+        out[active, 0] = memory[272:528].view(np.uint32)[active]
+
+    def write(memory, offsets, data, out, active):
+        memory[272:528].view(np.uint32)[active] = data[active, 0]
+
+    def fetch(dtype):
+        """From global memory, which the first copy of the region still holds, to LDS."""
+
+        def call(memory, offsets, data, out, active):
+            before = memory.copy()
+            for lane in np.flatnonzero(active):
+                value = before[offsets[lane] : offsets[lane] + np.dtype(dtype).itemsize].view(dtype)[0]
+                memory[272 + 4 * lane : 276 + 4 * lane] = np.array([int(value) & 0xFFFFFFFF], np.uint32).view(np.uint8)
+
+        return call
+
+    place = "s_movk_i32 m0, 256; s_nop 1; "
+    kinds = {"dword": "u4", "ubyte": "u1", "sbyte": "i1", "ushort": "u2", "sshort": "i2"}
+    return [
+        MemoryCase(f"{place}ds_read_addtid_b32 D offset:16", read, lds=True, whole=True),
+        MemoryCase(f"{place}ds_write_addtid_b32 B offset:16", write, lds=True, whole=True),
+        *(
+            MemoryCase(f"s_movk_i32 m0, 272; s_nop 1; global_load_lds_{kind} C, S2", fetch(dtype), lds=True,
+                       whole=True, place="any", align=4)
+            for kind, dtype in kinds.items()
+        ),
+        MemoryCase("s_movk_i32 m0, 256; s_nop 1; global_load_lds_dword A2, off offset:16", fetch("u4"), 16, lds=True,
+                   whole=True, place="any", align=4),
+    ]
+
+
+def private_accesses():
+    """A lane's own memory: four words stored, one access of each kind, and what is then there."""
+    fill = "scratch_store_dwordx4 off, B4, off offset:16; s_waitcnt vmcnt(0); "
+    wait = "; s_waitcnt vmcnt(0)"
+    lines = []
+    loads = {
+        "dword": ("D", load(1)), "dwordx2": ("D2", load(2)), "dwordx3": ("D3", load(3)), "dwordx4": ("D4", load(4)),
+        "ubyte": ("D", load_small("u1")), "sbyte": ("D", load_small("i1")), "ushort": ("D", load_small("u2")),
+        "sshort": ("D", load_small("i2")), "ubyte_d16": ("D", load_half("u1", False)),
+        "ubyte_d16_hi": ("D", load_half("u1", True)), "sbyte_d16": ("D", load_half("i1", False)),
+        "sbyte_d16_hi": ("D", load_half("i1", True)), "short_d16": ("D", load_half("u2", False)),
+        "short_d16_hi": ("D", load_half("u2", True)),
+    }  # fmt: skip
+
+    def loaded(oracle):
+        return lambda memory, address, data, old: oracle(data.view(np.uint8).copy(), 0, data, old)
+
+    for name, (register, oracle) in loads.items():
+        lines += [
+            MemoryCase(f"{fill}scratch_load_{name} {register}, off, off offset:16", loaded(oracle), scratch=64),
+            MemoryCase(f"v_mov_b32 v34, 12; {fill}scratch_load_{name} {register}, v34, off offset:4{wait};"
+                       " v_mov_b32 v34, 0", _with_zero(loaded(oracle)), scratch=64),
+            MemoryCase(f"{fill}s_mov_b32 s33, 4; scratch_load_{name} {register}, off, s33 offset:12", loaded(oracle),
+                       scratch=64),
+        ]
+    stores = {"dword": ("B", 4, 0), "dwordx2": ("B2", 8, 0), "dwordx3": ("B3", 12, 0), "dwordx4": ("B4", 16, 0),
+              "byte": ("B", 1, 0), "byte_d16_hi": ("B", 1, 2), "short": ("B", 2, 0),
+              "short_d16_hi": ("B", 2, 2)}  # fmt: skip
+    for name, (register, size, first) in stores.items():
+
+        def stored(memory, address, data, old, size=size, first=first):
+            # The words were stored in the opposite order; some of the first's bytes replace some of those.
+            words = data[::-1].copy()
+            words.view(np.uint8)[:size] = data.view(np.uint8)[first : first + size]
+            return words
+
+        reverse = "; ".join(f"scratch_store_dword off, v{20 + i}, off offset:{28 - 4 * i}" for i in range(4))
+        text = (f"{reverse}; scratch_store_{name} off, {register}, off offset:16{wait};"
+                f" scratch_load_dwordx4 D4, off, off offset:16")
+        lines.append(MemoryCase(text, stored, scratch=64))
+    return lines
+
+
+def _with_zero(oracle):
+    """The address register, which is part of what the kernel stores, is left zero."""
+
+    def call(memory, address, data, old):
+        result = np.asarray(oracle(memory, address, data, old), np.uint32).reshape(-1)
+        return [*result, *old[len(result) : 6], 0]
+
+    return call
+
+
+def orders():
+    """What orders memory and changes no register: caches written back and forgotten."""
+    lines = []
+    for bits in ("", " sc0", " sc1", " sc0 sc1"):
+        lines.append(MemoryCase(f"global_store_dword C, B, S2; buffer_wbl2{bits}; s_waitcnt vmcnt(0);"
+                                f" buffer_inv{bits}; global_load_dword D, C, S2", _stored_and_loaded))
+    return lines
+
+
+def _stored_and_loaded(memory, address, data, old):
+    memory[address : address + 4] = data[:1].view(np.uint8)
+    return data[:1]
+
+
 def _mskor(dtype):
     """The bits of the first data element are cleared, then those of the second are set."""
 
@@ -624,4 +757,14 @@ def _mskor(dtype):
     return of
 
 
-CASES = [*plain_accesses(), *atomics(), *scalar_loads(), *lds_accesses(), *lds_atomics()]
+CASES = [
+    *plain_accesses(),
+    *atomics(),
+    *scalar_loads(),
+    *lds_accesses(),
+    *lds_atomics(),
+    *counters(),
+    *by_lane_number(),
+    *private_accesses(),
+    *orders(),
+]

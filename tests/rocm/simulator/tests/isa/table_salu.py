@@ -358,7 +358,15 @@ def sopc_sopk_sopp():
             lambda: (np.array([[55]], U64), np.array([[False]])),
         ),
         scalar("s_nop 3; s_waitcnt vmcnt(0); s_sleep 1; s_setprio 2", "old:u32 -> SD:u32", lambda old: old),
-        scalar("s_icache_inv; s_dcache_inv; s_dcache_wb", "old:u32 -> SD:u32", lambda old: old),
+        # What tells others something, or sets what a program cannot see, changes no register.
+        *(
+            scalar(f"s_nop 0; {text}", "old:u32 -> SD:u32", lambda old: old)
+            for text in (
+                "s_icache_inv", "s_dcache_inv", "s_dcache_inv_vol", "s_dcache_wb", "s_dcache_wb_vol", "s_sethalt 0",
+                "s_wakeup", "s_ttracedata", "s_incperflevel 1", "s_decperflevel 1", "s_setkill 0", "s_barrier",
+                "s_sendmsg sendmsg(MSG_INTERRUPT)",
+            )
+        ),
         # A rise of the clocks between two readings.
         *(
             scalar(
@@ -401,11 +409,18 @@ def relative():
             words[wave, 0, m0[wave, 0]] = a[wave, 0]
         return words
 
+    def moved_pair(old, a, m0):
+        words = old.copy()
+        for wave in range(len(words)):
+            words[wave, 0, m0[wave, 0] // 2] = a[wave, 0]
+        return words
+
     return [
         scalar("s_movrels_b32 SD, SA", "SA:4xu32 m0 -> SD:u32",
                lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int), axis=-1)[..., 0], adjust=few),
         scalar("s_movrels_b64 SD2, SA2", "SA:2xu64 m0 -> SD:u64",
                lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int) // 2, axis=-1)[..., 0], adjust=few_even),
+        scalar("s_movreld_b64 SD2, SA2", "old:2xu64 SA:u64 m0 -> SD:2xu64", moved_pair, adjust=few_even),
         scalar("s_movreld_b32 SD, SA", "old:4xu32 SA:u32 m0 -> SD:4xu32", moved, adjust=few),
     ]
 

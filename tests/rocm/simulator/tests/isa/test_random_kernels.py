@@ -13,7 +13,11 @@ HERE = Path(__file__).parent
 LEVELS = ["-O2"] * 6 + ["-O3", "-O1", "-Os", "-O0"]
 KERNELS_EACH = 32
 UNITS = range(len(LEVELS))
+# clang 19 gets these wrong: unoptimised they agree with the host. Of ~(x << 32) | y * z, whose lower half is all
+# ones whatever x, y and z are, it leaves that half undefined.
+MISCOMPILED = {141}
 CASES = [(unit, unit * KERNELS_EACH + i) for unit in UNITS for i in range(KERNELS_EACH)]
+CASES = [(unit, seed) for unit, seed in CASES if seed not in MISCOMPILED]
 DEVICE = ["-x", "hip", "--offload-arch=gfx942", "--offload-device-only", "--no-gpu-bundle-output", "-nogpuinc",
           "-nogpulib"]  # fmt: skip
 HOST = ["-x", "c++", "-O1", "-fPIC", "-shared", "-Xclang", "-ffloat16-excess-precision=none"]
