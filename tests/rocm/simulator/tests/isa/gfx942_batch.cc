@@ -1,5 +1,5 @@
 // Launches many kernels of one code object, one after the other, each whatever became of the one before:
-//   gfx942_batch [--adversarial] [--check-uninitialised] [--deadline SECONDS] [--seed N] CODE_OBJECT BATCH
+//   gfx942_batch [--adversarial] [--check-barriers] [--check-uninitialised] [--deadline SECONDS] [--seed N] CODE_OBJECT BATCH
 //   gfx942_batch --list-instructions
 // A line of BATCH is `KERNEL grid=X,Y,Z block=X,Y,Z lds=BYTES ARGUMENT...`; the grid counts workgroups, and an
 // argument is `buf:FILE`, a buffer that holds the file and is written back to it, or `u32:N` or `u64:N`. Each
@@ -23,13 +23,6 @@
 #include "launch.h"
 #include "machine/semantics.h"
 #include "tool/elf_file.h"
-
-namespace gfx942 {
-// A table that the machine does not have yet is null.
-Table conversion_table() __attribute__((weak));
-Table matrix_table() __attribute__((weak));
-Table atomic_table() __attribute__((weak));
-}  // namespace gfx942
 
 namespace {
 
@@ -172,7 +165,6 @@ void list_instructions() {
                            gfx942::compare_table, gfx942::packed_table, gfx942::lane_table,
                            gfx942::conversion_table, gfx942::matrix_table, gfx942::lds_table,
                            gfx942::memory_table, gfx942::atomic_table}) {
-    if (table == nullptr) continue;
     for (const gfx942::Semantics& entry : table()) names.insert(entry.mnemonic);
   }
   for (const std::string_view name : names) std::cout << name << '\n';
@@ -189,6 +181,8 @@ void run(int argc, char** argv) {
     }
     if (name == "--adversarial") {
       options.adversarial_memory = true;
+    } else if (name == "--check-barriers") {
+      options.check_barriers = true;
     } else if (name == "--check-uninitialised") {
       options.check_uninitialised = true;
     } else if (name == "--deadline" && k + 1 < argc) {
