@@ -1,4 +1,5 @@
-// Atomics on device memory, buffers and LDS: real ones of the host, because other processes share the memory.
+// Atomics on device memory, buffers and LDS: real ones of the host, because other processes share
+// the memory.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -60,7 +61,8 @@ void scatter(Wave& wave, const Operand& operand, int lane, T value) {
   if constexpr (sizeof(T) == 8) words[1][lane] = static_cast<u32>(bits >> 32);
 }
 
-// Applies F(old, operand) in each lane's memory; compares swap where the old value is the expected one.
+// Applies F(old, operand) in each lane's memory; compares swap where the old value is the expected
+// one.
 template <class T, auto F>
 T exchange(std::byte* at, T operand) {
   auto* memory = reinterpret_cast<Bits<T>*>(at);
@@ -98,8 +100,8 @@ Operands operands_of(Wave& wave, const Instruction& i, uint32_t bytes) {
     case Space::kFlat:
       return {flat_places(wave, i, shift, bytes, Use::kAtomic), &i.operand[shift + 1], result};
     case Space::kGlobal:
-      return {global_places(wave, i, shift, shift + 2, bytes, Use::kAtomic),
-              &i.operand[shift + 1], result};
+      return {global_places(wave, i, shift, shift + 2, bytes, Use::kAtomic), &i.operand[shift + 1],
+              result};
     case Space::kBuffer:
       break;
   }
@@ -203,18 +205,20 @@ constexpr auto kFloatMin = [](auto a, auto b) { return std::fmin(a, b); };
 constexpr auto kFloatMax = [](auto a, auto b) { return std::fmax(a, b); };
 constexpr auto kPackedAdd = [](auto a, auto b) { return decltype(a){sum_of(a, b)}; };
 
-#define GFX942_ATOMIC(name, T, F)                                  \
-  {"flat_atomic_" name, atomic<Space::kFlat, T, F>},               \
-      {"global_atomic_" name, atomic<Space::kGlobal, T, F>}, {     \
-    "buffer_atomic_" name, atomic<Space::kBuffer, T, F>            \
+#define GFX942_ATOMIC(name, T, F)                              \
+  {"flat_atomic_" name, atomic<Space::kFlat, T, F>},           \
+      {"global_atomic_" name, atomic<Space::kGlobal, T, F>}, { \
+    "buffer_atomic_" name, atomic<Space::kBuffer, T, F>        \
   }
-#define GFX942_COMPARE_SWAP(name, T)                               \
-  {"flat_atomic_" name, compare_swap<Space::kFlat, T>},            \
-      {"global_atomic_" name, compare_swap<Space::kGlobal, T>}, {  \
-    "buffer_atomic_" name, compare_swap<Space::kBuffer, T>         \
+#define GFX942_COMPARE_SWAP(name, T)                              \
+  {"flat_atomic_" name, compare_swap<Space::kFlat, T>},           \
+      {"global_atomic_" name, compare_swap<Space::kGlobal, T>}, { \
+    "buffer_atomic_" name, compare_swap<Space::kBuffer, T>        \
   }
-#define GFX942_LDS(name, type, T, F) \
-  {"ds_" name "_" type, lds_atomic<T, F, false>}, {"ds_" name "_rtn_" type, lds_atomic<T, F, true>}
+#define GFX942_LDS(name, type, T, F)                \
+  {"ds_" name "_" type, lds_atomic<T, F, false>}, { \
+    "ds_" name "_rtn_" type, lds_atomic<T, F, true> \
+  }
 
 constexpr Semantics kTable[] = {
     GFX942_ATOMIC("swap", u32, kSwap),

@@ -34,7 +34,8 @@ void CacheLevel::fill(uint64_t first, Line* line) {
   if (next_ != nullptr) {
     next_->read(first, fresh.data(), kLineBytes, false);
   } else {
-    for (size_t k = 0; k < kLineBytes; k += 8) copy_word<uint64_t>(address_of(&fresh[k]), first + k);
+    for (size_t k = 0; k < kLineBytes; k += 8)
+      copy_word<uint64_t>(address_of(&fresh[k]), first + k);
   }
   for (size_t k = 0; k < kLineBytes; ++k) {
     if (!line->dirty[k]) line->data[k] = fresh[k];
@@ -61,7 +62,8 @@ void CacheLevel::write(uint64_t address, const void* from, size_t bytes, bool th
   if (through) clean(address - offset, &line);
 }
 
-// Writes dirty bytes to the level below; aligned words that are dirty as a whole go there as a whole.
+// Writes dirty bytes to the level below; aligned words that are dirty as a whole go there as a
+// whole.
 void CacheLevel::clean(uint64_t first, Line* line) {
   for (size_t k = 0; k < kLineBytes && line->dirty.any();) {
     size_t bytes = 0;

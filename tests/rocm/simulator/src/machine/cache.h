@@ -1,6 +1,6 @@
-// The adversarial memory mode: caches that keep what hardware may keep. Each die has a write-back L2, and the
-// device a level above memory. Nothing leaves a level, and nothing stale is renewed, before an instruction
-// asks for it; real caches do so too, only less reliably.
+// The adversarial memory mode: caches that keep what hardware may keep. Each die has a write-back
+// L2, and the device a level above memory. Nothing leaves a level, and nothing stale is renewed,
+// before an instruction asks for it; real caches do so too, only less reliably.
 #pragma once
 
 #include <array>
@@ -51,7 +51,8 @@ class Caches {
  public:
   void read(uint32_t xcd, uint64_t address, void* to, size_t bytes, Scope scope);
   void write(uint32_t xcd, uint64_t address, const void* from, size_t bytes, Scope scope);
-  // Before an atomic, which works on memory: nothing of its line stays in the caches that it passes.
+  // Before an atomic, which works on memory: nothing of its line stays in the caches that it
+  // passes.
   void prepare_atomic(uint32_t xcd, uint64_t address);
   void write_back(uint32_t xcd, Scope scope);
   void invalidate(uint32_t xcd, Scope scope);

@@ -37,45 +37,46 @@ bool unordered(T a, T b) {
   return std::isnan(a) || std::isnan(b);
 }
 
-#define GFX942_BOTH(name, function) {"v_cmp_" name, function}, {"v_cmpx_" name, function}
+#define GFX942_BOTH(name, function) \
+  {"v_cmp_" name, function}, { "v_cmpx_" name, function }
 
-#define GFX942_COMPARE_INTEGERS(suffix, T)                               \
-  GFX942_BOTH("f_" suffix, (each<[](T, T) { return false; }>)),          \
-      GFX942_BOTH("lt_" suffix, (each<[](T a, T b) { return a < b; }>)), \
+#define GFX942_COMPARE_INTEGERS(suffix, T)                                \
+  GFX942_BOTH("f_" suffix, (each<[](T, T) { return false; }>)),           \
+      GFX942_BOTH("lt_" suffix, (each<[](T a, T b) { return a < b; }>)),  \
       GFX942_BOTH("eq_" suffix, (each<[](T a, T b) { return a == b; }>)), \
       GFX942_BOTH("le_" suffix, (each<[](T a, T b) { return a <= b; }>)), \
-      GFX942_BOTH("gt_" suffix, (each<[](T a, T b) { return b < a; }>)), \
+      GFX942_BOTH("gt_" suffix, (each<[](T a, T b) { return b < a; }>)),  \
       GFX942_BOTH("ne_" suffix, (each<[](T a, T b) { return a != b; }>)), \
       GFX942_BOTH("ge_" suffix, (each<[](T a, T b) { return b <= a; }>)), \
       GFX942_BOTH("t_" suffix, (each<[](T, T) { return true; }>))
 
 // The forms with an n are true for NaNs.
-#define GFX942_COMPARE_FLOATS(suffix, T, V)                                              \
-  GFX942_BOTH("f_" suffix, (each<[](T, T) { return false; }>)),                          \
-      GFX942_BOTH("lt_" suffix, (each<[](T a, T b) { return V(a) < V(b); }>)),           \
-      GFX942_BOTH("eq_" suffix, (each<[](T a, T b) { return V(a) == V(b); }>)),          \
-      GFX942_BOTH("le_" suffix, (each<[](T a, T b) { return V(a) <= V(b); }>)),          \
-      GFX942_BOTH("gt_" suffix, (each<[](T a, T b) { return V(b) < V(a); }>)),           \
-      GFX942_BOTH("lg_" suffix,                                                          \
+#define GFX942_COMPARE_FLOATS(suffix, T, V)                                                 \
+  GFX942_BOTH("f_" suffix, (each<[](T, T) { return false; }>)),                             \
+      GFX942_BOTH("lt_" suffix, (each<[](T a, T b) { return V(a) < V(b); }>)),              \
+      GFX942_BOTH("eq_" suffix, (each<[](T a, T b) { return V(a) == V(b); }>)),             \
+      GFX942_BOTH("le_" suffix, (each<[](T a, T b) { return V(a) <= V(b); }>)),             \
+      GFX942_BOTH("gt_" suffix, (each<[](T a, T b) { return V(b) < V(a); }>)),              \
+      GFX942_BOTH("lg_" suffix,                                                             \
                   (each<[](T a, T b) { return V(a) != V(b) && !unordered(V(a), V(b)); }>)), \
-      GFX942_BOTH("ge_" suffix, (each<[](T a, T b) { return V(b) <= V(a); }>)),          \
-      GFX942_BOTH("o_" suffix, (each<[](T a, T b) { return !unordered(V(a), V(b)); }>)), \
-      GFX942_BOTH("u_" suffix, (each<[](T a, T b) { return unordered(V(a), V(b)); }>)),  \
-      GFX942_BOTH("nge_" suffix, (each<[](T a, T b) { return !(V(b) <= V(a)); }>)),      \
-      GFX942_BOTH("nlg_" suffix,                                                         \
-                  (each<[](T a, T b) { return V(a) == V(b) || unordered(V(a), V(b)); }>)), \
-      GFX942_BOTH("ngt_" suffix, (each<[](T a, T b) { return !(V(b) < V(a)); }>)),       \
-      GFX942_BOTH("nle_" suffix, (each<[](T a, T b) { return !(V(a) <= V(b)); }>)),      \
-      GFX942_BOTH("neq_" suffix, (each<[](T a, T b) { return V(a) != V(b); }>)),         \
-      GFX942_BOTH("nlt_" suffix, (each<[](T a, T b) { return !(V(a) < V(b)); }>)),       \
-      GFX942_BOTH("tru_" suffix, (each<[](T, T) { return true; }>)),                     \
+      GFX942_BOTH("ge_" suffix, (each<[](T a, T b) { return V(b) <= V(a); }>)),             \
+      GFX942_BOTH("o_" suffix, (each<[](T a, T b) { return !unordered(V(a), V(b)); }>)),    \
+      GFX942_BOTH("u_" suffix, (each<[](T a, T b) { return unordered(V(a), V(b)); }>)),     \
+      GFX942_BOTH("nge_" suffix, (each<[](T a, T b) { return !(V(b) <= V(a)); }>)),         \
+      GFX942_BOTH("nlg_" suffix,                                                            \
+                  (each<[](T a, T b) { return V(a) == V(b) || unordered(V(a), V(b)); }>)),  \
+      GFX942_BOTH("ngt_" suffix, (each<[](T a, T b) { return !(V(b) < V(a)); }>)),          \
+      GFX942_BOTH("nle_" suffix, (each<[](T a, T b) { return !(V(a) <= V(b)); }>)),         \
+      GFX942_BOTH("neq_" suffix, (each<[](T a, T b) { return V(a) != V(b); }>)),            \
+      GFX942_BOTH("nlt_" suffix, (each<[](T a, T b) { return !(V(a) < V(b)); }>)),          \
+      GFX942_BOTH("tru_" suffix, (each<[](T, T) { return true; }>)),                        \
       GFX942_BOTH("class_" suffix, (each<[](T a, uint32_t b) { return is_class(a, b); }>))
 
 constexpr Semantics kTable[] = {
-    GFX942_COMPARE_INTEGERS("i16", int16_t), GFX942_COMPARE_INTEGERS("u16", uint16_t),
-    GFX942_COMPARE_INTEGERS("i32", int32_t), GFX942_COMPARE_INTEGERS("u32", uint32_t),
-    GFX942_COMPARE_INTEGERS("i64", int64_t), GFX942_COMPARE_INTEGERS("u64", uint64_t),
-    GFX942_COMPARE_FLOATS("f16", Half, float), GFX942_COMPARE_FLOATS("f32", float, float),
+    GFX942_COMPARE_INTEGERS("i16", int16_t),      GFX942_COMPARE_INTEGERS("u16", uint16_t),
+    GFX942_COMPARE_INTEGERS("i32", int32_t),      GFX942_COMPARE_INTEGERS("u32", uint32_t),
+    GFX942_COMPARE_INTEGERS("i64", int64_t),      GFX942_COMPARE_INTEGERS("u64", uint64_t),
+    GFX942_COMPARE_FLOATS("f16", Half, float),    GFX942_COMPARE_FLOATS("f32", float, float),
     GFX942_COMPARE_FLOATS("f64", double, double),
 };
 

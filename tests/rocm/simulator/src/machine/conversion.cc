@@ -110,7 +110,8 @@ constexpr Semantics kTable[] = {
     {"v_cvt_u32_f64", each<[](double a) { return integer_of<u32>(a); }>},
     {"v_cvt_f32_f64", each<[](double a) { return static_cast<float>(a); }>},
     {"v_cvt_f64_f32", each<[](float a) { return static_cast<double>(a); }>},
-    {"v_cvt_rpi_i32_f32", each<[](float a) { return integer_of<i32>(std::floor(double{a} + 0.5)); }>},
+    {"v_cvt_rpi_i32_f32",
+     each<[](float a) { return integer_of<i32>(std::floor(double{a} + 0.5)); }>},
     {"v_cvt_flr_i32_f32", each<[](float a) { return integer_of<i32>(std::floor(a)); }>},
     {"v_cvt_off_f32_i4", each<[](u32 a) { return static_cast<float>(i32(a << 28) >> 28) / 16; }>},
     {"v_cvt_f32_ubyte0", each<[](u32 a) { return static_cast<float>(a & 0xff); }>},
@@ -125,24 +126,18 @@ constexpr Semantics kTable[] = {
     {"v_cvt_u16_f16", each<[](Half a) { return integer_of<u16>(float{a}); }>},
     {"v_cvt_norm_i16_f16", each<[](Half a) { return normalised_i16(a); }>},
     {"v_cvt_norm_u16_f16", each<[](Half a) { return normalised_u16(a); }>},
-    {"v_cvt_pkrtz_f16_f32", each<[](float a, float b) {
-       return pack(towards_zero(a), towards_zero(b));
-     }>},
-    {"v_cvt_pknorm_i16_f32", each<[](float a, float b) {
-       return pack(u16(normalised_i16(a)), u16(normalised_i16(b)));
-     }>},
-    {"v_cvt_pknorm_u16_f32", each<[](float a, float b) {
-       return pack(normalised_u16(a), normalised_u16(b));
-     }>},
-    {"v_cvt_pknorm_i16_f16", each<[](Half a, Half b) {
-       return pack(u16(normalised_i16(a)), u16(normalised_i16(b)));
-     }>},
-    {"v_cvt_pknorm_u16_f16", each<[](Half a, Half b) {
-       return pack(normalised_u16(a), normalised_u16(b));
-     }>},
-    {"v_cvt_pk_u16_u32", each<[](u32 a, u32 b) {
-       return pack(u16(std::min(a, 0xffffu)), u16(std::min(b, 0xffffu)));
-     }>},
+    {"v_cvt_pkrtz_f16_f32",
+     each<[](float a, float b) { return pack(towards_zero(a), towards_zero(b)); }>},
+    {"v_cvt_pknorm_i16_f32",
+     each<[](float a, float b) { return pack(u16(normalised_i16(a)), u16(normalised_i16(b))); }>},
+    {"v_cvt_pknorm_u16_f32",
+     each<[](float a, float b) { return pack(normalised_u16(a), normalised_u16(b)); }>},
+    {"v_cvt_pknorm_i16_f16",
+     each<[](Half a, Half b) { return pack(u16(normalised_i16(a)), u16(normalised_i16(b))); }>},
+    {"v_cvt_pknorm_u16_f16",
+     each<[](Half a, Half b) { return pack(normalised_u16(a), normalised_u16(b)); }>},
+    {"v_cvt_pk_u16_u32",
+     each<[](u32 a, u32 b) { return pack(u16(std::min(a, 0xffffu)), u16(std::min(b, 0xffffu))); }>},
     {"v_cvt_pk_i16_i32", each<[](i32 a, i32 b) {
        return pack(u16(std::clamp(a, -32768, 32767)), u16(std::clamp(b, -32768, 32767)));
      }>},

@@ -148,13 +148,13 @@ uint8_t float_to_small_stochastic(Small small, float value, uint32_t random, boo
   if (std::isnan(value)) return kSmallNan;
   const Format& format = format_of(small);
   if (std::isinf(value)) return finish_small(format, value, UINT32_MAX, saturate);
-  // The random number's upper bits are added below the last bit that is kept, then the rest is cut off.
+  // The random number's upper bits are added below the last bit that is kept, then the rest is cut
+  // off.
   const double magnitude = std::fabs(double{value});
   const int exponent =
       magnitude == 0 ? 1 - format.bias : std::max(std::ilogb(magnitude), 1 - format.bias);
   const int discarded = 23 - format.mantissa_bits;
-  const double dither =
-      std::ldexp(static_cast<double>(random >> (32 - discarded)), exponent - 23);
+  const double dither = std::ldexp(static_cast<double>(random >> (32 - discarded)), exponent - 23);
   return finish_small(format, value, encode(format, magnitude + dither, Rounding::kZero), saturate);
 }
 

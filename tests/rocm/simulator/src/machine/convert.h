@@ -1,5 +1,5 @@
-// Number formats that the host's compiler does not have. gfx942's 8-bit formats are the "fnuz" ones: no
-// infinity, no negative zero, one NaN (0x80).
+// Number formats that the host's compiler does not have. gfx942's 8-bit formats are the "fnuz"
+// ones: no infinity, no negative zero, one NaN (0x80).
 #pragma once
 
 #include <bit>
@@ -41,9 +41,11 @@ inline float bf16_to_float(uint16_t value) {
 enum class Small : uint8_t { kFp8, kBf8 };  // e4m3fnuz, e5m2fnuz
 
 float small_to_float(Small format, uint8_t value);
-// Rounds to nearest even; what is too large becomes the largest number if `saturate` is set, else NaN.
+// Rounds to nearest even; what is too large becomes the largest number if `saturate` is set, else
+// NaN.
 uint8_t float_to_small(Small format, float value, bool saturate);
-// Rounds up with the probability that the discarded bits state, by adding the random number to them.
+// Rounds up with the probability that the discarded bits state, by adding the random number to
+// them.
 uint8_t float_to_small_stochastic(Small format, float value, uint32_t random, bool saturate);
 
 // A number of the host that holds the bits of a half; arithmetic goes through float.

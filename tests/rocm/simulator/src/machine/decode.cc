@@ -35,8 +35,8 @@ Code::Code(uint64_t text, uint64_t bytes)
       copy_(reinterpret_cast<const uint8_t*>(text), reinterpret_cast<const uint8_t*>(text) + bytes),
       decoded_(bytes / 4 + 1) {
   initialise_llvm();
-  disassembler_ = LLVMCreateDisasmCPUFeatures("amdgcn-amd-amdhsa", "gfx942", "", nullptr, 0,
-                                              nullptr, nullptr);
+  disassembler_ =
+      LLVMCreateDisasmCPUFeatures("amdgcn-amd-amdhsa", "gfx942", "", nullptr, 0, nullptr, nullptr);
 }
 
 Code::~Code() {
@@ -54,8 +54,8 @@ const Instruction* Code::decode(uint64_t pc) {
   if (disassembler_ == nullptr) return nullptr;
   char text[512];
   uint8_t* bytes = copy_.data() + (pc - text_);
-  const size_t length = LLVMDisasmInstruction(disassembler_, bytes, text_ + bytes_ - pc, pc, text,
-                                              sizeof(text));
+  const size_t length =
+      LLVMDisasmInstruction(disassembler_, bytes, text_ + bytes_ - pc, pc, text, sizeof(text));
   if (length == 0) return nullptr;
   auto made = std::make_unique<Instruction>();
   made->pc = pc;

@@ -12,8 +12,8 @@
 
 namespace gfx942 {
 
-// Parses one line of LLVM's disassembly. Exposed for Code; a text with a modifier that the machine does
-// not know gets no handler, so that executing it is a fault.
+// Parses one line of LLVM's disassembly. Exposed for Code; a text with a modifier that the machine
+// does not know gets no handler, so that executing it is a fault.
 void parse_instruction(const std::string& text, Instruction* out);
 
 class Code {
@@ -27,7 +27,9 @@ class Code {
   // Whether the segment still holds what was decoded: another code object may have taken its place.
   bool is_current() const;
 
-  bool contains(uint64_t pc) const { return pc >= text_ && pc + 4 <= text_ + bytes_ && pc % 4 == 0; }
+  bool contains(uint64_t pc) const {
+    return pc >= text_ && pc + 4 <= text_ + bytes_ && pc % 4 == 0;
+  }
   // Null if the bytes at pc are no instruction.
   const Instruction* at(uint64_t pc) {
     const Instruction* known = decoded_[(pc - text_) / 4].load(std::memory_order_acquire);
@@ -46,7 +48,8 @@ class Code {
   std::vector<std::unique_ptr<Instruction>> owned_;
 };
 
-// Decoded segments are kept as long as their bytes are the same: programs launch few kernels many times.
+// Decoded segments are kept as long as their bytes are the same: programs launch few kernels many
+// times.
 std::shared_ptr<Code> code_of(uint64_t text, uint64_t bytes);
 
 }  // namespace gfx942

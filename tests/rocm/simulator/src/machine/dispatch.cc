@@ -52,7 +52,10 @@ Descriptor::Descriptor(uint64_t address) {
 }
 
 Dispatch::Dispatch(const Launch& what, const AddressSpace& space, const Options& how)
-    : launch(what), options(how), descriptor(what.kernel.descriptor), memory(space, how.adversarial_memory) {
+    : launch(what),
+      options(how),
+      descriptor(what.kernel.descriptor),
+      memory(space, how.adversarial_memory) {
   code = code_of(launch.kernel.text, launch.kernel.text_bytes);
   const Dim3& size = launch.workgroup_size;
   const Dim3& count = launch.num_workgroups;
@@ -103,7 +106,8 @@ std::unique_ptr<Wave> Dispatch::start_wave(Workgroup& group, uint32_t index) {
   std::fill_n(*wave->vectors.get(), registers * kLanes, kUnwrittenRegister);
   wave->accumulators = wave->vectors.get() + descriptor.num_vectors;
   wave->scratch_bytes = launch.scratch_bytes;
-  wave->scratch = std::make_unique_for_overwrite<std::byte[]>(size_t{launch.scratch_bytes} * kLanes);
+  wave->scratch =
+      std::make_unique_for_overwrite<std::byte[]>(size_t{launch.scratch_bytes} * kLanes);
 
   // Scalar registers, in the order that the ABI fixes.
   size_t next = 0;

@@ -11,7 +11,8 @@
 
 namespace gfx942 {
 
-// What the machine reads from an AMDHSA kernel descriptor (LLVM's AMDGPU usage document describes it).
+// What the machine reads from an AMDHSA kernel descriptor (LLVM's AMDGPU usage document describes
+// it).
 struct Descriptor {
   uint32_t num_vectors = 0;
   uint32_t num_accumulators = 0;

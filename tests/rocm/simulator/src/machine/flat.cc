@@ -124,9 +124,8 @@ Places global_places(Wave& wave, const Instruction& i, int address_operand, int 
   if (base.bank == Bank::kScalar) {
     const uint64_t start = wave.read_scalar_pair(base) + offset;
     const uint32_t* words = *wave.vector(address.index);
-    return places_of(wave, i, [&](int lane) {
-      return wave.memory->at(start + words[lane], bytes, use, lane);
-    });
+    return places_of(
+        wave, i, [&](int lane) { return wave.memory->at(start + words[lane], bytes, use, lane); });
   }
   return places_of(wave, i, [&](int lane) {
     return wave.memory->at(address_of(wave, address, lane) + offset, bytes, use, lane);
@@ -158,7 +157,8 @@ void load(Wave& wave, const Operand& to, const Places& places, Shape shape) {
   if (shape.bytes >= 4) return move_words(wave, to, places, shape.bytes, false);
   uint32_t* words = *wave.vector(to.index);
   for_lanes(places.mask, [&](int lane) {
-    const uint32_t value = load_narrow(wave, places.of[static_cast<size_t>(lane)], places.scope, shape);
+    const uint32_t value =
+        load_narrow(wave, places.of[static_cast<size_t>(lane)], places.scope, shape);
     switch (shape.into) {
       case Into::kWords:
         words[lane] = value;
@@ -206,20 +206,21 @@ constexpr Shape kHighU8 = {1, false, Into::kHighHalf}, kHighI8 = {1, true, Into:
 constexpr Shape kLow16 = {2, false, Into::kLowHalf}, kHigh16 = {2, false, Into::kHighHalf};
 constexpr Shape kX1 = {4}, kX2 = {8}, kX3 = {12}, kX4 = {16};
 
-#define GFX942_SPACE(prefix, load_with, store_with)                                             \
-  {prefix "load_ubyte", load_with(kU8)}, {prefix "load_sbyte", load_with(kI8)},                 \
-      {prefix "load_ushort", load_with(kU16)}, {prefix "load_sshort", load_with(kI16)},         \
-      {prefix "load_ubyte_d16", load_with(kLowU8)}, {prefix "load_sbyte_d16", load_with(kLowI8)}, \
-      {prefix "load_ubyte_d16_hi", load_with(kHighU8)},                                         \
-      {prefix "load_sbyte_d16_hi", load_with(kHighI8)},                                         \
-      {prefix "load_short_d16", load_with(kLow16)},                                             \
-      {prefix "load_short_d16_hi", load_with(kHigh16)}, {prefix "load_dword", load_with(kX1)},  \
-      {prefix "load_dwordx2", load_with(kX2)}, {prefix "load_dwordx3", load_with(kX3)},         \
-      {prefix "load_dwordx4", load_with(kX4)}, {prefix "store_byte", store_with(kU8)},          \
+#define GFX942_SPACE(prefix, load_with, store_with)                                                \
+  {prefix "load_ubyte", load_with(kU8)}, {prefix "load_sbyte", load_with(kI8)},                    \
+      {prefix "load_ushort", load_with(kU16)}, {prefix "load_sshort", load_with(kI16)},            \
+      {prefix "load_ubyte_d16", load_with(kLowU8)}, {prefix "load_sbyte_d16", load_with(kLowI8)},  \
+      {prefix "load_ubyte_d16_hi", load_with(kHighU8)},                                            \
+      {prefix "load_sbyte_d16_hi", load_with(kHighI8)},                                            \
+      {prefix "load_short_d16", load_with(kLow16)},                                                \
+      {prefix "load_short_d16_hi", load_with(kHigh16)}, {prefix "load_dword", load_with(kX1)},     \
+      {prefix "load_dwordx2", load_with(kX2)}, {prefix "load_dwordx3", load_with(kX3)},            \
+      {prefix "load_dwordx4", load_with(kX4)}, {prefix "store_byte", store_with(kU8)},             \
       {prefix "store_byte_d16_hi", store_with(kHighU8)}, {prefix "store_short", store_with(kU16)}, \
       {prefix "store_short_d16_hi", store_with(kHigh16)}, {prefix "store_dword", store_with(kX1)}, \
-      {prefix "store_dwordx2", store_with(kX2)}, {prefix "store_dwordx3", store_with(kX3)},     \
-      {prefix "store_dwordx4", store_with(kX4)}
+      {prefix "store_dwordx2", store_with(kX2)}, {prefix "store_dwordx3", store_with(kX3)}, {      \
+    prefix "store_dwordx4", store_with(kX4)                                                        \
+  }
 
 #define GFX942_FLAT_LOAD(shape) load_from<Space::kFlat, shape>
 #define GFX942_FLAT_STORE(shape) store_to<Space::kFlat, shape>

@@ -1,8 +1,8 @@
 // Vector arithmetic on floats and doubles.
 #include <algorithm>
 #include <bit>
-#include <limits>
 #include <cmath>
+#include <limits>
 #include <numbers>
 
 #include "semantics.h"
@@ -91,7 +91,8 @@ bool underflows(T numerator, T denominator) {
   return encoded(numerator) - encoded(denominator) < Limits::min_exponent - Limits::digits - 1;
 }
 
-// The special cases of a division whose quotient was refined by Newton steps: quotient, denominator, numerator.
+// The special cases of a division whose quotient was refined by Newton steps: quotient,
+// denominator, numerator.
 template <class T>
 T fix_quotient(T quotient, T denominator, T numerator) {
   const bool negative = std::signbit(denominator) != std::signbit(numerator);
@@ -113,8 +114,8 @@ T fix_quotient(T quotient, T denominator, T numerator) {
   return negative ? -magnitude : magnitude;
 }
 
-// Moves the operands of a division away from overflow and denormals; the flag says that the quotient must be
-// scaled back. Sources: what is scaled, denominator, numerator.
+// Moves the operands of a division away from overflow and denormals; the flag says that the
+// quotient must be scaled back. Sources: what is scaled, denominator, numerator.
 template <class T>
 struct Scaled {
   T value;
@@ -178,8 +179,8 @@ void division_fma(Wave& wave, const Instruction& i) {
       result[lane] = std::fma(a.data[lane], b.data[lane], c.data[lane]);
       continue;
     }
-    // Towards which side follows from the addend, whose magnitude is the quotient's. In a wider type the
-    // scaled sum is rounded once only, also where it is denormal.
+    // Towards which side follows from the addend, whose magnitude is the quotient's. In a wider
+    // type the scaled sum is rounded once only, also where it is denormal.
     const Wider<T> sum = static_cast<Wider<T>>(a.data[lane]) * b.data[lane] + c.data[lane];
     const int step = exponent(c.data[lane]) > 0 ? kStep : -kStep;
     result[lane] = static_cast<T>(sum * static_cast<Wider<T>>(scale(T{1}, step)));

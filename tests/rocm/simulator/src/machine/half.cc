@@ -1,4 +1,6 @@
-// Vector arithmetic on halves: computed as floats, or as doubles where a float would round twice.
+// Vector arithmetic on halves.
+#include "half.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -9,28 +11,6 @@
 namespace gfx942 {
 namespace {
 
-Half half(float value) { return Half(float_to_half(value)); }
-// The product of two halves is exact as a double, and so is its sum with a third as far as rounding sees.
-Half fused(Half a, Half b, Half c) {
-  return Half(double_to_half(double{float{a}} * float{b} + double{float{c}}));
-}
-
-Half smaller(Half x, Half y) {
-  const float a = x;
-  const float b = y;
-  if (std::isnan(a)) return y;
-  if (std::isnan(b)) return x;
-  if (a == b) return std::signbit(a) ? x : y;
-  return a < b ? x : y;
-}
-Half larger(Half x, Half y) {
-  const float a = x;
-  const float b = y;
-  if (std::isnan(a)) return y;
-  if (std::isnan(b)) return x;
-  if (a == b) return std::signbit(a) ? y : x;
-  return a < b ? y : x;
-}
 Half median(Half a, Half b, Half c) {
   if (std::isnan(a) || std::isnan(b) || std::isnan(c)) return smaller(smaller(a, b), c);
   return larger(smaller(a, b), smaller(larger(a, b), c));
@@ -87,9 +67,8 @@ constexpr Semantics kTable[] = {
     {"v_madmk_f16", each<[](Half a, Half k, Half b) { return half(half(a * k) + b); }>},
     {"v_fma_legacy_f16", each_legacy<[](Half a, Half b, Half c) { return fused(a, b, c); }>},
     {"v_mad_legacy_f16", each_legacy<[](Half a, Half b, Half c) { return half(half(a * b) + c); }>},
-    {"v_div_fixup_legacy_f16", each_legacy<[](Half a, Half b, Half c) {
-       return fix_quotient(a, b, c);
-     }>},
+    {"v_div_fixup_legacy_f16",
+     each_legacy<[](Half a, Half b, Half c) { return fix_quotient(a, b, c); }>},
     {"v_min3_f16", each<[](Half a, Half b, Half c) { return smaller(smaller(a, b), c); }>},
     {"v_max3_f16", each<[](Half a, Half b, Half c) { return larger(larger(a, b), c); }>},
     {"v_med3_f16", each<[](Half a, Half b, Half c) { return median(a, b, c); }>},

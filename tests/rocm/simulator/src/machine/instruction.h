@@ -16,7 +16,8 @@ using Handler = void (*)(Wave&, const Instruction&);
 
 enum class Bank : uint8_t { kNone, kScalar, kVector, kConstant, kOff };
 
-// Numbers of scalar registers as instructions encode them. From kFirstComputed on they are computed when read.
+// Numbers of scalar registers as instructions encode them. From kFirstComputed on they are computed
+// when read.
 enum ScalarIndex : uint16_t {
   kFlatScratch = 102,
   kXnackMask = 104,
@@ -82,7 +83,6 @@ struct Instruction {
   uint8_t offset0 = 0, offset1 = 0;
   uint8_t op_sel = 0, op_sel_hi = 0xff, neg_lo = 0, neg_hi = 0;
   uint8_t cbsz = 0, abid = 0, blgp = 0;
-  uint8_t format = 0;
   float multiplier = 1;  // output modifier
   bool clamp = false;
   bool sc0 = false, sc1 = false, nt = false;

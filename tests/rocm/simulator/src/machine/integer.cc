@@ -58,7 +58,8 @@ u32 sum_of_differences(u32 a, u32 b, u32 sum, bool masked) {
   return sum;
 }
 
-// Four 16-bit sums of the 4 bytes of b against the 4 windows that start at each byte of a's lower half.
+// Four 16-bit sums of the 4 bytes of b against the 4 windows that start at each byte of a's lower
+// half.
 u64 windows(u64 a, u32 b, u64 sums, bool masked) {
   u64 out = 0;
   for (u32 k = 0; k < 4; ++k) {
@@ -133,9 +134,8 @@ constexpr Semantics kTable[] = {
     {"v_sub_i32", each<[](i32 a, i32 b) { return Wide<i32>(i64{a} - b); }>},
     {"v_mul_i32_i24", each<[](i32 a, i32 b) { return u32(signed24(a)) * u32(signed24(b)); }>},
     {"v_mul_u32_u24", each<[](u32 a, u32 b) { return low24(a) * low24(b); }>},
-    {"v_mul_hi_i32_i24", each<[](i32 a, i32 b) {
-       return i32(i64{signed24(a)} * signed24(b) >> 32);
-     }>},
+    {"v_mul_hi_i32_i24",
+     each<[](i32 a, i32 b) { return i32(i64{signed24(a)} * signed24(b) >> 32); }>},
     {"v_mul_hi_u32_u24", each<[](u32 a, u32 b) { return u32(u64{low24(a)} * low24(b) >> 32); }>},
     {"v_mul_lo_u32", kMultiplyLow},
     {"v_mul_lo_i32", kMultiplyLow},
@@ -161,20 +161,16 @@ constexpr Semantics kTable[] = {
     {"v_bfe_u32", each<[](u32 a, u32 b, u32 c) { return extract(a, b, c); }>},
     {"v_bfe_i32", each<[](i32 a, u32 b, u32 c) { return extract_signed(a, b, c); }>},
     {"v_bfi_b32", each<[](u32 a, u32 b, u32 c) { return (a & b) | (~a & c); }>},
-    {"v_alignbit_b32", each<[](u32 a, u32 b, u32 c) {
-       return u32((u64{a} << 32 | b) >> (c & 31));
-     }>},
-    {"v_alignbyte_b32", each<[](u32 a, u32 b, u32 c) {
-       return u32((u64{a} << 32 | b) >> 8 * (c & 3));
-     }>},
+    {"v_alignbit_b32",
+     each<[](u32 a, u32 b, u32 c) { return u32((u64{a} << 32 | b) >> (c & 31)); }>},
+    {"v_alignbyte_b32",
+     each<[](u32 a, u32 b, u32 c) { return u32((u64{a} << 32 | b) >> 8 * (c & 3)); }>},
     {"v_perm_b32", each<[](u32 a, u32 b, u32 c) { return permute_bytes(a, b, c); }>},
     {"v_lerp_u8", each<[](u32 a, u32 b, u32 c) { return average_bytes(a, b, c); }>},
-    {"v_mad_i32_i24", each<[](i32 a, i32 b, i32 c) {
-       return Wide<i32>(i64{signed24(a)} * signed24(b) + c);
-     }>},
-    {"v_mad_u32_u24", each<[](u32 a, u32 b, u32 c) {
-       return Wide<u32>(i64(u64{low24(a)} * low24(b) + c));
-     }>},
+    {"v_mad_i32_i24",
+     each<[](i32 a, i32 b, i32 c) { return Wide<i32>(i64{signed24(a)} * signed24(b) + c); }>},
+    {"v_mad_u32_u24",
+     each<[](u32 a, u32 b, u32 c) { return Wide<u32>(i64(u64{low24(a)} * low24(b) + c)); }>},
     {"v_min3_i32", each<[](i32 a, i32 b, i32 c) { return std::min({a, b, c}); }>},
     {"v_min3_u32", each<[](u32 a, u32 b, u32 c) { return std::min({a, b, c}); }>},
     {"v_max3_i32", each<[](i32 a, i32 b, i32 c) { return std::max({a, b, c}); }>},
@@ -191,11 +187,11 @@ constexpr Semantics kTable[] = {
     {"v_xad_u32", each<[](u32 a, u32 b, u32 c) { return (a ^ b) + c; }>},
     {"v_sad_u8", each<[](u32 a, u32 b, u32 c) { return sum_of_differences(a, b, c, false); }>},
     {"v_msad_u8", each<[](u32 a, u32 b, u32 c) { return sum_of_differences(a, b, c, true); }>},
-    {"v_sad_hi_u8", each<[](u32 a, u32 b, u32 c) {
-       return (sum_of_differences(a, b, 0, false) << 16) + c;
-     }>},
+    {"v_sad_hi_u8",
+     each<[](u32 a, u32 b, u32 c) { return (sum_of_differences(a, b, 0, false) << 16) + c; }>},
     {"v_sad_u16", each<[](u32 a, u32 b, u32 c) {
-       return absolute_difference(a & 0xffff, b & 0xffff) + absolute_difference(a >> 16, b >> 16) + c;
+       return absolute_difference(a & 0xffff, b & 0xffff) + absolute_difference(a >> 16, b >> 16) +
+              c;
      }>},
     {"v_sad_u32", each<[](u32 a, u32 b, u32 c) { return absolute_difference(a, b) + c; }>},
     {"v_qsad_pk_u16_u8", each<[](u64 a, u32 b, u64 c) { return windows(a, b, c, false); }>},
@@ -206,15 +202,12 @@ constexpr Semantics kTable[] = {
     {"v_dot8_u32_u4", each<[](u32 a, u32 b, u32 c) { return Wide<u32>(dot<u32, 4>(a, b) + c); }>},
     {"v_dot2_i32_i16", each<[](u32 a, u32 b, i32 c) { return Wide<i32>(dot<i32, 16>(a, b) + c); }>},
     {"v_dot2_u32_u16", each<[](u32 a, u32 b, u32 c) { return Wide<u32>(dot<u32, 16>(a, b) + c); }>},
-    {"v_dot4c_i32_i8", each_tied<[](u32 a, u32 b, i32 c) {
-       return Wide<i32>(dot<i32, 8>(a, b) + c);
-     }>},
-    {"v_dot8c_i32_i4", each_tied<[](u32 a, u32 b, i32 c) {
-       return Wide<i32>(dot<i32, 4>(a, b) + c);
-     }>},
-    {"v_dot2c_i32_i16", each_tied<[](u32 a, u32 b, i32 c) {
-       return Wide<i32>(dot<i32, 16>(a, b) + c);
-     }>},
+    {"v_dot4c_i32_i8",
+     each_tied<[](u32 a, u32 b, i32 c) { return Wide<i32>(dot<i32, 8>(a, b) + c); }>},
+    {"v_dot8c_i32_i4",
+     each_tied<[](u32 a, u32 b, i32 c) { return Wide<i32>(dot<i32, 4>(a, b) + c); }>},
+    {"v_dot2c_i32_i16",
+     each_tied<[](u32 a, u32 b, i32 c) { return Wide<i32>(dot<i32, 16>(a, b) + c); }>},
 
     {"v_add_u16", each<[](u16 a, u16 b) { return Wide<u16>(a + b); }>},
     {"v_sub_u16", each<[](u16 a, u16 b) { return Wide<u16>(a - b); }>},
@@ -231,8 +224,10 @@ constexpr Semantics kTable[] = {
     {"v_max_u16", each<[](u16 a, u16 b) { return std::max(a, b); }>},
     {"v_mad_u16", each<[](u16 a, u16 b, u16 c) { return Wide<u16>(i64{a} * b + c); }>},
     {"v_mad_i16", each<[](i16 a, i16 b, i16 c) { return Wide<i16>(i64{a} * b + c); }>},
-    {"v_mad_legacy_u16", each_legacy<[](u16 a, u16 b, u16 c) { return Wide<u16>(i64{a} * b + c); }>},
-    {"v_mad_legacy_i16", each_legacy<[](i16 a, i16 b, i16 c) { return Wide<i16>(i64{a} * b + c); }>},
+    {"v_mad_legacy_u16",
+     each_legacy<[](u16 a, u16 b, u16 c) { return Wide<u16>(i64{a} * b + c); }>},
+    {"v_mad_legacy_i16",
+     each_legacy<[](i16 a, i16 b, i16 c) { return Wide<i16>(i64{a} * b + c); }>},
     {"v_mad_u32_u16", each<[](u16 a, u16 b, u32 c) { return Wide<u32>(i64{a} * b + c); }>},
     {"v_mad_i32_i16", each<[](i16 a, i16 b, i32 c) { return Wide<i32>(i64{a} * b + c); }>},
     {"v_min3_i16", each<[](i16 a, i16 b, i16 c) { return std::min({a, b, c}); }>},

@@ -1,5 +1,5 @@
-// Vector instructions that see more than one lane's operands: carries and conditions in scalar registers,
-// moves between scalar and vector registers, counts of active lanes.
+// Vector instructions that see more than one lane's operands: carries and conditions in scalar
+// registers, moves between scalar and vector registers, counts of active lanes.
 #include "semantics.h"
 #include "vector.h"
 
@@ -33,9 +33,7 @@ void carry(Wave& wave, const Instruction& i) {
   wave.write_scalar_pair(i.operand[1], carry_out);
 }
 
-WithCarry subtract(u32 a, u32 b, bool borrow) {
-  return {a - b - borrow, u64{b} + borrow > a};
-}
+WithCarry subtract(u32 a, u32 b, bool borrow) { return {a - b - borrow, u64{b} + borrow > a}; }
 
 // 64-bit results whose carry goes to the second operand.
 template <auto F>

@@ -1,4 +1,5 @@
-// DS instructions that move data: LDS reads and writes, and the exchanges between lanes that use its crossbar.
+// DS instructions that move data: LDS reads and writes, and the exchanges between lanes that use
+// its crossbar.
 #include "memory.h"
 #include "semantics.h"
 #include "vector.h"
@@ -18,8 +19,8 @@ void write(Wave& wave, const Instruction& i) {
   store(wave, i.operand[1], lds_places(wave, i, 0, offset, shape.bytes, Use::kStore), shape);
 }
 
-// Two values at offsets that count values, or 64 of them. Both addresses are read before the first result
-// is written, which may be the address register.
+// Two values at offsets that count values, or 64 of them. Both addresses are read before the first
+// result is written, which may be the address register.
 template <Shape shape, uint32_t stride>
 void read_two(Wave& wave, const Instruction& i) {
   const uint32_t unit = shape.bytes * stride;

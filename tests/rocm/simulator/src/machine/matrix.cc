@@ -1,4 +1,5 @@
-// MFMA: products of small matrices whose elements are spread over the lanes of a wave. EXEC does not matter.
+// MFMA: products of small matrices whose elements are spread over the lanes of a wave. EXEC does
+// not matter.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -94,7 +95,8 @@ struct Input {
   Input(Wave& wave, const Product& p, Element element, const Operand& operand, int pattern,
         bool negative) {
     const int bytes = bytes_of(element);
-    // A lane holds consecutive elements of the depth; lanes go through rows, then blocks, then depth.
+    // A lane holds consecutive elements of the depth; lanes go through rows, then blocks, then
+    // depth.
     const int per_lane = std::max(1, p.rows * p.depth * p.blocks / kLanes);
     const uint32_t dwords = static_cast<uint32_t>(std::max(1, per_lane * bytes / 4));
     const Lanes* words = wave.vector(operand.index, dwords);
@@ -126,7 +128,8 @@ Position position_of(const Product& p, int block, int row, int column) {
     return {column + 16 * (row % 4), row / 4};
   } else {
     if (p.rows == 4) return {column + 4 * block, row};
-    const int groups = kLanes / p.rows;  // of four consecutive rows that lie beside each other in lanes
+    const int groups =
+        kLanes / p.rows;  // of four consecutive rows that lie beside each other in lanes
     return {column + p.rows * (row / 4 % groups),
             row % 4 + row / (4 * groups) * 4 + block * p.rows * p.rows / kLanes};
   }

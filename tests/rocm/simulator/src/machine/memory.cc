@@ -11,7 +11,11 @@ const char* verb(Use use) {
 
 std::string range(Use use, uint32_t bytes, uint64_t address, int lane) {
   return "lane " + std::to_string(lane) + " " + verb(use) + " " + std::to_string(bytes) +
-         " bytes at " + hex(address);
+         (bytes == 1 ? " byte at " : " bytes at ") + hex(address);
+}
+
+std::string name_of(const Allocation& a) {
+  return a.what + " [" + hex(a.first) + ", " + hex(a.first + a.bytes) + ")";
 }
 
 constexpr size_t kRecent = 8;
@@ -25,6 +29,20 @@ void Memory::refresh() {
   recent_.clear();
 }
 
+// What an address that missed may have been meant to hit.
+std::string Memory::neighbour(uint64_t address) const {
+  for (uint64_t distance = 1; distance <= 4096; distance *= 4) {
+    if (const auto below = space_.find(address - distance)) {
+      return ", " + std::to_string(address - below->first - below->bytes) +
+             " bytes beyond the end of " + name_of(*below);
+    }
+    if (const auto above = space_.find(address + distance)) {
+      return ", " + std::to_string(above->first - address) + " bytes before " + name_of(*above);
+    }
+  }
+  return "";
+}
+
 const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int lane) {
   const auto holds = [&](const Allocation& a) {
     return address >= a.first && address - a.first < a.bytes;
@@ -35,8 +53,9 @@ const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int la
     const auto own = std::find_if(own_.begin(), own_.end(), holds);
     if (!found && own != own_.end()) found = *own;
     if (!found) {
-      throw FaultError(FaultCode::kIllegalAddress,
-                       range(use, bytes, address, lane) + ", where no allocation is alive");
+      throw FaultError(
+          FaultCode::kIllegalAddress,
+          range(use, bytes, address, lane) + ", where no allocation is alive" + neighbour(address));
     }
     if (recent_.size() == kRecent) recent_.erase(recent_.begin());
     recent_.push_back(std::move(*found));
@@ -45,8 +64,7 @@ const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int la
   const Allocation& a = *known;
   if (address - a.first + bytes > a.bytes) {
     throw FaultError(FaultCode::kIllegalAddress,
-                     range(use, bytes, address, lane) + ", beyond the end of " + a.what + " [" +
-                         hex(a.first) + ", " + hex(a.first + a.bytes) + ")");
+                     range(use, bytes, address, lane) + ", beyond the end of " + name_of(a));
   }
   if (use != Use::kLoad && !a.writable) {
     throw FaultError(FaultCode::kIllegalAddress,
@@ -64,16 +82,17 @@ Place Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
 
 void check_alignment(uint64_t address, uint32_t bytes, Use use, int lane) {
   if (use != Use::kAtomic || (address & (bytes - 1)) == 0) return;
-  throw FaultError(FaultCode::kMisaligned, range(use, bytes, address, lane) + ", which is misaligned");
+  throw FaultError(FaultCode::kMisaligned,
+                   range(use, bytes, address, lane) + ", which is misaligned");
 }
 
 Place lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
   Workgroup& group = *wave.group;
   check_alignment(offset, bytes, use, lane);
   if (offset + bytes > group.lds.size()) {
-    throw FaultError(FaultCode::kIllegalAddress,
-                     range(use, bytes, offset, lane) + " of LDS, beyond its " +
-                         std::to_string(group.lds.size()) + " bytes");
+    throw FaultError(FaultCode::kIllegalAddress, range(use, bytes, offset, lane) +
+                                                     " of LDS, beyond its " +
+                                                     std::to_string(group.lds.size()) + " bytes");
   }
   if (!group.lds_written.empty()) {
     const auto first = group.lds_written.begin() + static_cast<ptrdiff_t>(offset);
@@ -121,8 +140,8 @@ void read_place(Wave& wave, const Place& place, Scope scope, void* to, uint32_t 
 void write_place(Wave& wave, const Place& place, Scope scope, const void* from, uint32_t bytes) {
   if (place.at == nullptr) return;
   if (place.cached) {
-    wave.memory->caches()->write(wave.group->xcd, reinterpret_cast<uint64_t>(place.at), from,
-                                 bytes, scope);
+    wave.memory->caches()->write(wave.group->xcd, reinterpret_cast<uint64_t>(place.at), from, bytes,
+                                 scope);
   } else {
     std::memcpy(place.at, from, bytes);
   }

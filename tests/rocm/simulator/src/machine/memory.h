@@ -1,4 +1,5 @@
-// Where the lanes of a memory instruction read or write, after the checks that hardware does not make.
+// Where the lanes of a memory instruction read or write, after the checks that hardware does not
+// make.
 #pragma once
 
 #include <array>
@@ -19,7 +20,8 @@ struct Place {
   bool cached = false;
 };
 
-// Places of the lanes in `mask`. Null: out of a buffer's range, which reads as zero and drops stores.
+// Places of the lanes in `mask`. Null: out of a buffer's range, which reads as zero and drops
+// stores.
 struct Places {
   std::array<Place, kLanes> of{};
   uint64_t mask = 0;
@@ -43,6 +45,7 @@ class Memory {
   void add(Allocation allocation) { own_.push_back(std::move(allocation)); }
 
  private:
+  std::string neighbour(uint64_t address) const;
   const Allocation& find(uint64_t address, uint32_t bytes, Use use, int lane);
 
   const AddressSpace& space_;
@@ -66,7 +69,8 @@ Places global_places(Wave& wave, const Instruction& i, int address_operand, int 
 Places flat_places(Wave& wave, const Instruction& i, int address_operand, uint32_t bytes, Use use);
 Places scratch_places(Wave& wave, const Instruction& i, int address_operand, int base_operand,
                       uint32_t bytes, Use use);
-Places buffer_places(Wave& wave, const Instruction& i, int address_operand, uint32_t bytes, Use use);
+Places buffer_places(Wave& wave, const Instruction& i, int address_operand, uint32_t bytes,
+                     Use use);
 Places lds_places(Wave& wave, const Instruction& i, int address_operand, uint32_t offset,
                   uint32_t bytes, Use use);
 

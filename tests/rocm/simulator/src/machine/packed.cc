@@ -1,10 +1,11 @@
-// VOP3P: instructions on both halves of a register, or both registers of a pair. op_sel names the half of each
-// source for the lower result, op_sel_hi the one for the upper.
+// VOP3P: instructions on both halves of a register, or both registers of a pair. op_sel names the
+// half of each source for the lower result, op_sel_hi the one for the upper.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <utility>
 
+#include "half.h"
 #include "semantics.h"
 #include "vector.h"
 
@@ -63,7 +64,7 @@ R clamp_packed(const Wave& wave, const Instruction& i, R value) {
   if constexpr (std::is_same_v<R, float>) {
     return i.clamp ? clamp_float(wave, value) : value;
   } else if constexpr (std::is_same_v<R, Half>) {
-    return i.clamp ? Half(float_to_half(clamp_float(wave, float{value}))) : value;
+    return i.clamp ? half(clamp_float(wave, float{value})) : value;
   } else {
     return value;
   }
@@ -89,8 +90,8 @@ void apply_packed(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequ
       write_words(wave, i.operand[0], part, words, wave.exec());
     } else if (part == 0) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        words[lane] = std::bit_cast<u16>(results[0][lane]) |
-                      u32{std::bit_cast<u16>(results[1][lane])} << 16;
+        words[lane] =
+            std::bit_cast<u16>(results[0][lane]) | u32{std::bit_cast<u16>(results[1][lane])} << 16;
       }
       write_words(wave, i.operand[0], 0, words, wave.exec());
     }
@@ -111,19 +112,6 @@ void move_pair(Wave& wave, const Instruction& i) {
   const PackedSource<u32> b(wave, i, 1);
   write_words(wave, i.operand[0], 0, a.values[0], wave.exec());
   write_words(wave, i.operand[0], 1, b.values[0], wave.exec());
-}
-
-Half half(float value) { return Half(float_to_half(value)); }
-Half fused(Half a, Half b, Half c) {
-  return Half(double_to_half(double{float{a}} * float{b} + double{float{c}}));
-}
-Half smaller(Half a, Half b) {
-  if (std::isnan(float{a}) || float{b} < float{a}) return b;
-  return float{a} == float{b} && std::signbit(float{b}) ? b : a;
-}
-Half larger(Half a, Half b) {
-  if (std::isnan(float{a}) || float{a} < float{b}) return b;
-  return float{a} == float{b} && !std::signbit(float{b}) ? b : a;
 }
 
 // A source of a mixed fma: a float, or the half that op_sel names if op_sel_hi says that it is one.

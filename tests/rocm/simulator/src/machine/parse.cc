@@ -1,5 +1,5 @@
-// Reads LLVM's assembly text. The text names operands and modifiers the same way for every encoding, which
-// is why it is parsed instead of the encodings.
+// Reads LLVM's assembly text. The text names operands and modifiers the same way for every
+// encoding, which is why it is parsed instead of the encodings.
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -47,8 +47,7 @@ bool parse_integer(std::string_view text, int64_t* out) {
   const bool negative = consume(&text, "-");
   const int base = consume(&text, "0x") ? 16 : 10;
   uint64_t value = 0;
-  const auto [end, error] =
-      std::from_chars(text.data(), text.data() + text.size(), value, base);
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, base);
   if (error != std::errc() || end != text.data() + text.size()) return false;
   *out = static_cast<int64_t>(negative ? -value : value);
   return true;
@@ -269,9 +268,19 @@ size_t modifier_colon(std::string_view token) {
 }
 
 bool known_flag(std::string_view token) {
-  static constexpr std::string_view kFlags[] = {
-      "sc0",  "sc1", "nt",    "glc",        "slc",             "offen",
-      "idxen", "lds", "clamp", "row_mirror", "row_half_mirror", "gds", "tfe"};
+  static constexpr std::string_view kFlags[] = {"sc0",
+                                                "sc1",
+                                                "nt",
+                                                "glc",
+                                                "slc",
+                                                "offen",
+                                                "idxen",
+                                                "lds",
+                                                "clamp",
+                                                "row_mirror",
+                                                "row_half_mirror",
+                                                "gds",
+                                                "tfe"};
   return std::find(std::begin(kFlags), std::end(kFlags), token) != std::end(kFlags);
 }
 

@@ -22,7 +22,8 @@ void copy(Wave& wave, const Operand& to, uint64_t from, uint32_t dwords) {
 
 template <uint32_t dwords>
 void load(Wave& wave, const Instruction& i) {
-  // A 20- or 21-bit immediate is signed; one that is printed as a constant operand is already extended.
+  // A 20- or 21-bit immediate is signed; one that is printed as a constant operand is already
+  // extended.
   const auto offset = static_cast<uint64_t>(int64_t{static_cast<int32_t>(offset_of(wave, i))});
   wave.memory->refresh();
   copy(wave, i.operand[0], wave.read_scalar_pair(i.operand[1]) + offset, dwords);

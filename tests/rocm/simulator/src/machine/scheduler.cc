@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <random>
+#include <sstream>
 #include <thread>
 
 #include "dispatch.h"
@@ -12,7 +13,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// An MI300X has 304 compute units; kernels that wait for each other may rely on one workgroup on each.
+// An MI300X has 304 compute units; kernels that wait for each other may rely on one workgroup on
+// each.
 constexpr uint64_t kResidentWorkgroups = 304;
 constexpr uint64_t kResidentRegisterBytes = uint64_t{2} << 30;
 // Instructions that a wave executes before the next one has its turn.
@@ -37,14 +39,13 @@ class Scheduler {
   bool take_turn(Wave& wave);
   void end_wave(Wave& wave);
   std::optional<Fault> check_deadline();
-  std::string where(const Wave& wave) const;
+  std::string where(const Wave& wave, uint64_t pc) const;
   Fault fault_of(const FaultError& error, const Wave& wave) const;
 
   Dispatch& dispatch_;
   std::minstd_rand random_;
   uint64_t next_workgroup_ = 0;
   std::vector<Resident> resident_;
-  const Instruction* current_ = nullptr;
   uint64_t current_pc_ = 0;
   Clock::time_point last_end_ = Clock::now();
 };
@@ -53,24 +54,27 @@ std::string coordinates(const Dim3& d) {
   return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
 }
 
-std::string Scheduler::where(const Wave& wave) const {
-  return "workgroup " + coordinates(wave.group->id) + " wave " + std::to_string(wave.index);
+std::string Scheduler::where(const Wave& wave, uint64_t pc) const {
+  std::string text = "workgroup " + coordinates(wave.group->id) + " wave " +
+                     std::to_string(wave.index) + " at pc " + hex(pc) + " (entry+" +
+                     hex(pc - dispatch_.descriptor.entry) + ")";
+  const Instruction* at = dispatch_.code->contains(pc) ? dispatch_.code->at(pc) : nullptr;
+  return at != nullptr ? text + " `" + at->text + "`" : text;
 }
 
 Fault Scheduler::fault_of(const FaultError& error, const Wave& wave) const {
-  const Kernel& kernel = dispatch_.launch.kernel;
-  std::string text = kernel.name + ": " + where(wave) + " at pc " + hex(current_pc_) +
-                     " (entry+" + hex(current_pc_ - dispatch_.descriptor.entry) + ")";
-  if (current_ != nullptr) text += " `" + current_->text + "`";
-  return {error.code, text + " " + error.what()};
+  return {error.code,
+          dispatch_.launch.kernel.name + ": " + where(wave, current_pc_) + " " + error.what()};
 }
 
 void Scheduler::fill() {
   const uint32_t waves = dispatch_.waves_per_workgroup();
-  const uint64_t group_bytes = uint64_t{waves} * sizeof(Lanes) *
-                               (dispatch_.descriptor.num_vectors + dispatch_.descriptor.num_accumulators);
+  const uint64_t group_bytes =
+      uint64_t{waves} * sizeof(Lanes) *
+      (dispatch_.descriptor.num_vectors + dispatch_.descriptor.num_accumulators);
   const uint64_t limit = std::max<uint64_t>(
-      1, std::min(kResidentWorkgroups, kResidentRegisterBytes / std::max<uint64_t>(1, group_bytes)));
+      1,
+      std::min(kResidentWorkgroups, kResidentRegisterBytes / std::max<uint64_t>(1, group_bytes)));
   std::erase_if(resident_, [](const Resident& r) { return r.group->live_waves == 0; });
   while (resident_.size() < limit && next_workgroup_ < dispatch_.num_workgroups()) {
     Resident started;
@@ -94,29 +98,28 @@ bool Scheduler::take_turn(Wave& wave) {
   uint64_t scoped_load = 0;
   while (wave.state == WaveState::kRunning && left-- != 0) {
     current_pc_ = wave.pc;
-    current_ = nullptr;
     if (!code.contains(wave.pc)) {
       throw FaultError(FaultCode::kIllegalInstruction, "is outside the kernel's code");
     }
-    current_ = code.at(wave.pc);
-    if (current_ == nullptr) {
+    const Instruction* current = code.at(wave.pc);
+    if (current == nullptr) {
       throw FaultError(FaultCode::kIllegalInstruction, "is no instruction");
     }
-    if (current_->handler == nullptr) {
+    if (current->handler == nullptr) {
       throw FaultError(FaultCode::kIllegalInstruction, "is not implemented");
     }
-    if (current_->sc1) {
+    if (current->sc1) {
       if (scoped_load == wave.pc) {
         wave.state = WaveState::kYielding;
         break;
       }
       scoped_load = wave.pc;
     }
-    wave.pc += current_->bytes;
-    if (current_->is_vector && wave.has_vector_mode()) {
-      execute_in_vector_mode(wave, *current_);
+    wave.pc += current->bytes;
+    if (current->is_vector && wave.has_vector_mode()) {
+      execute_in_vector_mode(wave, *current);
     } else {
-      current_->handler(wave, *current_);
+      current->handler(wave, *current);
     }
   }
   if (wave.state == WaveState::kEnded) end_wave(wave);
@@ -128,25 +131,25 @@ void Scheduler::end_wave(Wave& wave) {
   --group.live_waves;
   last_end_ = Clock::now();
   if (group.waiting_waves != 0) {
-    throw FaultError(FaultCode::kBarrier, "ends while other waves of its workgroup wait at the barrier at pc " +
-                                              hex(group.barrier_pc));
+    throw FaultError(FaultCode::kBarrier,
+                     "ends while other waves of its workgroup wait at the barrier at pc " +
+                         hex(group.barrier_pc));
   }
 }
 
 std::optional<Fault> Scheduler::check_deadline() {
   const std::chrono::duration<double> waited = Clock::now() - last_end_;
   if (waited.count() < dispatch_.options.deadline_seconds) return std::nullopt;
-  std::string text = dispatch_.launch.kernel.name + ": no wave has ended for " +
-                     std::to_string(dispatch_.options.deadline_seconds) + " s; still there:";
+  std::ostringstream seconds;
+  seconds << dispatch_.options.deadline_seconds;
+  std::string text = dispatch_.launch.kernel.name + ": no wave has ended within the deadline of " +
+                     seconds.str() + " s; still there:";
   int listed = 0;
   for (const Resident& resident : resident_) {
     for (const auto& wave : resident.waves) {
       if (wave->state == WaveState::kEnded || ++listed > 4) continue;
-      const Instruction* at =
-          dispatch_.code->contains(wave->pc) ? dispatch_.code->at(wave->pc) : nullptr;
-      text += " " + where(*wave) + " at pc " + hex(wave->pc) + " `" +
-              (at != nullptr ? at->text : std::string()) + "`" +
-              (wave->state == WaveState::kAtBarrier ? " (at a barrier)" : "") + ";";
+      text += " " + where(*wave, wave->pc) +
+              (wave->state == WaveState::kAtBarrier ? " (at a barrier);" : ";");
     }
   }
   return Fault{FaultCode::kDeadline, text};
@@ -185,12 +188,14 @@ std::optional<Fault> Scheduler::run() {
 void arrive_at_barrier(Wave& wave, const Instruction& i) {
   Workgroup& group = *wave.group;
   if (group.live_waves != group.waves) {
-    throw FaultError(FaultCode::kBarrier, "waits at a barrier after another wave of its workgroup has ended");
+    throw FaultError(FaultCode::kBarrier,
+                     "waits at a barrier after another wave of its workgroup has ended");
   }
   const bool check = group.dispatch->options.check_barriers;
   if (check && group.waiting_waves != 0 && group.barrier_pc != i.pc) {
-    throw FaultError(FaultCode::kBarrier, "waits at a barrier while others of its workgroup wait at the one at pc " +
-                                              hex(group.barrier_pc));
+    throw FaultError(FaultCode::kBarrier,
+                     "waits at a barrier while others of its workgroup wait at the one at pc " +
+                         hex(group.barrier_pc));
   }
   group.barrier_pc = i.pc;
   if (++group.waiting_waves < group.live_waves) {
@@ -210,7 +215,8 @@ std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const
     return Fault{FaultCode::kInvalidLaunch, launch.kernel.name + ": " + why};
   };
   if (threads == 0 || threads > 1024 || size.x > 1024 || size.y > 1024 || size.z > 1024) {
-    return invalid("a workgroup of " + coordinates(size) + " work-items must have 1 to 1024 in all");
+    return invalid("a workgroup of " + coordinates(size) +
+                   " work-items must have 1 to 1024 in all");
   }
   if (count.x == 0 || count.y == 0 || count.z == 0) {
     return invalid("a grid of " + coordinates(count) + " workgroups must not be empty");

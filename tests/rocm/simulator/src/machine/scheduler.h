@@ -5,8 +5,9 @@
 
 namespace gfx942 {
 
-// The last wave of the workgroup lets all go on. A wave that has ended while others wait is a fault, although
-// hardware lets them pass; so are, if asked for, waves that wait at different barriers.
+// The last wave of the workgroup lets all go on. A wave that has ended while others wait is a
+// fault, although hardware lets them pass; so are, if asked for, waves that wait at different
+// barriers.
 void arrive_at_barrier(Wave& wave, const Instruction& i);
 
 // Vector instructions while they are skipped, or while their registers are counted from M0.

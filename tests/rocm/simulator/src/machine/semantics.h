@@ -1,4 +1,5 @@
-// Which function executes which mnemonic. Each file of semantics has one table; semantics.cc joins them.
+// Which function executes which mnemonic. Each file of semantics has one table; semantics.cc joins
+// them.
 #pragma once
 
 #include <span>

@@ -122,8 +122,8 @@ void write_halves(Wave& wave, const Instruction& i, const uint16_t* values, uint
     const bool high = half == Half16::kHigh;
     const uint32_t* old = *wave.vector(i.operand[0].index);
     for (int lane = 0; lane < kLanes; ++lane) {
-      words[lane] = high ? words[lane] << 16 | (old[lane] & 0xffff)
-                         : words[lane] | (old[lane] & 0xffff0000);
+      words[lane] =
+          high ? words[lane] << 16 | (old[lane] & 0xffff) : words[lane] | (old[lane] & 0xffff0000);
     }
   }
   write_words(wave, i.operand[0], 0, words, mask);

@@ -1,5 +1,5 @@
-// Lifts a function of one lane to an instruction: operands are read as the types of its arguments, with their
-// modifiers, and its result is written to the active lanes.
+// Lifts a function of one lane to an instruction: operands are read as the types of its arguments,
+// with their modifiers, and its result is written to the active lanes.
 #pragma once
 
 #include <xmmintrin.h>
@@ -46,7 +46,8 @@ class FloatScope {
     if constexpr (std::is_floating_point_v<T>) {
       for (int lane = 0; lane < kLanes && flush_outputs_; ++lane) {
         const T magnitude = std::fabs(values[lane]);
-        if (magnitude < std::numeric_limits<T>::min()) values[lane] = std::copysign(T{0}, values[lane]);
+        if (magnitude < std::numeric_limits<T>::min())
+          values[lane] = std::copysign(T{0}, values[lane]);
       }
     }
   }
@@ -158,7 +159,8 @@ T clamp_float(const Wave& wave, T value) {
 }
 
 template <class R>
-void write_result(Wave& wave, const Instruction& i, R* values, uint64_t mask, Half16 half = Half16::kLow) {
+void write_result(Wave& wave, const Instruction& i, R* values, uint64_t mask,
+                  Half16 half = Half16::kLow) {
   if constexpr (std::is_floating_point_v<R>) {
     if (i.multiplier != 1) {
       for (int lane = 0; lane < kLanes; ++lane) values[lane] *= i.multiplier;
@@ -212,8 +214,7 @@ template <class T>
 T finish(const Instruction& i, Wide<T> wide) {
   using Limits = std::numeric_limits<T>;
   const int64_t value = wide.value;
-  return static_cast<T>(
-      i.clamp ? std::clamp<int64_t>(value, Limits::min(), Limits::max()) : value);
+  return static_cast<T>(i.clamp ? std::clamp<int64_t>(value, Limits::min(), Limits::max()) : value);
 }
 
 template <class T>
@@ -230,7 +231,8 @@ FloatScope scope_of(const Wave& wave) {
   }
 }
 
-// Where the sources stand among the operands: after the destination, or with the destination as the last.
+// Where the sources stand among the operands: after the destination, or with the destination as the
+// last.
 enum class Tied : uint8_t { kNo, kYes };
 
 // The sources of an instruction, each in its place: a tuple would have to move them.
@@ -269,8 +271,7 @@ void apply_each(Wave& wave, const Instruction& i, R (*)(A...), std::index_sequen
       for (int lane = 0; lane < kLanes; ++lane) results[lane] = finish(i, F(data[lane]...));
     }(static_cast<const Slot<N, A>&>(sources).source.data...);
     scope.flush(results);
-    const Half16 half = (i.op_sel >> kCount & 1) != 0            ? Half16::kHigh
-                                                      : low_half;
+    const Half16 half = (i.op_sel >> kCount & 1) != 0 ? Half16::kHigh : low_half;
     write_result(wave, i, results, mask, half);
   }
 }
@@ -286,13 +287,13 @@ template <auto F, Tied tied, bool legacy>
 void apply_function(Wave& wave, const Instruction& i) {
   using Signature = decltype(signature_of(&decltype(F)::operator()));
   [&]<class R, class... A>(R (*signature)(A...)) {
-    constexpr Half16 kHalf =
-        legacy || tied == Tied::kYes ? Half16::kLow : kOtherHalf<A...>;
+    constexpr Half16 kHalf = legacy || tied == Tied::kYes ? Half16::kLow : kOtherHalf<A...>;
     apply_each<F, tied, kHalf>(wave, i, signature, std::index_sequence_for<A...>());
   }(Signature{nullptr});
 }
 
-// destination = F(source, ...); the legacy form clears the other half of a 16-bit destination in any case.
+// destination = F(source, ...); the legacy form clears the other half of a 16-bit destination in
+// any case.
 template <auto F>
 void each(Wave& wave, const Instruction& i) {
   apply_function<F, Tied::kNo, false>(wave, i);

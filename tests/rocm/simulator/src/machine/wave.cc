@@ -34,9 +34,9 @@ std::string hex(uint64_t value) {
 }
 
 void Wave::throw_no_register(char bank, uint32_t index) {
-  throw FaultError(FaultCode::kIllegalInstruction,
-                   std::string("names register ") + bank + std::to_string(index) +
-                       ", which the kernel has not asked for");
+  throw FaultError(FaultCode::kIllegalInstruction, std::string("names register ") + bank +
+                                                       std::to_string(index) +
+                                                       ", which the kernel has not asked for");
 }
 
 uint32_t Wave::read_scalar(const Operand& operand) const {

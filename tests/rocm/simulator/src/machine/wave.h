@@ -55,7 +55,7 @@ struct Wave {
   uint64_t pc = 0;
   WaveState state = WaveState::kRunning;
   bool scc = false;
-  uint32_t index = 0;  // within the workgroup
+  uint32_t index = 0;            // within the workgroup
   uint64_t barriers_before = 0;  // of the workgroup when this wave arrived at the one it waits at
   uint32_t mode = kModeDefault;
   bool dx10_clamp = true;
@@ -96,9 +96,7 @@ struct Wave {
   uint32_t read_scalar(const Operand& operand) const;
   uint64_t read_scalar_pair(const Operand& operand) const;
   void write_scalar(const Operand& operand, uint32_t value) { s[operand.index] = value; }
-  void write_scalar_pair(const Operand& operand, uint64_t value) {
-    set_pair(operand.index, value);
-  }
+  void write_scalar_pair(const Operand& operand, uint64_t value) { set_pair(operand.index, value); }
 };
 
 // Where flat addresses mean LDS and scratch. No process has memory there.

@@ -64,13 +64,15 @@ void ElfFile::relocate() {
     const auto* entries = at<Elf64_Rela>(sections[k].sh_offset, count);
     const Elf64_Shdr& symbol_section = sections[sections[k].sh_link];
     for (uint64_t n = 0; n < count; ++n) {
-      uint64_t value = reinterpret_cast<uint64_t>(base_) + static_cast<uint64_t>(entries[n].r_addend);
+      uint64_t value =
+          reinterpret_cast<uint64_t>(base_) + static_cast<uint64_t>(entries[n].r_addend);
       const uint32_t type = ELF64_R_TYPE(entries[n].r_info);
       if (type == kAbsolute64) {
         const uint64_t symbol = ELF64_R_SYM(entries[n].r_info);
         value += at<Elf64_Sym>(symbol_section.sh_offset + symbol * sizeof(Elf64_Sym))->st_value;
       } else if (type != kRelative64) {
-        throw std::runtime_error("the code object has a relocation of type " + std::to_string(type));
+        throw std::runtime_error("the code object has a relocation of type " +
+                                 std::to_string(type));
       }
       std::memcpy(base_ + entries[n].r_offset, &value, sizeof(value));
     }

@@ -2,8 +2,9 @@
 //   gfx942_run CODE_OBJECT KERNEL --grid X,Y,Z --block X,Y,Z [--lds BYTES] [--scratch BYTES]
 //     [--arg buf:FILE[:OUTFILE] | --arg f32:V | f64:V | u8:V | u16:V | u32:V | u64:V ...]
 //     [--adversarial] [--check-uninitialised] [--check-barriers] [--deadline SECONDS] [--seed N]
-// The grid counts workgroups and --lds adds to the kernel's static LDS. Buffers are written to OUTFILE after
-// the run. Exits with 1 and the fault's text if the kernel faults, with 2 if it cannot be started.
+// The grid counts workgroups and --lds adds to the kernel's static LDS. Buffers are written to
+// OUTFILE after the run. Exits with 1 and the fault's text if the kernel faults, with 2 if it
+// cannot be started.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -30,8 +31,8 @@ struct Buffer {
 class Table : public gfx942::AddressSpace {
  public:
   void add(const void* data, size_t bytes, std::string what, bool writable = true) {
-    allocations_.push_back({reinterpret_cast<uint64_t>(data), bytes,
-                            gfx942::MemoryKind::kOrdinary, writable, std::move(what)});
+    allocations_.push_back({reinterpret_cast<uint64_t>(data), bytes, gfx942::MemoryKind::kOrdinary,
+                            writable, std::move(what)});
   }
   std::optional<Allocation> find(uint64_t address) const override {
     for (const Allocation& a : allocations_) {
