@@ -56,7 +56,9 @@ class Case:
 
     @property
     def id(self):
-        return re.sub(r"\W+", "_", f"{self.text}_{'_'.join(kind for _, kind in self.sources)}_{self.mode}").strip("_")
+        return re.sub(
+            r"\W+", "_", f"{self.text}_{'_'.join(kind for _, kind in self.sources)}_{self.mode}"
+        ).strip("_")
 
     @property
     def waves(self):
@@ -133,7 +135,8 @@ global_load_dwordx4 v[28:31], v2, s[8:9] offset:48"""
         store = """v_lshlrev_b32 v2, 4, v1
 global_store_dwordx4 v2, v[28:31], s[12:13]"""
     save = "\n".join(
-        f"v_mov_b32 v{40 + i}, s{register}" for i, register in enumerate([*range(20, 36), 48, 49, 46, 47, 44, 45])
+        f"v_mov_b32 v{40 + i}, s{register}"
+        for i, register in enumerate([*range(20, 36), 48, 49, 46, 47, 44, 45])
     )
     body = f"""s_load_dwordx8 s[8:15], s[0:1], 0x0
 v_and_b32 v0, 0x3ff, v0
@@ -271,11 +274,15 @@ def check(one, lanes, state, got):
             wrong_lanes = np.where(active, judged | untouched, wrong_lanes)
         elif register.startswith("S"):
             first = STATE[register]
-            judged = KINDS[kind].differing(got.state[:, first : first + 4], right.state[:, first : first + 4], one.ulp)
+            judged = KINDS[kind].differing(
+                got.state[:, first : first + 4], right.state[:, first : first + 4], one.ulp
+            )
             wrong_state[:, first : first + count] = judged[:, None]
     if not wrong_lanes.any() and not wrong_state.any():
         return
-    lines = [f"{one.text}: wrong in {wrong_lanes.sum()} lanes and {wrong_state.any(axis=1).sum()} waves' state"]
+    lines = [
+        f"{one.text}: wrong in {wrong_lanes.sum()} lanes and {wrong_state.any(axis=1).sum()} waves' state"
+    ]
     for wave, lane in np.argwhere(wrong_lanes)[:6]:
         values = [_source(r, k, lanes, state) for r, k in one.sources]
         shown = [v[wave, min(lane, v.shape[1] - 1)] for v in values]

@@ -107,7 +107,9 @@ class Kind:
 def _integer_specials(bits, signed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     middle = 2 ** (bits - 1) - 1
-    return tuple({0, 1, low, high, low + 1, high - 1, middle, high // 3, bits - 1} | ({-1} if signed else {bits}))
+    return tuple(
+        {0, 1, low, high, low + 1, high - 1, middle, high // 3, bits - 1} | ({-1} if signed else {bits})
+    )
 
 
 def _float_specials(dtype):

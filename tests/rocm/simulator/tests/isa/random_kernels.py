@@ -1,6 +1,8 @@
 """Random HIP kernels without undefined behaviour, from a seed: integer and floating-point arithmetic of all
 widths, branches, loops, calls, private arrays, LDS, exchanges between lanes and atomics."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import random
 import re
 
@@ -107,8 +109,9 @@ class Writer:
         kind = self.pick("u32", "u32", "u32", "u64", "u64", "f32", "f32", "f64", "f16")
         if self.array and self.rng.random() < 0.25:
             index = f"{self.expression('u32', 1)} % 8u"
-            return self.pick(f"L.array[{index}] = {self.expression('u32')};",
-                             f"{self.variable('u32')} = L.array[{index}];")
+            return self.pick(
+                f"L.array[{index}] = {self.expression('u32')};", f"{self.variable('u32')} = L.array[{index}];"
+            )
         target = self.variable(kind)
         return f"{target} = {self.expression(kind)};"
 
@@ -131,11 +134,19 @@ class Writer:
         if roll < 0.92:
             self.loops += 1
             i = f"k{self.loops}"
-            leave = f"if ({self.condition()}) {self.pick('break', 'continue')};" if self.rng.random() < 0.5 else ""
-            count = self.pick(f"{self.rng.randrange(1, 5)}u", f"({self.variable('u32')} & 7u)", "(L.tid % 5u)")
+            leave = (
+                f"if ({self.condition()}) {self.pick('break', 'continue')};"
+                if self.rng.random() < 0.5
+                else ""
+            )
+            count = self.pick(
+                f"{self.rng.randrange(1, 5)}u", f"({self.variable('u32')} & 7u)", "(L.tid % 5u)"
+            )
             # The bound is taken once: the body may change what it was made of.
-            return (f"for (u32 {i} = 0, n{i} = {count}; {i} < n{i}; ++{i}) {{ {self.statements(depth - 1)} {leave}"
-                    f" {self.variable('u32')} += {i}; }}")
+            return (
+                f"for (u32 {i} = 0, n{i} = {count}; {i} < n{i}; ++{i}) {{ {self.statements(depth - 1)} {leave}"
+                f" {self.variable('u32')} += {i}; }}"
+            )
         cases = " ".join(f"case {k}: {self.assignment()} break;" for k in range(self.rng.randrange(2, 6)))
         return f"switch ({self.variable('u32')} & 7u) {{ {cases} default: {self.assignment()} }}"
 
@@ -162,15 +173,19 @@ class Writer:
             # Each lane writes its own place; after the barrier any place may be read.
             kind = self.pick("u32", "u64")
             name = f"lds_{kind}"
-            return (f"EACH({name}[L.tid] = {self.expression(kind)};) BARRIER"
-                    f" EACH({self.variable(kind)} = {name}[{self.expression('u32', 1)} % {self.threads}u];) BARRIER")
+            return (
+                f"EACH({name}[L.tid] = {self.expression(kind)};) BARRIER"
+                f" EACH({self.variable(kind)} = {name}[{self.expression('u32', 1)} % {self.threads}u];) BARRIER"
+            )
         op, width = rng.choice(["add", "or", "xor", "and", "max", "min"]), self.pick("u32", "u64")
         if roll < 0.90:
             name = f"lds_{width}"
             guard = f"if ({self.condition()}) " if rng.random() < 0.5 else ""
-            return (f"EACH({name}[L.tid] = {self.expression(width, 1)};) BARRIER"
-                    f" EACH({guard}ATOMIC(fetch_{op}, &{name}[{self.variable('u32')} % 16u], {self.expression(width, 2)});)"
-                    f" BARRIER EACH({self.variable(width)} = {name}[{self.expression('u32', 1)} % {self.threads}u];) BARRIER")
+            return (
+                f"EACH({name}[L.tid] = {self.expression(width, 1)};) BARRIER"
+                f" EACH({guard}ATOMIC(fetch_{op}, &{name}[{self.variable('u32')} % 16u], {self.expression(width, 2)});)"
+                f" BARRIER EACH({self.variable(width)} = {name}[{self.expression('u32', 1)} % {self.threads}u];) BARRIER"
+            )
         # A counter takes only one kind of operation: sequences of different ones depend on their order.
         place = {"add": 0, "or": 1, "xor": 2, "and": 3, "max": 4, "min": 5}[op]
         if width == "u64":
@@ -179,7 +194,9 @@ class Writer:
 
     def kernel(self):
         """The text of the kernel."""
-        members = "u32 tid, gid; " + " ".join(f"{kind} {', '.join(names)};" for kind, names in VARIABLES.items())
+        members = "u32 tid, gid; " + " ".join(
+            f"{kind} {', '.join(names)};" for kind, names in VARIABLES.items()
+        )
         if self.array:
             members += " u32 array[8];"
         n = self.number
@@ -187,12 +204,19 @@ class Writer:
             f"L.{name} = {self.leaf(kind)};" for kind, names in VARIABLES.items() for name in names
         )
         lines = [f"struct Lane{n} {{ {members} }};"]
-        lines += [f"GLOBAL_KERNEL(kernel{n}, {self.threads}) {{", f"SHARED(u32, lds_u32, {self.threads});",
-                  f"SHARED(u64, lds_u64, {self.threads});", f"BEGIN(Lane{n}, {self.threads})", f"EACH({start})"]
+        lines += [
+            f"GLOBAL_KERNEL(kernel{n}, {self.threads}) {{",
+            f"SHARED(u32, lds_u32, {self.threads});",
+            f"SHARED(u64, lds_u64, {self.threads});",
+            f"BEGIN(Lane{n}, {self.threads})",
+            f"EACH({start})",
+        ]
         for _ in range(self.rng.randrange(4, 9)):
             if self.rng.random() < 0.15:
                 body = " ".join(self.step() for _ in range(2))
-                lines.append(f"for (u32 round = 0; round < {self.rng.randrange(2, 4)}u; ++round) {{ {body} }}")
+                lines.append(
+                    f"for (u32 round = 0; round < {self.rng.randrange(2, 4)}u; ++round) {{ {body} }}"
+                )
             else:
                 lines.append(self.step())
         stores = []

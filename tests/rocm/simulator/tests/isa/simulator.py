@@ -33,7 +33,12 @@ def run(code_object, launches, folder, *options, timeout=240):
     folder = Path(folder)
     lines = []
     for i, launch in enumerate(launches):
-        words = [launch.kernel, f"grid={_triple(launch.grid)}", f"block={_triple(launch.block)}", f"lds={launch.lds}"]
+        words = [
+            launch.kernel,
+            f"grid={_triple(launch.grid)}",
+            f"block={_triple(launch.block)}",
+            f"lds={launch.lds}",
+        ]
         for j, argument in enumerate(launch.arguments):
             if isinstance(argument, np.ndarray):
                 path = folder / f"{i}.{j}.bin"
@@ -48,7 +53,9 @@ def run(code_object, launches, folder, *options, timeout=240):
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.returncode}\n{done.stderr[-4000:]}"
     answers = done.stdout.splitlines()
-    assert len(answers) == len(launches), f"{len(answers)} answers to {len(launches)} launches\n{done.stdout[-2000:]}"
+    assert len(answers) == len(launches), (
+        f"{len(answers)} answers to {len(launches)} launches\n{done.stdout[-2000:]}"
+    )
     results = []
     for i, (launch, answer) in enumerate(zip(launches, answers, strict=True)):
         name, verdict, *text = answer.split(" ", 2)

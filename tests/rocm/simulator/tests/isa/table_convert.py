@@ -86,22 +86,44 @@ def fp8():
         lines += [
             case(f"v_cvt_f32_{name}", f"{name} -> f32", wide),
             *(
-                case(f"v_cvt_f32_{name}_sdwa D, A src0_sel:BYTE_{i}", f"4x{name} -> f32",
-                     lambda a, i=i: a[..., i].astype(F32))
+                case(
+                    f"v_cvt_f32_{name}_sdwa D, A src0_sel:BYTE_{i}",
+                    f"4x{name} -> f32",
+                    lambda a, i=i: a[..., i].astype(F32),
+                )
                 for i in range(4)
             ),
             case(f"v_cvt_pk_f32_{name}", f"2x{name} -> 2xf32", wide),
-            case(f"v_cvt_pk_f32_{name}_sdwa D2, A src0_sel:WORD_1", f"4x{name} -> 2xf32",
-                 lambda a: a[..., 2:].astype(F32)),
-            case(f"v_cvt_pk_{name}_f32 D, A, B", "old:2xu16 f32 f32 -> 2xu16", packed_fp8(dtype, False),
-                 adjust=_fp8_range),
-            case(f"v_cvt_pk_{name}_f32 D, A, B op_sel:[0,0,1]", "old:2xu16 f32 f32 -> 2xu16",
-                 packed_fp8(dtype, True), adjust=_fp8_range),
-            case(f"v_cvt_pk_{name}_f32 D, -A, |B|", "old:2xu16 f32 f32 -> 2xu16",
-                 lambda old, a, b, dtype=dtype: packed_fp8(dtype, False)(old, -a, np.abs(b)), adjust=_fp8_range),
+            case(
+                f"v_cvt_pk_f32_{name}_sdwa D2, A src0_sel:WORD_1",
+                f"4x{name} -> 2xf32",
+                lambda a: a[..., 2:].astype(F32),
+            ),
+            case(
+                f"v_cvt_pk_{name}_f32 D, A, B",
+                "old:2xu16 f32 f32 -> 2xu16",
+                packed_fp8(dtype, False),
+                adjust=_fp8_range,
+            ),
+            case(
+                f"v_cvt_pk_{name}_f32 D, A, B op_sel:[0,0,1]",
+                "old:2xu16 f32 f32 -> 2xu16",
+                packed_fp8(dtype, True),
+                adjust=_fp8_range,
+            ),
+            case(
+                f"v_cvt_pk_{name}_f32 D, -A, |B|",
+                "old:2xu16 f32 f32 -> 2xu16",
+                lambda old, a, b, dtype=dtype: packed_fp8(dtype, False)(old, -a, np.abs(b)),
+                adjust=_fp8_range,
+            ),
             *(
-                case(f"v_cvt_sr_{name}_f32 D, A, B op_sel:[0,0,{byte & 1},{byte >> 1}]",
-                     "old:4xu8 f32 -> 4xu8", one_fp8(dtype, byte), adjust=representable(dtype))
+                case(
+                    f"v_cvt_sr_{name}_f32 D, A, B op_sel:[0,0,{byte & 1},{byte >> 1}]",
+                    "old:4xu8 f32 -> 4xu8",
+                    one_fp8(dtype, byte),
+                    adjust=representable(dtype),
+                )
                 for byte in range(4)
             ),
         ]
@@ -115,7 +137,9 @@ def _fp8_range(lanes, state):
         shape = lanes.shape[:2]
         values = rng.integers(-64, 65, shape) * np.exp2(rng.integers(-16, 10, shape))
         values = np.where(rng.random(shape) < 0.3, rng.standard_normal(shape) * 50, values)
-        values = np.where(rng.random(shape) < 0.1, rng.choice([0.0, -0.0, np.inf, np.nan, 240, 248, 1e9], shape), values)
+        values = np.where(
+            rng.random(shape) < 0.1, rng.choice([0.0, -0.0, np.inf, np.nan, 240, 248, 1e9], shape), values
+        )
         lanes[..., register] = values.astype(F32).view(U32)
 
 
@@ -124,7 +148,9 @@ def _eighths(lanes, state):
     rng = np.random.default_rng(37)
     shape = lanes.shape[:2]
     values = rng.integers(-(2**18), 2**18, shape) / 8
-    values = np.where(rng.random(shape) < 0.2, rng.choice([np.inf, -np.inf, np.nan, 1e10, -1e10, 0.5, -0.5], shape), values)
+    values = np.where(
+        rng.random(shape) < 0.2, rng.choice([np.inf, -np.inf, np.nan, 1e10, -1e10, 0.5, -0.5], shape), values
+    )
     lanes[..., 0] = values.astype(F32).view(U32)
 
 
@@ -155,7 +181,10 @@ def plain():
         case("v_cvt_u16_f16", "f16c -> u16lo", to_integer(*u16)),
         case("v_cvt_rpi_i32_f32", "f32c -> i32", to_integer(*i32, half_up), adjust=_eighths),
         case("v_cvt_flr_i32_f32", "f32c -> i32", to_integer(*i32, np.floor)),
-        *(case(f"v_cvt_f32_ubyte{i}", "u32 -> f32", lambda a, i=i: _byte(i)(a).astype(F32)) for i in range(4)),
+        *(
+            case(f"v_cvt_f32_ubyte{i}", "u32 -> f32", lambda a, i=i: _byte(i)(a).astype(F32))
+            for i in range(4)
+        ),
         case("v_cvt_off_f32_i4", "u32 -> f32", lambda a: ((((a & 15) ^ 8).astype(I32) - 8) / 16).astype(F32)),
         case("v_cvt_norm_i16_f16", "f16 -> i16lo", normalised(True, 32767)),
         case("v_cvt_norm_u16_f16", "f16 -> u16lo", normalised(False, 65535)),
@@ -170,10 +199,16 @@ def plain():
         case("v_cvt_f16_f32_e64 D, -A", "f32 -> f16", quiet(lambda a: (-a).astype(F16))),
         case("v_cvt_f32_u32_e64 D, A mul:2", "u32 -> f32", lambda a: a.astype(F32) * F32(2)),
         case("v_cvt_f32_f16_sdwa D, A src0_sel:WORD_1", "2xf16 -> f32", lambda a: a[..., 1].astype(F32)),
-        case("v_cvt_f16_f32_sdwa D, A dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:DWORD",
-             "old:2xu16 f32 -> 2xu16", quiet(lambda old, a: half_word(old, a.astype(F16).view(U16), True))),
-        case("v_cvt_off_f32_i4_sdwa D, A src0_sel:BYTE_2", "u32 -> f32",
-             lambda a: (((((a >> U32(16)) & U32(15)) ^ U32(8)).astype(I32) - 8) / 16).astype(F32)),
+        case(
+            "v_cvt_f16_f32_sdwa D, A dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:DWORD",
+            "old:2xu16 f32 -> 2xu16",
+            quiet(lambda old, a: half_word(old, a.astype(F16).view(U16), True)),
+        ),
+        case(
+            "v_cvt_off_f32_i4_sdwa D, A src0_sel:BYTE_2",
+            "u32 -> f32",
+            lambda a: (((((a >> U32(16)) & U32(15)) ^ U32(8)).astype(I32) - 8) / 16).astype(F32),
+        ),
     ]
 
 

@@ -1,5 +1,7 @@
 """Vector instructions of floating point: one line each, with its meaning, rounded once."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import math
 from fractions import Fraction
 
@@ -118,7 +120,7 @@ def relations():
 
 def compares():
     lines = []
-    for kind, dtype in (("f16", F16), ("f32", F32), ("f64", F64)):
+    for kind in ("f16", "f32", "f64"):
         w = "2" if kind == "f64" else ""
         for name, function in relations().items():
             text = f"v_cmp_{name}_{kind}"
@@ -126,11 +128,18 @@ def compares():
             negated = quiet(lambda a, b, function=function: function(-a, np.abs(b)))
             lines.append(case(f"{text}_e64 SD2, -A{w}, |B{w}|", f"{kind} {kind} -> SD:mask", negated))
             both = quiet(lambda a, b, function=function: (function(a, b),) * 2)
-            lines.append(case(f"v_cmpx_{name}_{kind}_e32 vcc, A{w}, B{w}", f"{kind} {kind} -> vcc exec", both))
+            lines.append(
+                case(f"v_cmpx_{name}_{kind}_e32 vcc, A{w}, B{w}", f"{kind} {kind} -> vcc exec", both)
+            )
         lines.append(case(f"v_cmp_class_{kind}_e64 SD2, A{w}, B", f"{kind} u32 -> SD:mask", classes))
         lines.append(case(f"v_cmp_class_{kind}_e32 vcc, A{w}, B", f"{kind} u32 -> vcc", classes))
-        lines.append(case(f"v_cmpx_class_{kind}_e32 vcc, A{w}, B", f"{kind} u32 -> vcc exec",
-                          lambda a, m: (classes(a, m),) * 2))
+        lines.append(
+            case(
+                f"v_cmpx_class_{kind}_e32 vcc, A{w}, B",
+                f"{kind} u32 -> vcc exec",
+                lambda a, m: (classes(a, m),) * 2,
+            )
+        )
     return lines
 
 
@@ -152,48 +161,116 @@ def arithmetic():
             case(f"v_rndne_{kind}", f"{kind}c -> {kind}", np.rint),
             case(f"v_fract_{kind}", f"{kind} -> {kind}", fract(dtype)),
             case(f"v_frexp_mant_{kind}", f"{kind} -> {kind}", mantissa),
-            case(f"v_ldexp_{kind}", f"{kind} i32 -> {kind}" if kind != "f16" else "f16 i16 -> f16", ldexp(dtype)),
+            case(
+                f"v_ldexp_{kind}",
+                f"{kind} i32 -> {kind}" if kind != "f16" else "f16 i16 -> f16",
+                ldexp(dtype),
+            ),
             # Modifiers of operands and results.
             case(f"v_add_{kind}_e64 D{w}, -{A}, |{B}|", two, quiet(lambda a, b: -a + np.abs(b))),
-            case(f"v_mul_{kind}_e64 D{w}, -|{A}|, {B} clamp", two, quiet(lambda a, b: clamped(-np.abs(a) * b)),
-                 ulp=ZERO_SIGN_FREE),
-            case(f"v_add_{kind}_e64 D{w}, {A}, 0.5", f"{kind} -> {kind}", quiet(lambda a: a + a.dtype.type(0.5))),
-            case(f"v_add_{kind}_e64 D{w}, {A}, -4.0", f"{kind} -> {kind}", quiet(lambda a: a + a.dtype.type(-4))),
+            case(
+                f"v_mul_{kind}_e64 D{w}, -|{A}|, {B} clamp",
+                two,
+                quiet(lambda a, b: clamped(-np.abs(a) * b)),
+                ulp=ZERO_SIGN_FREE,
+            ),
+            case(
+                f"v_add_{kind}_e64 D{w}, {A}, 0.5",
+                f"{kind} -> {kind}",
+                quiet(lambda a: a + a.dtype.type(0.5)),
+            ),
+            case(
+                f"v_add_{kind}_e64 D{w}, {A}, -4.0",
+                f"{kind} -> {kind}",
+                quiet(lambda a: a + a.dtype.type(-4)),
+            ),
         ]
         if kind != "f16":
             lines.append(case(f"v_fma_{kind}", three, fma(dtype)))
-            lines.append(case(f"v_fma_{kind} D{w}, -{A}, {B}, |C{w}|", three,
-                              lambda a, b, c, dtype=dtype: fma(dtype)(-a, b, np.abs(c))))
-        lines.append(case(f"v_frexp_exp_i32_{kind}" if kind != "f16" else "v_frexp_exp_i16_f16",
-                          f"{kind} -> i32" if kind != "f16" else "f16 -> i16", exponent))
+            lines.append(
+                case(
+                    f"v_fma_{kind} D{w}, -{A}, {B}, |C{w}|",
+                    three,
+                    lambda a, b, c, dtype=dtype: fma(dtype)(-a, b, np.abs(c)),
+                )
+            )
+        lines.append(
+            case(
+                f"v_frexp_exp_i32_{kind}" if kind != "f16" else "v_frexp_exp_i16_f16",
+                f"{kind} -> i32" if kind != "f16" else "f16 -> i16",
+                exponent,
+            )
+        )
     three = "f16 f16 f16 -> f16lo"
     lines += [
         case("v_fma_f16", three, fma(F16)),
-        case("v_fma_f16 D, -A, |B|, C clamp", three, lambda a, b, c: clamped(fma(F16)(-a, np.abs(b), c)),
-             ulp=ZERO_SIGN_FREE),
+        case(
+            "v_fma_f16 D, -A, |B|, C clamp",
+            three,
+            lambda a, b, c: clamped(fma(F16)(-a, np.abs(b), c)),
+            ulp=ZERO_SIGN_FREE,
+        ),
         case("v_fma_f16 D, A, B, C op_sel:[1,0,1,1]", "old:2xu16 2xf16 2xf16 2xf16 -> 2xf16", _fma_halves),
         case("v_fma_legacy_f16", "f16 f16 f16 -> f16", fma(F16)),
         # Multiplication and addition that each round, on operands that no step makes denormal.
         case("v_mad_f16", three, mad16, adjust=_everyday_halves),
         case("v_mad_legacy_f16", "f16 f16 f16 -> f16", mad16, adjust=_everyday_halves),
-        case("v_mac_f16 D, A, B", "old:f16 f16 f16 -> f16lo", lambda d, a, b: mad16(a, b, d), adjust=_everyday_halves),
-        case("v_madak_f16 D, A, B, 0x4248", "f16 f16 -> f16lo", lambda a, b: mad16(a, b, F16(3.140625)),
-             adjust=_everyday_halves),
-        case("v_madmk_f16 D, A, 0x4248, B", "f16 f16 -> f16lo", lambda a, b: mad16(a, F16(3.140625), b),
-             adjust=_everyday_halves),
+        case(
+            "v_mac_f16 D, A, B",
+            "old:f16 f16 f16 -> f16lo",
+            lambda d, a, b: mad16(a, b, d),
+            adjust=_everyday_halves,
+        ),
+        case(
+            "v_madak_f16 D, A, B, 0x4248",
+            "f16 f16 -> f16lo",
+            lambda a, b: mad16(a, b, F16(3.140625)),
+            adjust=_everyday_halves,
+        ),
+        case(
+            "v_madmk_f16 D, A, 0x4248, B",
+            "f16 f16 -> f16lo",
+            lambda a, b: mad16(a, F16(3.140625), b),
+            adjust=_everyday_halves,
+        ),
         case("v_fmac_f32 D, A, B", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(a, b, d)),
-        case("v_fmac_f32_e64 D, -A, |B|", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(-a, np.abs(b), d)),
+        case(
+            "v_fmac_f32_e64 D, -A, |B|", "old:f32 f32 f32 -> f32", lambda d, a, b: fma(F32)(-a, np.abs(b), d)
+        ),
         case("v_fmac_f64 D2, A2, B2", "old:f64 f64 f64 -> f64", lambda d, a, b: fma(F64)(a, b, d)),
-        case("v_fmaak_f32 D, A, B, 0x40490fdb", "f32 f32 -> f32", lambda a, b: fma(F32)(a, b, _bits(0x40490FDB))),
-        case("v_fmamk_f32 D, A, 0x40490fdb, B", "f32 f32 -> f32", lambda a, b: fma(F32)(a, _bits(0x40490FDB), b)),
+        case(
+            "v_fmaak_f32 D, A, B, 0x40490fdb",
+            "f32 f32 -> f32",
+            lambda a, b: fma(F32)(a, b, _bits(0x40490FDB)),
+        ),
+        case(
+            "v_fmamk_f32 D, A, 0x40490fdb, B",
+            "f32 f32 -> f32",
+            lambda a, b: fma(F32)(a, _bits(0x40490FDB), b),
+        ),
         case("v_sub_f32", "f32 f32 -> f32", quiet(np.subtract)),
         case("v_sub_f16", "f16 f16 -> f16", quiet(np.subtract)),
         case("v_subrev_f32", "f32 f32 -> f32", quiet(lambda a, b: b - a)),
         case("v_subrev_f16", "f16 f16 -> f16", quiet(lambda a, b: b - a)),
         case("v_mul_legacy_f32", "f32 f32 -> f32", legacy_mul),
-        case("v_add_f32_e64 D, A, B mul:2", "f32 f32 -> f32", quiet(lambda a, b: (a + b) * F32(2)), adjust=normals),
-        case("v_add_f32_e64 D, A, B mul:4", "f32 f32 -> f32", quiet(lambda a, b: (a + b) * F32(4)), adjust=normals),
-        case("v_add_f32_e64 D, A, B div:2", "f32 f32 -> f32", quiet(lambda a, b: (a + b) / F32(2)), adjust=normals),
+        case(
+            "v_add_f32_e64 D, A, B mul:2",
+            "f32 f32 -> f32",
+            quiet(lambda a, b: (a + b) * F32(2)),
+            adjust=normals,
+        ),
+        case(
+            "v_add_f32_e64 D, A, B mul:4",
+            "f32 f32 -> f32",
+            quiet(lambda a, b: (a + b) * F32(4)),
+            adjust=normals,
+        ),
+        case(
+            "v_add_f32_e64 D, A, B div:2",
+            "f32 f32 -> f32",
+            quiet(lambda a, b: (a + b) / F32(2)),
+            adjust=normals,
+        ),
         case("v_add_f32 D, SA, B", "SA:f32 B:f32 -> f32", quiet(np.add)),
         case("v_mul_f32 D, 0x3fb8aa3b, B", "B:f32 -> f32", quiet(lambda b: b * _bits(0x3FB8AA3B))),
         case("v_mul_f32 D, 0.15915494, B", "B:f32 -> f32", quiet(lambda b: b * _bits(0x3E22F983))),
@@ -232,8 +309,11 @@ def _min_max_three(kind, dtype, out):
         case(f"v_min3_{kind}", three, quiet(lambda a, b, c: minimum(minimum(a, b), c))),
         case(f"v_max3_{kind}", three, quiet(lambda a, b, c: maximum(maximum(a, b), c))),
         case(f"v_med3_{kind}", three, med3),
-        case(f"v_max3_{kind} D, |A|, -B, |C|", three,
-             quiet(lambda a, b, c: maximum(maximum(np.abs(a), -b), np.abs(c)))),
+        case(
+            f"v_max3_{kind} D, |A|, -B, |C|",
+            three,
+            quiet(lambda a, b, c: maximum(maximum(np.abs(a), -b), np.abs(c))),
+        ),
     ]
 
 
@@ -256,7 +336,14 @@ def rounding_modes():
                     f"s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), {wanted}; v_{name}_{kind} D{w}, A{w}, B{w};"
                     " s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), 0"
                 )
-                lines.append(case(text, f"{kind} {kind} -> {kind}", _directed(function, dtype, mode), adjust=_finite(dtype)))
+                lines.append(
+                    case(
+                        text,
+                        f"{kind} {kind} -> {kind}",
+                        _directed(function, dtype, mode),
+                        adjust=_finite(dtype),
+                    )
+                )
     return lines
 
 
@@ -266,7 +353,9 @@ def _finite(dtype):
     def adjust(lanes, state):
         rng = np.random.default_rng(13)
         for register in (0, 4):
-            values = (rng.standard_normal((*lanes.shape[:2], 4 * words // np.dtype(dtype).itemsize)) * 9).astype(dtype)
+            values = (
+                rng.standard_normal((*lanes.shape[:2], 4 * words // np.dtype(dtype).itemsize)) * 9
+            ).astype(dtype)
             lanes[..., register : register + words] = np.ascontiguousarray(values).view(U32)
 
     return adjust
@@ -300,7 +389,12 @@ def flush_mode():
         case("v_mov_b32", "u32 -> u32", lambda a: a, mode="flush"),
         case("v_add_f16", "f16 f16 -> f16", quiet(np.add), mode="flush"),
         case("v_cvt_f16_f32", "f32 -> f16", quiet(lambda a: flushed(a).astype(F16)), mode="flush"),
-        case("v_cmp_eq_f32_e32 vcc, A, B", "f32 f32 -> vcc", lambda a, b: flushed(a) == flushed(b), mode="flush"),
+        case(
+            "v_cmp_eq_f32_e32 vcc, A, B",
+            "f32 f32 -> vcc",
+            lambda a, b: flushed(a) == flushed(b),
+            mode="flush",
+        ),
         case("v_mul_f32_e64 D, A, B mul:2", f, two(lambda a, b: _flushed_double(a, b)), mode="flush"),
     ]
 
@@ -323,7 +417,9 @@ def approximate(kind, dtype, name, function, ulp, out=None):
         with np.errstate(all="ignore"):
             return function(np.asarray(a).astype(F64)).astype(dtype)
 
-    return case(f"v_{name}_{kind}", f"{kind} -> {out or kind}", call, ulp=ulp, adjust=_positive_normals(dtype, name))
+    return case(
+        f"v_{name}_{kind}", f"{kind} -> {out or kind}", call, ulp=ulp, adjust=_positive_normals(dtype, name)
+    )
 
 
 def _positive_normals(dtype, name):
@@ -340,7 +436,9 @@ def _positive_normals(dtype, name):
     def adjust(lanes, state):
         rng = np.random.default_rng(17)
         shape = lanes.shape[:2]
-        values = (1 + rng.random(shape)) * np.exp2(rng.integers(*limits, shape)) * rng.choice([1, 1, 1, -1], shape)
+        values = (
+            (1 + rng.random(shape)) * np.exp2(rng.integers(*limits, shape)) * rng.choice([1, 1, 1, -1], shape)
+        )
         values = np.where(rng.random(shape) < 0.2, rng.choice(specials, shape), values).astype(dtype)
         size = np.dtype(dtype).itemsize
         if size == 2:
@@ -370,9 +468,11 @@ def transcendental():
         approximate("f64", F64, "rcp", lambda a: 1 / a, 2**29),
         approximate("f64", F64, "rsq", lambda a: 1 / np.sqrt(a), 2**29),
         approximate("f64", F64, "sqrt", np.sqrt, 2**29),
-        *(_circular(kind, dtype, name, function, tau)
-          for kind, dtype in (("f32", F32), ("f16", F16))
-          for name, function in (("sin", np.sin), ("cos", np.cos))),
+        *(
+            _circular(kind, dtype, name, function, tau)
+            for kind, dtype in (("f32", F32), ("f16", F16))
+            for name, function in (("sin", np.sin), ("cos", np.cos))
+        ),
     ]
     lines.append(case("v_trig_preop_f64", "f64 u32 -> f64", _two_over_pi_parts(), adjust=_few_segments))
     return lines
@@ -381,10 +481,13 @@ def transcendental():
 def _circular(kind, dtype, name, function, tau):
     """Of turns, not radians; the error is absolute, which one more added makes one of the last place."""
     add = f"v_add_{kind} D, 4.0, D"
-    close = case(f"v_{name}_{kind} D, A; {add}", f"{kind} -> {kind}",
-                 quiet(lambda a: (function(f64(a) * tau) + 4).astype(dtype)), ulp=1,
-                 adjust=_positive_normals(dtype, name))
-    return close
+    return case(
+        f"v_{name}_{kind} D, A; {add}",
+        f"{kind} -> {kind}",
+        quiet(lambda a: (function(f64(a) * tau) + 4).astype(dtype)),
+        ulp=1,
+        adjust=_positive_normals(dtype, name),
+    )
 
 
 def _two_over_pi_parts():
@@ -437,8 +540,18 @@ v_div_fmas_f64 v[62:63], v[60:61], v[52:53], v[58:59]; v_div_fixup_f64 D2, v[62:
         case(double.replace("\n", " "), "f64 f64 -> f64 vcc", lambda a, b: (quiet(np.divide)(a, b), zero)),
         # Operands in the middle of the range need no scaling. Those at its ends are the divisions' part above.
         case("v_div_scale_f32 D, vcc, A, A, B", "f32 f32 -> f32 vcc", lambda a, b: (a, zero), adjust=normals),
-        case("v_div_scale_f32 D, SD2, B, A, B", "f32 f32 -> f32 SD:mask", lambda a, b: (b, zero), adjust=normals),
-        case("v_div_scale_f64 D2, vcc, B2, A2, B2", "f64 f64 -> f64 vcc", lambda a, b: (b, zero), adjust=_tame_doubles),
+        case(
+            "v_div_scale_f32 D, SD2, B, A, B",
+            "f32 f32 -> f32 SD:mask",
+            lambda a, b: (b, zero),
+            adjust=normals,
+        ),
+        case(
+            "v_div_scale_f64 D2, vcc, B2, A2, B2",
+            "f64 f64 -> f64 vcc",
+            lambda a, b: (b, zero),
+            adjust=_tame_doubles,
+        ),
         case("v_div_fmas_f32 D, A, B, C", "f32 f32 f32 -> f32", fma(F32), adjust=_no_scale),
         case("v_div_fmas_f64 D2, A2, B2, C2", "f64 f64 f64 -> f64", fma(F64), adjust=_no_scale),
         case("v_div_fixup_f32", "f32 f32 f32 -> f32", _fixup, adjust=_quotients(F32)),

@@ -1,5 +1,7 @@
 """Vector instructions of integers and bits: one line each, with its meaning."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import numpy as np
 
 from isa.frame import case
@@ -125,7 +127,11 @@ def carries():
             case(f"v_{name}_co_u32_e32 D, vcc, A, B", "u32 u32 -> u32 vcc", with_carry(two)),
             case(f"v_{name}_co_u32_e64 D, SD2, A, B", "u32 u32 -> u32 SD:mask", with_carry(two)),
             case(f"v_{carried}_co_u32_e32 D, vcc, A, B, vcc", "u32 u32 vcc -> u32 vcc", with_carry(three)),
-            case(f"v_{carried}_co_u32_e64 D, SD2, A, B, SA2", "u32 u32 SA:mask -> u32 SD:mask", with_carry(three)),
+            case(
+                f"v_{carried}_co_u32_e64 D, SD2, A, B, SA2",
+                "u32 u32 SA:mask -> u32 SD:mask",
+                with_carry(three),
+            ),
             case(f"v_{name}_u32_e64 D, A, B clamp", "u32 u32 -> u32", saturated(0, 2**32 - 1, two)),
         ]
     return lines
@@ -201,12 +207,20 @@ def two_operands():
         case("v_bcnt_u32_b32", u, each(lambda a, b: f"{a:b}".count("1") + b, U32)),
         case("v_mbcnt_lo_u32_b32", u, _mbcnt(0)),
         case("v_mbcnt_hi_u32_b32", u, _mbcnt(32)),
-        case("v_pack_b32_f16", "u16 u16 -> 2xu16", lambda a, b: np.stack([a, b], axis=-1), adjust=_no_nan_halves),
+        case(
+            "v_pack_b32_f16",
+            "u16 u16 -> 2xu16",
+            lambda a, b: np.stack([a, b], axis=-1),
+            adjust=_no_nan_halves,
+        ),
         case("v_cndmask_b32_e32 D, A, B, vcc", "u32 u32 vcc -> u32", lambda a, b, m: np.where(m, b, a)),
         case("v_cndmask_b32_e64 D, A, B, SA2", "u32 u32 SA:mask -> u32", lambda a, b, m: np.where(m, b, a)),
         case("v_cndmask_b32_e64 D, 0, -1, SA2", "SA:mask -> u32", lambda m: np.where(m, 2**32 - 1, 0)),
-        case("v_cndmask_b32_e64 D, -A, |B|, SA2", "u32 u32 SA:mask -> u32",
-             lambda a, b, m: np.where(m, b & U32(0x7FFFFFFF), a ^ U32(0x80000000))),
+        case(
+            "v_cndmask_b32_e64 D, -A, |B|, SA2",
+            "u32 u32 SA:mask -> u32",
+            lambda a, b, m: np.where(m, b & U32(0x7FFFFFFF), a ^ U32(0x80000000)),
+        ),
         # Scalars, constants and literals as operands.
         case("v_add_u32 D, SA, B", "SA:u32 B:u32 -> u32", wrap(lambda a, b: a + b)),
         case("v_add_u32 D, 0x12345678, B", "B:u32 -> u32", wrap(lambda b: 0x12345678 + b)),
@@ -229,7 +243,10 @@ def _mbcnt(first_lane):
         out = b.copy()
         for lane in range(64):
             below = (1 << min(max(lane - first_lane, 0), 32)) - 1
-            out[:, lane] = [(bin(int(x) & below).count("1") + int(y)) % 2**32 for x, y in zip(a[:, lane], b[:, lane])]
+            out[:, lane] = [
+                (bin(int(x) & below).count("1") + int(y)) % 2**32
+                for x, y in zip(a[:, lane], b[:, lane], strict=False)
+            ]
         return out
 
     return call
@@ -242,7 +259,7 @@ def _no_nan_halves(lanes, state):
 
 def three_operands():
     u3, i3 = "u32 u32 u32 -> u32", "i32 i32 i32 -> i32"
-    lines = [
+    return [
         case("v_mad_i32_i24", i3, wrap(lambda a, b, c: signed24(a) * signed24(b) + c)),
         case("v_mad_u32_u24", u3, wrap(lambda a, b, c: low24(a) * low24(b) + c)),
         case("v_bfe_u32", u3, each(bfe_u, U32)),
@@ -257,8 +274,11 @@ def three_operands():
         case("v_qsad_pk_u16_u8", "u64 u32 u64 -> u64", windows(False), adjust=_low_halves),
         case("v_mqsad_pk_u16_u8", "u64 u32 u64 -> u64", windows(True), adjust=_low_halves),
         case("v_sad_hi_u8", u3, each(lambda a, b, c: (sad_bytes(a, b, 0) << 16) + c, U32)),
-        case("v_sad_u16", u3, each(
-            lambda a, b, c: abs((a & 0xFFFF) - (b & 0xFFFF)) + abs((a >> 16) - (b >> 16)) + c, U32)),
+        case(
+            "v_sad_u16",
+            u3,
+            each(lambda a, b, c: abs((a & 0xFFFF) - (b & 0xFFFF)) + abs((a >> 16) - (b >> 16)) + c, U32),
+        ),
         case("v_sad_u32", u3, each(lambda a, b, c: abs(a - b) + c, U32)),
         case("v_min3_i32", i3, mean3(lambda s: s.min(axis=0))),
         case("v_max3_i32", i3, mean3(lambda s: s.max(axis=0))),
@@ -273,14 +293,18 @@ def three_operands():
         case("v_and_or_b32", u3, lambda a, b, c: (a & b) | c),
         case("v_or3_b32", u3, lambda a, b, c: a | b | c),
         case("v_xad_u32", u3, each(lambda a, b, c: (a ^ b) + c, U32)),
-        case("v_lshl_add_u64", "u64 u32 u64 -> u64", each(lambda a, b, c: (a << (b & 7)) + c), adjust=_shift_to_4),
+        case(
+            "v_lshl_add_u64",
+            "u64 u32 u64 -> u64",
+            each(lambda a, b, c: (a << (b & 7)) + c),
+            adjust=_shift_to_4,
+        ),
         mad64("u", U64),
         mad64("i", I64),
         case("v_mad_u32_u16", "u16 u16 u32 -> u32", wrap(lambda a, b, c: a * b + c)),
         case("v_mad_i32_i16", "i16 i16 i32 -> i32", wrap(lambda a, b, c: a * b + c)),
         case("v_cvt_pk_u8_f32", "f32c u32 u32 -> u32", _pack_byte, adjust=_whole),
     ]
-    return lines
 
 
 def _shift_to_4(lanes, state):
@@ -352,15 +376,29 @@ def halves():
         case("v_max3_u16", u3, mean3(lambda s: s.max(axis=0))),
         case("v_med3_u16", u3, mean3(median)),
         # Halves that op_sel chooses; the destination's other half stays.
-        case("v_mad_u16 D, A, B, C op_sel:[1,0,1,1]", "old:2xu16 2xu16 2xu16 2xu16 -> 2xu16",
-             lambda old, a, b, c: np.stack([old[..., 0], a[..., 1] * b[..., 0] + c[..., 1]], axis=-1)),
-        case("v_mad_u16 D, A, B, C op_sel:[0,1,0,0]", "old:2xu16 2xu16 2xu16 2xu16 -> 2xu16",
-             lambda old, a, b, c: np.stack([a[..., 0] * b[..., 1] + c[..., 0], old[..., 1]], axis=-1)),
-        case("v_mad_u32_u16 D, A, B, C op_sel:[1,0,0,0]", "2xu16 2xu16 u32 -> u32",
-             lambda a, b, c: wide(a[..., 1]) * wide(b[..., 0]) + wide(c) & 0xFFFFFFFF),
+        case(
+            "v_mad_u16 D, A, B, C op_sel:[1,0,1,1]",
+            "old:2xu16 2xu16 2xu16 2xu16 -> 2xu16",
+            lambda old, a, b, c: np.stack([old[..., 0], a[..., 1] * b[..., 0] + c[..., 1]], axis=-1),
+        ),
+        case(
+            "v_mad_u16 D, A, B, C op_sel:[0,1,0,0]",
+            "old:2xu16 2xu16 2xu16 2xu16 -> 2xu16",
+            lambda old, a, b, c: np.stack([a[..., 0] * b[..., 1] + c[..., 0], old[..., 1]], axis=-1),
+        ),
+        case(
+            "v_mad_u32_u16 D, A, B, C op_sel:[1,0,0,0]",
+            "2xu16 2xu16 u32 -> u32",
+            lambda a, b, c: wide(a[..., 1]) * wide(b[..., 0]) + wide(c) & 0xFFFFFFFF,
+        ),
     ]
 
 
 CASES = [
-    *one_operand(), *two_operands(), *carries(), *three_operands(), *halves(), *compares(),
+    *one_operand(),
+    *two_operands(),
+    *carries(),
+    *three_operands(),
+    *halves(),
+    *compares(),
 ]

@@ -1,5 +1,7 @@
 """What reads other lanes, or parts of registers: DPP, SDWA, and lanes to and from scalar registers."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import numpy as np
 
 from isa.exact import quiet
@@ -70,23 +72,49 @@ def dpp():
     tail = "row_mask:0xf bank_mask:0xf"
     shr = controls()["row_shr:1"]
     lines += [
-        case(f"v_add_u32_dpp D, A, D row_shr:1 {tail}", "old:u32 u32 exec -> D:u32",
-             moved(shr, function=lambda a, old: a + old)),
-        case(f"v_add_u32_dpp D, A, D row_shr:1 {tail} bound_ctrl:0", "old:u32 u32 exec -> D:u32",
-             moved(shr, zero_fill=True, function=lambda a, old: a + old)),
-        case(f"v_mul_f32_dpp D, -A, |D| quad_perm:[1,0,3,2] {tail}", "old:f32 f32 exec -> D:f32",
-             moved(LANE ^ 1, function=quiet(lambda a, old: -a * np.abs(old)))),
-        case(f"v_max_f32_dpp D, A, D row_ror:8 {tail}", "old:f32 f32 exec -> D:f32",
-             moved(controls()["row_ror:8"], function=quiet(np.fmax)), adjust=_no_zeros),
-        case(f"v_add_f16_dpp D, A, D row_ror:4 {tail}", "old:f16 f16 exec -> D:f16lo",
-             moved(controls()["row_ror:4"], function=quiet(np.add))),
-        case(f"v_mov_b64_dpp D2, A2 row_newbcast:3 {tail}", "old:u64 u64 exec -> D:u64",
-             moved(controls()["row_newbcast:3"])),
-        case(f"v_cvt_f32_i32_dpp D, A row_half_mirror {tail}", "old:u32 i32 exec -> D:u32",
-             moved(controls()["row_half_mirror"], function=lambda a, old: a.astype(F32).view(U32))),
-        case(f"v_cndmask_b32_dpp D, A, B, vcc row_ror:1 {tail}", "old:u32 u32 u32 vcc exec -> D:u32",
-             lambda old, a, b, m, active: moved(controls()["row_ror:1"], function=lambda v, o: np.where(m, b, v))(
-                 old, a, active)),
+        case(
+            f"v_add_u32_dpp D, A, D row_shr:1 {tail}",
+            "old:u32 u32 exec -> D:u32",
+            moved(shr, function=lambda a, old: a + old),
+        ),
+        case(
+            f"v_add_u32_dpp D, A, D row_shr:1 {tail} bound_ctrl:0",
+            "old:u32 u32 exec -> D:u32",
+            moved(shr, zero_fill=True, function=lambda a, old: a + old),
+        ),
+        case(
+            f"v_mul_f32_dpp D, -A, |D| quad_perm:[1,0,3,2] {tail}",
+            "old:f32 f32 exec -> D:f32",
+            moved(LANE ^ 1, function=quiet(lambda a, old: -a * np.abs(old))),
+        ),
+        case(
+            f"v_max_f32_dpp D, A, D row_ror:8 {tail}",
+            "old:f32 f32 exec -> D:f32",
+            moved(controls()["row_ror:8"], function=quiet(np.fmax)),
+            adjust=_no_zeros,
+        ),
+        case(
+            f"v_add_f16_dpp D, A, D row_ror:4 {tail}",
+            "old:f16 f16 exec -> D:f16lo",
+            moved(controls()["row_ror:4"], function=quiet(np.add)),
+        ),
+        case(
+            f"v_mov_b64_dpp D2, A2 row_newbcast:3 {tail}",
+            "old:u64 u64 exec -> D:u64",
+            moved(controls()["row_newbcast:3"]),
+        ),
+        case(
+            f"v_cvt_f32_i32_dpp D, A row_half_mirror {tail}",
+            "old:u32 i32 exec -> D:u32",
+            moved(controls()["row_half_mirror"], function=lambda a, old: a.astype(F32).view(U32)),
+        ),
+        case(
+            f"v_cndmask_b32_dpp D, A, B, vcc row_ror:1 {tail}",
+            "old:u32 u32 u32 vcc exec -> D:u32",
+            lambda old, a, b, m, active: moved(
+                controls()["row_ror:1"], function=lambda v, o: np.where(m, b, v)
+            )(old, a, active),
+        ),
     ]
     return lines
 
@@ -136,32 +164,63 @@ def sdwa():
                 a, b = ("sext(A)", "sext(B)") if sign else ("A", "B")
                 text = f"v_add_u32_sdwa D, {a}, {b} dst_sel:{dst} dst_unused:{unused} src0_sel:{s0} src1_sel:{s1}"
                 oracle = lambda old, x, y, dst=dst, unused=unused, s0=s0, s1=s1, sign=sign: placed(  # noqa: E731
-                    selected(x, s0, sign) + selected(y, s1, sign), old, dst, unused)
+                    selected(x, s0, sign) + selected(y, s1, sign), old, dst, unused
+                )
                 lines.append(case(text, "old:u32 u32 u32 -> u32", oracle))
     half = lambda x, selection: selected(x, selection).astype(U16).view(F16)  # noqa: E731
     lines += [
-        case("v_mov_b32_sdwa D, A dst_sel:BYTE_3 dst_unused:UNUSED_PRESERVE src0_sel:WORD_1", "old:u32 u32 -> u32",
-             lambda old, a: placed(selected(a, "WORD_1"), old, "BYTE_3", "UNUSED_PRESERVE")),
-        case("v_lshlrev_b32_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_1 src1_sel:WORD_1",
-             "u32 u32 -> u32", lambda a, b: selected(b, "WORD_1") << (selected(a, "BYTE_1") & U32(31))),
-        case("v_and_b32_sdwa D, A, SA dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:DWORD",
-             "u32 SA:u32 -> u32", lambda a, s: selected(a, "WORD_1") & s),
-        case("v_add_f16_sdwa D, -A, |B| dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:WORD_1 src1_sel:WORD_0",
-             "old:2xf16 2xf16 2xf16 -> 2xf16",
-             quiet(lambda old, a, b: np.stack([old[..., 0], -a[..., 1] + np.abs(b[..., 0])], axis=-1))),
-        case("v_mul_f16_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:WORD_1",
-             "2xf16 2xf16 -> f16", quiet(lambda a, b: a[..., 1] * b[..., 1])),
-        case("v_cvt_f32_ubyte0_sdwa D, A dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_2", "u32 -> f32",
-             lambda a: selected(a, "BYTE_2").astype(F32)),
-        case("v_cmp_lt_u32_sdwa vcc, A, B src0_sel:BYTE_1 src1_sel:WORD_1", "u32 u32 -> vcc",
-             lambda a, b: selected(a, "BYTE_1") < selected(b, "WORD_1")),
-        case("v_cmp_eq_f16_sdwa SD2, A, |B| src0_sel:WORD_0 src1_sel:WORD_1", "u32 u32 -> SD:mask",
-             quiet(lambda a, b: half(a, "WORD_0") == np.abs(half(b, "WORD_1")))),
-        case("v_mul_u32_u24_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_0 src1_sel:BYTE_3",
-             "u32 u32 -> u32", lambda a, b: selected(a, "BYTE_0") * selected(b, "BYTE_3")),
-        case("v_or_b32_sdwa D, A, sext(B) dst_sel:WORD_1 dst_unused:UNUSED_SEXT src0_sel:BYTE_0 src1_sel:BYTE_2",
-             "old:u32 u32 u32 -> u32",
-             lambda old, a, b: placed(selected(a, "BYTE_0") | selected(b, "BYTE_2", True), old, "WORD_1", "UNUSED_SEXT")),
+        case(
+            "v_mov_b32_sdwa D, A dst_sel:BYTE_3 dst_unused:UNUSED_PRESERVE src0_sel:WORD_1",
+            "old:u32 u32 -> u32",
+            lambda old, a: placed(selected(a, "WORD_1"), old, "BYTE_3", "UNUSED_PRESERVE"),
+        ),
+        case(
+            "v_lshlrev_b32_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_1 src1_sel:WORD_1",
+            "u32 u32 -> u32",
+            lambda a, b: selected(b, "WORD_1") << (selected(a, "BYTE_1") & U32(31)),
+        ),
+        case(
+            "v_and_b32_sdwa D, A, SA dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:DWORD",
+            "u32 SA:u32 -> u32",
+            lambda a, s: selected(a, "WORD_1") & s,
+        ),
+        case(
+            "v_add_f16_sdwa D, -A, |B| dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:WORD_1 src1_sel:WORD_0",
+            "old:2xf16 2xf16 2xf16 -> 2xf16",
+            quiet(lambda old, a, b: np.stack([old[..., 0], -a[..., 1] + np.abs(b[..., 0])], axis=-1)),
+        ),
+        case(
+            "v_mul_f16_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:WORD_1",
+            "2xf16 2xf16 -> f16",
+            quiet(lambda a, b: a[..., 1] * b[..., 1]),
+        ),
+        case(
+            "v_cvt_f32_ubyte0_sdwa D, A dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_2",
+            "u32 -> f32",
+            lambda a: selected(a, "BYTE_2").astype(F32),
+        ),
+        case(
+            "v_cmp_lt_u32_sdwa vcc, A, B src0_sel:BYTE_1 src1_sel:WORD_1",
+            "u32 u32 -> vcc",
+            lambda a, b: selected(a, "BYTE_1") < selected(b, "WORD_1"),
+        ),
+        case(
+            "v_cmp_eq_f16_sdwa SD2, A, |B| src0_sel:WORD_0 src1_sel:WORD_1",
+            "u32 u32 -> SD:mask",
+            quiet(lambda a, b: half(a, "WORD_0") == np.abs(half(b, "WORD_1"))),
+        ),
+        case(
+            "v_mul_u32_u24_sdwa D, A, B dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_0 src1_sel:BYTE_3",
+            "u32 u32 -> u32",
+            lambda a, b: selected(a, "BYTE_0") * selected(b, "BYTE_3"),
+        ),
+        case(
+            "v_or_b32_sdwa D, A, sext(B) dst_sel:WORD_1 dst_unused:UNUSED_SEXT src0_sel:BYTE_0 src1_sel:BYTE_2",
+            "old:u32 u32 u32 -> u32",
+            lambda old, a, b: placed(
+                selected(a, "BYTE_0") | selected(b, "BYTE_2", True), old, "WORD_1", "UNUSED_SEXT"
+            ),
+        ),
     ]
     return lines
 
@@ -182,17 +241,36 @@ def scalar_lanes():
         case("v_readlane_b32 SD, A, 37", "A:u32 -> SD:u32", lambda a: a[:, 37:38]),
         case("v_readlane_b32 SD, A, m0", "A:u32 m0 -> SD:u32", read_lane),
         case("v_readfirstlane_b32 SD, A", "A:u32 exec -> SD:u32", read_first),
-        case("s_mov_b64 exec, 0; v_readfirstlane_b32 SD, A", "A:u32 exec -> SD:u32 exec",
-             lambda a, active: (a[:, :1], np.zeros_like(active))),
-        case("v_writelane_b32 D, SA, 5", "old:u32 SA:u32 -> u32",
-             lambda old, value: np.where(LANE == 5, value, old), adjust=_all_active),
-        case("v_writelane_b32 D, 7, 63", "old:u32 -> u32", lambda old: np.where(LANE == 63, 7, old),
-             adjust=_all_active),
+        case(
+            "s_mov_b64 exec, 0; v_readfirstlane_b32 SD, A",
+            "A:u32 exec -> SD:u32 exec",
+            lambda a, active: (a[:, :1], np.zeros_like(active)),
+        ),
+        case(
+            "v_writelane_b32 D, SA, 5",
+            "old:u32 SA:u32 -> u32",
+            lambda old, value: np.where(LANE == 5, value, old),
+            adjust=_all_active,
+        ),
+        case(
+            "v_writelane_b32 D, 7, 63",
+            "old:u32 -> u32",
+            lambda old: np.where(LANE == 63, 7, old),
+            adjust=_all_active,
+        ),
         # Also to a lane that EXEC has off.
-        case("s_mov_b64 exec, 1; v_writelane_b32 D, 7, 63; s_mov_b64 exec, -1", "old:u32 -> u32 exec",
-             lambda old: (np.where(LANE == 63, 7, old), np.ones((1, 64), bool)), adjust=_all_active),
-        case("s_mov_b32 m0, SB; v_writelane_b32 D, SA, m0", "old:u32 SA:u32 SB:u32 -> u32 m0",
-             lambda old, value, lane: (np.where(lane % 64 == LANE, value, old), lane), adjust=_all_active),
+        case(
+            "s_mov_b64 exec, 1; v_writelane_b32 D, 7, 63; s_mov_b64 exec, -1",
+            "old:u32 -> u32 exec",
+            lambda old: (np.where(LANE == 63, 7, old), np.ones((1, 64), bool)),
+            adjust=_all_active,
+        ),
+        case(
+            "s_mov_b32 m0, SB; v_writelane_b32 D, SA, m0",
+            "old:u32 SA:u32 SB:u32 -> u32 m0",
+            lambda old, value, lane: (np.where(lane % 64 == LANE, value, old), lane),
+            adjust=_all_active,
+        ),
     ]
 
 
@@ -233,12 +311,26 @@ def through_lds():
         case(f"ds_bpermute_b32 D, A, B{wait}", "u32 u32 exec -> D:u32", backward(0)),
         case(f"ds_bpermute_b32 D, A, B offset:20{wait}", "u32 u32 exec -> D:u32", backward(20)),
         case(f"ds_permute_b32 D, A, B{wait}", "u32 u32 exec -> D:u32", forward(0), adjust=_permutation),
-        case(f"ds_permute_b32 D, A, B offset:8{wait}", "u32 u32 exec -> D:u32", forward(8), adjust=_permutation),
+        case(
+            f"ds_permute_b32 D, A, B offset:8{wait}", "u32 u32 exec -> D:u32", forward(8), adjust=_permutation
+        ),
     ]
-    for offset in (0x1F | 1 << 10, 0x1F | 16 << 10, 0x18 | 3 << 5, 0x10, 0x8000 | 0b00011011, 0x8000 | 0b10110001):
+    for offset in (
+        0x1F | 1 << 10,
+        0x1F | 16 << 10,
+        0x18 | 3 << 5,
+        0x10,
+        0x8000 | 0b00011011,
+        0x8000 | 0b10110001,
+    ):
         source = swizzled(offset)
-        lines.append(case(f"ds_swizzle_b32 D, A offset:{offset}{wait}", "u32 exec -> D:u32",
-                          lambda a, active, source=source: np.where(active, a, U32(0))[:, source]))
+        lines.append(
+            case(
+                f"ds_swizzle_b32 D, A offset:{offset}{wait}",
+                "u32 exec -> D:u32",
+                lambda a, active, source=source: np.where(active, a, U32(0))[:, source],
+            )
+        )
     return lines
 
 
@@ -253,23 +345,44 @@ def relative():
         return (m0 & U32(0xFFFF0F00)) | index | U32(bits << 12)
 
     def at(a, index):
-        return np.take_along_axis(a, np.broadcast_to(index, a.shape[:2])[..., None].astype(int), axis=-1)[..., 0]
+        return np.take_along_axis(a, np.broadcast_to(index, a.shape[:2])[..., None].astype(int), axis=-1)[
+            ..., 0
+        ]
 
     def put(old, a, index):
         return np.where(np.arange(4) == index[..., None], a[..., None], old)
 
     off = "; s_set_gpr_idx_off; v_mov_b32 v60, A"
     return [
-        case(f"s_set_gpr_idx_on SA, gpr_idx(SRC0); v_mov_b32 D, A{off}", "A:4xu32 SA:u32 m0 -> D:u32 m0",
-             lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)), adjust=small),
-        case(f"s_set_gpr_idx_on SA, gpr_idx(DST); v_mov_b32 D, A{off}", "old:4xu32 A:u32 SA:u32 m0 -> D:4xu32 m0",
-             lambda old, a, i, m0: (put(old, a, i), m0_of(m0, i, 8)), adjust=small),
-        case(f"s_set_gpr_idx_on SA, gpr_idx(SRC0); s_set_gpr_idx_idx SB; v_mov_b32 D, A{off}",
-             "A:4xu32 SB:u32 m0 -> D:u32 m0", lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)), adjust=small),
-        case(f"s_set_gpr_idx_on SA, gpr_idx(DST); s_set_gpr_idx_mode gpr_idx(SRC1); v_add_u32 D, A, B{off}",
-             "A:u32 B:4xu32 SA:u32 m0 -> D:u32 m0", lambda a, b, i, m0: (a + at(b, i), m0_of(m0, i, 2)), adjust=small),
-        case("s_setvskip SA, SB; v_mov_b32 D, A; s_setvskip 0, 0; v_mov_b32 v60, A", "old:u32 A:u32 SA:u32 SB:u32 -> u32",
-             lambda old, a, word, bit: np.where(word >> (bit & U32(31)) & U32(1), old, a)),
+        case(
+            f"s_set_gpr_idx_on SA, gpr_idx(SRC0); v_mov_b32 D, A{off}",
+            "A:4xu32 SA:u32 m0 -> D:u32 m0",
+            lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)),
+            adjust=small,
+        ),
+        case(
+            f"s_set_gpr_idx_on SA, gpr_idx(DST); v_mov_b32 D, A{off}",
+            "old:4xu32 A:u32 SA:u32 m0 -> D:4xu32 m0",
+            lambda old, a, i, m0: (put(old, a, i), m0_of(m0, i, 8)),
+            adjust=small,
+        ),
+        case(
+            f"s_set_gpr_idx_on SA, gpr_idx(SRC0); s_set_gpr_idx_idx SB; v_mov_b32 D, A{off}",
+            "A:4xu32 SB:u32 m0 -> D:u32 m0",
+            lambda a, i, m0: (at(a, i), m0_of(m0, i, 1)),
+            adjust=small,
+        ),
+        case(
+            f"s_set_gpr_idx_on SA, gpr_idx(DST); s_set_gpr_idx_mode gpr_idx(SRC1); v_add_u32 D, A, B{off}",
+            "A:u32 B:4xu32 SA:u32 m0 -> D:u32 m0",
+            lambda a, b, i, m0: (a + at(b, i), m0_of(m0, i, 2)),
+            adjust=small,
+        ),
+        case(
+            "s_setvskip SA, SB; v_mov_b32 D, A; s_setvskip 0, 0; v_mov_b32 v60, A",
+            "old:u32 A:u32 SA:u32 SB:u32 -> u32",
+            lambda old, a, word, bit: np.where(word >> (bit & U32(31)) & U32(1), old, a),
+        ),
     ]
 
 
@@ -282,12 +395,20 @@ def _permutation(lanes, state):
 
 def accumulators():
     return [
-        case("v_accvgpr_write_b32 a7, A; v_accvgpr_mov_b32 a9, a7; v_accvgpr_read_b32 D, a9", "u32 -> u32", lambda a: a),
+        case(
+            "v_accvgpr_write_b32 a7, A; v_accvgpr_mov_b32 a9, a7; v_accvgpr_read_b32 D, a9",
+            "u32 -> u32",
+            lambda a: a,
+        ),
         case("v_accvgpr_write_b32 a0, -3; v_accvgpr_read_b32 D, a0", "-> D:i32", lambda: np.array([[-3]])),
         # A lane that is off keeps its accumulator too.
-        case("v_accvgpr_write_b32 a1, A; s_mov_b64 exec, SA2; v_accvgpr_write_b32 a1, B; s_mov_b64 exec, -1;"
-             " v_accvgpr_read_b32 D, a1", "u32 u32 SA:mask -> u32", lambda a, b, m: np.where(m, b, a),
-             adjust=_all_active),
+        case(
+            "v_accvgpr_write_b32 a1, A; s_mov_b64 exec, SA2; v_accvgpr_write_b32 a1, B; s_mov_b64 exec, -1;"
+            " v_accvgpr_read_b32 D, a1",
+            "u32 u32 SA:mask -> u32",
+            lambda a, b, m: np.where(m, b, a),
+            adjust=_all_active,
+        ),
     ]
 
 

@@ -1,5 +1,7 @@
 """Matrix instructions: which element of A, B and D each lane's register holds, and the product over them."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import dataclasses
 
 import ml_dtypes
@@ -204,13 +206,24 @@ def cases():
             if 1 << cbsz <= blocks:
                 group = np.arange(blocks) >> cbsz << cbsz
                 lines.append(_line(shape, a_type, tail=f" cbsz:{cbsz} abid:{abid}", a_block=group + abid))
-    lanes = {1: LANE % 32, 2: LANE % 32 + 32, 3: (LANE + 16) % 64, **{4 + i: LANE % 16 + 16 * i for i in range(4)}}
+    lanes = {
+        1: LANE % 32,
+        2: LANE % 32 + 32,
+        3: (LANE + 16) % 64,
+        **{4 + i: LANE % 16 + 16 * i for i in range(4)},
+    }
     for blgp, b_lane in lanes.items():
         lines.append(_line("32x32x1_2b", "f32", tail=f" blgp:{blgp}", b_lane=b_lane))
     for i in range(3):
         flags = [int(i == j) for j in range(3)]
-        lines.append(_line("16x16x4", "f64", tail=f" neg:[{flags[0]},{flags[1]},{flags[2]}]",
-                           negate=tuple(map(bool, flags))))
+        lines.append(
+            _line(
+                "16x16x4",
+                "f64",
+                tail=f" neg:[{flags[0]},{flags[1]},{flags[2]}]",
+                negate=tuple(map(bool, flags)),
+            )
+        )
     return lines
 
 

@@ -5,6 +5,8 @@ bytes, the address within the region, the lane's data words and its old destinat
 place and returns the destination.
 """
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import dataclasses
 from collections.abc import Callable
 
@@ -50,7 +52,9 @@ class MemoryCase:
 
     @property
     def id(self):
-        return self.text.split("; ")[-1 if self.scratch or self.whole else 0].replace(" ", "_").replace(",", "")
+        return (
+            self.text.split("; ")[-1 if self.scratch or self.whole else 0].replace(" ", "_").replace(",", "")
+        )
 
     @property
     def mnemonics(self):
@@ -63,7 +67,8 @@ def kernel(one, name):
              "E2": "v[22:23]", "E": "v21", "D4": "v[28:31]", "D3": "v[28:30]", "D2": "v[28:29]", "D": "v28",
              "S2": "s[20:21]", "R4": "s[24:27]", "T4": "s[28:31]", "O": "s32"}  # fmt: skip
     lines = [
-        " ".join(_renamed(word, names) for word in line.replace(",", " , ").split()) for line in one.text.split(";")
+        " ".join(_renamed(word, names) for word in line.replace(",", " , ").split())
+        for line in one.text.split(";")
     ]
     copy_in = copy_out = ""
     if one.lds:
@@ -77,10 +82,14 @@ def kernel(one, name):
             f"global_store_dwordx4 v4, v[60:63], s[20:21]"
             for i in range(REGION // 1024)
         )
-    loads = "\n".join(f"global_load_dwordx4 v[{r}:{r + 3}], v2, s[8:9] offset:{16 * i}"
-                      for i, r in enumerate((20, 24, 28, 32, 36, 40)))
-    stores = "\n".join(f"global_store_dwordx4 v2, v[{28 + 4 * i}:{31 + 4 * i}], s[12:13] offset:{16 * i}"
-                       for i in range(WORDS_OUT // 4))
+    loads = "\n".join(
+        f"global_load_dwordx4 v[{r}:{r + 3}], v2, s[8:9] offset:{16 * i}"
+        for i, r in enumerate((20, 24, 28, 32, 36, 40))
+    )
+    stores = "\n".join(
+        f"global_store_dwordx4 v2, v[{28 + 4 * i}:{31 + 4 * i}], s[12:13] offset:{16 * i}"
+        for i in range(WORDS_OUT // 4)
+    )
     body = f"""s_load_dwordx8 s[8:15], s[0:1], 0x0
 s_mov_b32 m0, -1
 v_and_b32 v0, 0x3ff, v0
@@ -376,8 +385,10 @@ def plain_accesses():
             place = dict(place="any", align=min(size & -size, 4))
             for address, tail, disp in address_forms(prefix):
                 tail = f", {tail}" if prefix == "global" else tail
-                lines.append(MemoryCase(f"{prefix}_{name} {register}, {address}{tail}", oracle, disp, **place))
-        for name, (register, oracle, size) in stores.items():
+                lines.append(
+                    MemoryCase(f"{prefix}_{name} {register}, {address}{tail}", oracle, disp, **place)
+                )
+        for name, (register, oracle, _) in stores.items():
             for address, tail, disp in address_forms(prefix):
                 tail = f", {tail}" if prefix == "global" else tail
                 lines.append(MemoryCase(f"{prefix}_{name} {address}, {register}{tail}", oracle, disp))
@@ -386,25 +397,49 @@ def plain_accesses():
         lines += [
             MemoryCase(f"buffer_{name} {register}, C, R4, 0 offen", bounded_load(oracle, size), **place)
             if "d16" not in name
-            else MemoryCase(f"buffer_{name} {register}, C, R4, 0 offen", oracle, place="any", align=4, high=BUFFER_END),
-            MemoryCase(f"buffer_{name} {register}, C, R4, O offen offset:20", oracle, 68, "any", align=4,
-                       high=BUFFER_END),
+            else MemoryCase(
+                f"buffer_{name} {register}, C, R4, 0 offen", oracle, place="any", align=4, high=BUFFER_END
+            ),
+            MemoryCase(
+                f"buffer_{name} {register}, C, R4, O offen offset:20",
+                oracle,
+                68,
+                "any",
+                align=4,
+                high=BUFFER_END,
+            ),
         ]
     for name, (register, oracle, size) in stores.items():
         lines += [
             MemoryCase(f"buffer_{name} {register}, C, R4, 0 offen", bounded_store(oracle, size)),
-            MemoryCase(f"buffer_{name} {register}, C, R4, 0 offen offset:16", bounded_store(oracle, size), 16),
+            MemoryCase(
+                f"buffer_{name} {register}, C, R4, 0 offen offset:16", bounded_store(oracle, size), 16
+            ),
         ]
     lines += [
         # No lane's offset: all lanes read the same place.
         MemoryCase("buffer_load_dword D, off, R4, O offset:8", lambda m, a, d, o: words_at(m, 56, 1)),
         # An index counts elements of 32 bytes; of 64 elements all but the last 0 are inside.
-        MemoryCase("v_lshrrev_b32 v24, 5, v24; buffer_load_dword D, C, T4, 0 idxen offset:4", _element_load, 4,
-                   "any", align=32),
-        MemoryCase("v_lshrrev_b32 v24, 5, v24; buffer_store_dword B, C, T4, 0 idxen offset:8", _element_store, 8,
-                   "own"),
-        MemoryCase("v_lshrrev_b32 v34, 5, v24; v_mov_b32 v35, 12; buffer_load_dwordx2 D2, v[34:35], T4, 0 idxen offen",
-                   _element_load2, 12, "any", align=32),
+        MemoryCase(
+            "v_lshrrev_b32 v24, 5, v24; buffer_load_dword D, C, T4, 0 idxen offset:4",
+            _element_load,
+            4,
+            "any",
+            align=32,
+        ),
+        MemoryCase(
+            "v_lshrrev_b32 v24, 5, v24; buffer_store_dword B, C, T4, 0 idxen offset:8",
+            _element_store,
+            8,
+            "own",
+        ),
+        MemoryCase(
+            "v_lshrrev_b32 v34, 5, v24; v_mov_b32 v35, 12; buffer_load_dwordx2 D2, v[34:35], T4, 0 idxen offen",
+            _element_load2,
+            12,
+            "any",
+            align=32,
+        ),
     ]
     return lines
 
@@ -459,10 +494,19 @@ def atomics():
             of = lambda returns, dtype=dtype, function=function: update(dtype, function, returns)  # noqa: E731
             lines += atomic_lines(f"{name}{suffix}", register, of)
         dtype = f"u{size}"
-        lines += atomic_lines(f"cmpswap{suffix}", "B2" if size == 4 else "B4",
-                              lambda returns, dtype=dtype: compare_swap(dtype, returns), data=equal_halves(size))
-        lines.append(MemoryCase(f"global_atomic_add{suffix} C, {'B' if size == 4 else 'B2'}, S2",
-                                update(dtype, lambda m, d: m + d, False), place="few"))
+        lines += atomic_lines(
+            f"cmpswap{suffix}",
+            "B2" if size == 4 else "B4",
+            lambda returns, dtype=dtype: compare_swap(dtype, returns),
+            data=equal_halves(size),
+        )
+        lines.append(
+            MemoryCase(
+                f"global_atomic_add{suffix} C, {'B' if size == 4 else 'B2'}, S2",
+                update(dtype, lambda m, d: m + d, False),
+                place="few",
+            )
+        )
     total = lambda m, d: m + d  # noqa: E731
     lines += [
         *atomic_lines("add_f32", "B", lambda r: update(F32, total, r), data=floats(F32)),
@@ -470,26 +514,44 @@ def atomics():
         *atomic_lines("min_f64", "B2", lambda r: update(F64, np.fmin, r), data=floats(F64)),
         *atomic_lines("max_f64", "B2", lambda r: update(F64, np.fmax, r), data=floats(F64)),
         *atomic_lines("pk_add_f16", "B", lambda r: update_pair(F16, r), data=floats(F16)),
-        *(line for line in atomic_lines("pk_add_bf16", "B", lambda r: update_pair(BF16, r), data=floats(BF16))
-          if not line.text.startswith("buffer")),
-        MemoryCase("global_atomic_add_f32 C, B, S2", update(F32, total, False), place="few", data=whole_numbers(F32)),
-        MemoryCase("global_atomic_pk_add_bf16 C, B, S2", update_pair(BF16, False), place="few",
-                   data=whole_numbers(BF16)),
+        *(
+            line
+            for line in atomic_lines("pk_add_bf16", "B", lambda r: update_pair(BF16, r), data=floats(BF16))
+            if not line.text.startswith("buffer")
+        ),
+        MemoryCase(
+            "global_atomic_add_f32 C, B, S2", update(F32, total, False), place="few", data=whole_numbers(F32)
+        ),
+        MemoryCase(
+            "global_atomic_pk_add_bf16 C, B, S2",
+            update_pair(BF16, False),
+            place="few",
+            data=whole_numbers(BF16),
+        ),
         # The data register of a returning buffer atomic is its destination.
-        MemoryCase("v_mov_b32 v28, v20; buffer_atomic_add D, C, R4, 0 offen sc0", update("u4", total, True),
-                   high=BUFFER_END),
-        MemoryCase("v_mov_b32 v28, v20; v_mov_b32 v29, v21; buffer_atomic_cmpswap D2, C, R4, 0 offen sc0",
-                   lambda m, a, d, o: [*compare_swap("u4", True)(m, a, d, o), d[1]], high=BUFFER_END,
-                   data=equal_halves(4)),
+        MemoryCase(
+            "v_mov_b32 v28, v20; buffer_atomic_add D, C, R4, 0 offen sc0",
+            update("u4", total, True),
+            high=BUFFER_END,
+        ),
+        MemoryCase(
+            "v_mov_b32 v28, v20; v_mov_b32 v29, v21; buffer_atomic_cmpswap D2, C, R4, 0 offen sc0",
+            lambda m, a, d, o: [*compare_swap("u4", True)(m, a, d, o), d[1]],
+            high=BUFFER_END,
+            data=equal_halves(4),
+        ),
     ]
     return lines
 
 
 def scalar_loads():
     lines = []
-    moves = lambda n: "s_waitcnt lgkmcnt(0); " + "; ".join(  # noqa: E731
-        f"v_mov_b32 v{28 + i}, s{36 + i}" for i in range(n)
-    )
+
+    def moves(n):
+        return "s_waitcnt lgkmcnt(0); " + "; ".join(  # noqa: E731
+            f"v_mov_b32 v{28 + i}, s{36 + i}" for i in range(n)
+        )
+
     for n in (1, 2, 4, 8, 16):
         name = "s_load_dword" + (f"x{n}" if n > 1 else "")
         register = "s36" if n == 1 else f"s[36:{35 + n}]"
@@ -497,8 +559,9 @@ def scalar_loads():
         lines.append(MemoryCase(f"{name} {register}, S2, 0x40; {moves(n)}", same))
         there = lambda m, a, d, o, n=n: words_at(m, 48 + 32, n)  # noqa: E731
         lines.append(MemoryCase(f"{name} {register}, S2, O offset:0x20; {moves(n)}", there))
-        lines.append(MemoryCase(f"{name} {register}, S2, O; {moves(n)}",
-                                lambda m, a, d, o, n=n: words_at(m, 48, n)))
+        lines.append(
+            MemoryCase(f"{name} {register}, S2, O; {moves(n)}", lambda m, a, d, o, n=n: words_at(m, 48, n))
+        )
         name = name.replace("s_load", "s_buffer_load")
         lines.append(MemoryCase(f"{name} {register}, R4, 0x40; {moves(n)}", same))
         # Beyond the descriptor's end the words are zero.
@@ -535,7 +598,12 @@ def lds_accesses():
         line("ds_read_u16 D, C", load_small("u2"), place="any", align=2),
         line("ds_read_i16 D, C offset:2", load_small("i2"), 2, place="any", align=2),
         *(
-            line(f"ds_read_{kind}_d16{'_hi' if high else ''} D, C", load_half(dtype, high), place="any", align=2)
+            line(
+                f"ds_read_{kind}_d16{'_hi' if high else ''} D, C",
+                load_half(dtype, high),
+                place="any",
+                align=2,
+            )
             for kind, dtype in (("u8", "u1"), ("i8", "i1"), ("u16", "u2"))
             for high in (False, True)
         ),
@@ -550,7 +618,9 @@ def lds_accesses():
         line("ds_read2_b32 D2, C offset0:1 offset1:3", read2(4, 4, 12), place="any", align=4),
         line("ds_read2_b64 D4, C offset0:2 offset1:1", read2(8, 16, 8), place="any", align=8),
         line("ds_read2st64_b32 D2, C offset0:0 offset1:2", read2(4, 0, 512), place="any", align=4, high=3000),
-        line("ds_read2st64_b64 D4, C offset0:1 offset1:2", read2(8, 512, 1024), place="any", align=8, high=2900),
+        line(
+            "ds_read2st64_b64 D4, C offset0:1 offset1:2", read2(8, 512, 1024), place="any", align=8, high=2900
+        ),
         line("ds_write2_b32 C, B, E offset0:1 offset1:3", write2(4, 4, 12)),
         line("ds_write2_b64 C, B2, E2 offset1:1", write2(8, 0, 8)),
         line("ds_write2st64_b32 C, B, E offset0:2 offset1:8", write2(4, 512, 2048), high=1100),
@@ -577,7 +647,9 @@ def lds_atomics():
         result = "D2" if width == 64 else "D"
         data = "B2" if width == 64 else "B"
         return [
-            MemoryCase(f"{name} C, {data} offset:16", update(dtype, function, False), 16, lds=True, **options),
+            MemoryCase(
+                f"{name} C, {data} offset:16", update(dtype, function, False), 16, lds=True, **options
+            ),
             MemoryCase(f"{rtn} {result}, C, {data}", update(dtype, function, True), lds=True, **options),
         ]
 
@@ -594,11 +666,22 @@ def lds_atomics():
         result = "D2" if width == 64 else "D"
         mskor = _mskor(word)
         lines += [
-            MemoryCase(f"ds_wrxchg_rtn_{kind} {result}, C, {data}", update(word, lambda m, d: d, True), lds=True),
-            MemoryCase(f"ds_cmpst_{kind} C, {data}, {pair}", compare_swap(word, False, True), lds=True,
-                       data=equal_halves(width // 8, True)),
-            MemoryCase(f"ds_cmpst_rtn_{kind} {result}, C, {data}, {pair} offset:16",
-                       compare_swap(word, True, True), 16, lds=True, data=equal_halves(width // 8, True)),
+            MemoryCase(
+                f"ds_wrxchg_rtn_{kind} {result}, C, {data}", update(word, lambda m, d: d, True), lds=True
+            ),
+            MemoryCase(
+                f"ds_cmpst_{kind} C, {data}, {pair}",
+                compare_swap(word, False, True),
+                lds=True,
+                data=equal_halves(width // 8, True),
+            ),
+            MemoryCase(
+                f"ds_cmpst_rtn_{kind} {result}, C, {data}, {pair} offset:16",
+                compare_swap(word, True, True),
+                16,
+                lds=True,
+                data=equal_halves(width // 8, True),
+            ),
             MemoryCase(f"ds_mskor_{kind} C, {data}, {pair}", mskor(False), lds=True),
             MemoryCase(f"ds_mskor_rtn_{kind} {result}, C, {data}, {pair}", mskor(True), lds=True),
         ]
@@ -613,11 +696,22 @@ def lds_atomics():
     for kind, dtype in (("f16", F16), ("bf16", BF16)):
         lines += [
             MemoryCase(f"ds_pk_add_{kind} C, B", update_pair(dtype, False), lds=True, data=floats(dtype)),
-            MemoryCase(f"ds_pk_add_rtn_{kind} D, C, B", update_pair(dtype, True), lds=True, data=floats(dtype)),
+            MemoryCase(
+                f"ds_pk_add_rtn_{kind} D, C, B", update_pair(dtype, True), lds=True, data=floats(dtype)
+            ),
         ]
-    lines.append(MemoryCase("ds_add_u32 C, B", update("u4", lambda m, d: m + d, False), lds=True, place="few"))
-    lines.append(MemoryCase("ds_add_f32 C, B", update(F32, lambda m, d: m + d, False), lds=True, place="few",
-                            data=whole_numbers(F32)))
+    lines.append(
+        MemoryCase("ds_add_u32 C, B", update("u4", lambda m, d: m + d, False), lds=True, place="few")
+    )
+    lines.append(
+        MemoryCase(
+            "ds_add_f32 C, B",
+            update(F32, lambda m, d: m + d, False),
+            lds=True,
+            place="few",
+            data=whole_numbers(F32),
+        )
+    )
     return lines
 
 
@@ -655,7 +749,9 @@ def by_lane_number():
             before = memory.copy()
             for lane in np.flatnonzero(active):
                 value = before[offsets[lane] : offsets[lane] + np.dtype(dtype).itemsize].view(dtype)[0]
-                memory[272 + 4 * lane : 276 + 4 * lane] = np.array([int(value) & 0xFFFFFFFF], np.uint32).view(np.uint8)
+                memory[272 + 4 * lane : 276 + 4 * lane] = np.array([int(value) & 0xFFFFFFFF], np.uint32).view(
+                    np.uint8
+                )
 
         return call
 
@@ -665,12 +761,25 @@ def by_lane_number():
         MemoryCase(f"{place}ds_read_addtid_b32 D offset:16", read, lds=True, whole=True),
         MemoryCase(f"{place}ds_write_addtid_b32 B offset:16", write, lds=True, whole=True),
         *(
-            MemoryCase(f"s_movk_i32 m0, 272; s_nop 1; global_load_lds_{kind} C, S2", fetch(dtype), lds=True,
-                       whole=True, place="any", align=4)
+            MemoryCase(
+                f"s_movk_i32 m0, 272; s_nop 1; global_load_lds_{kind} C, S2",
+                fetch(dtype),
+                lds=True,
+                whole=True,
+                place="any",
+                align=4,
+            )
             for kind, dtype in kinds.items()
         ),
-        MemoryCase("s_movk_i32 m0, 256; s_nop 1; global_load_lds_dword A2, off offset:16", fetch("u4"), 16, lds=True,
-                   whole=True, place="any", align=4),
+        MemoryCase(
+            "s_movk_i32 m0, 256; s_nop 1; global_load_lds_dword A2, off offset:16",
+            fetch("u4"),
+            16,
+            lds=True,
+            whole=True,
+            place="any",
+            align=4,
+        ),
     ]
 
 
@@ -693,11 +802,20 @@ def private_accesses():
 
     for name, (register, oracle) in loads.items():
         lines += [
-            MemoryCase(f"{fill}scratch_load_{name} {register}, off, off offset:16", loaded(oracle), scratch=64),
-            MemoryCase(f"v_mov_b32 v34, 12; {fill}scratch_load_{name} {register}, v34, off offset:4{wait};"
-                       " v_mov_b32 v34, 0", _with_zero(loaded(oracle)), scratch=64),
-            MemoryCase(f"{fill}s_mov_b32 s33, 4; scratch_load_{name} {register}, off, s33 offset:12", loaded(oracle),
-                       scratch=64),
+            MemoryCase(
+                f"{fill}scratch_load_{name} {register}, off, off offset:16", loaded(oracle), scratch=64
+            ),
+            MemoryCase(
+                f"v_mov_b32 v34, 12; {fill}scratch_load_{name} {register}, v34, off offset:4{wait};"
+                " v_mov_b32 v34, 0",
+                _with_zero(loaded(oracle)),
+                scratch=64,
+            ),
+            MemoryCase(
+                f"{fill}s_mov_b32 s33, 4; scratch_load_{name} {register}, off, s33 offset:12",
+                loaded(oracle),
+                scratch=64,
+            ),
         ]
     stores = {"dword": ("B", 4, 0), "dwordx2": ("B2", 8, 0), "dwordx3": ("B3", 12, 0), "dwordx4": ("B4", 16, 0),
               "byte": ("B", 1, 0), "byte_d16_hi": ("B", 1, 2), "short": ("B", 2, 0),
@@ -711,8 +829,10 @@ def private_accesses():
             return words
 
         reverse = "; ".join(f"scratch_store_dword off, v{20 + i}, off offset:{28 - 4 * i}" for i in range(4))
-        text = (f"{reverse}; scratch_store_{name} off, {register}, off offset:16{wait};"
-                f" scratch_load_dwordx4 D4, off, off offset:16")
+        text = (
+            f"{reverse}; scratch_store_{name} off, {register}, off offset:16{wait};"
+            f" scratch_load_dwordx4 D4, off, off offset:16"
+        )
         lines.append(MemoryCase(text, stored, scratch=64))
     return lines
 
@@ -731,8 +851,13 @@ def orders():
     """What orders memory and changes no register: caches written back and forgotten."""
     lines = []
     for bits in ("", " sc0", " sc1", " sc0 sc1"):
-        lines.append(MemoryCase(f"global_store_dword C, B, S2; buffer_wbl2{bits}; s_waitcnt vmcnt(0);"
-                                f" buffer_inv{bits}; global_load_dword D, C, S2", _stored_and_loaded))
+        lines.append(
+            MemoryCase(
+                f"global_store_dword C, B, S2; buffer_wbl2{bits}; s_waitcnt vmcnt(0);"
+                f" buffer_inv{bits}; global_load_dword D, C, S2",
+                _stored_and_loaded,
+            )
+        )
     return lines
 
 

@@ -34,7 +34,7 @@ def selected(function, sel, sel_hi, neg_lo=(0, 0, 0), neg_hi=(0, 0, 0)):
 def integers():
     u, i = "2xu16 2xu16 -> 2xu16", "2xi16 2xi16 -> 2xi16"
     u3, i3 = "2xu16 2xu16 2xu16 -> 2xu16", "2xi16 2xi16 2xi16 -> 2xi16"
-    lines = [
+    return [
         case("v_pk_add_u16", u, lambda a, b: a + b),
         case("v_pk_sub_u16", u, lambda a, b: a - b),
         case("v_pk_add_i16", i, lambda a, b: a + b),
@@ -53,17 +53,28 @@ def integers():
         case("v_pk_sub_u16 D, A, B clamp", u, lambda a, b: np.clip(wide(a) - wide(b), 0, 65535)),
         case("v_pk_add_i16 D, A, B clamp", i, lambda a, b: np.clip(wide(a) + wide(b), -32768, 32767)),
         case("v_pk_sub_i16 D, A, B clamp", i, lambda a, b: np.clip(wide(a) - wide(b), -32768, 32767)),
-        case("v_pk_add_u16 D, A, B op_sel:[1,0] op_sel_hi:[0,0]", u,
-             selected(lambda a, b: a + b, (1, 0), (0, 0))),
-        case("v_pk_mad_u16 D, A, B, C op_sel:[0,1,1] op_sel_hi:[1,0,1]", u3,
-             selected(lambda a, b, c: a * b + c, (0, 1, 1), (1, 0, 1))),
+        case(
+            "v_pk_add_u16 D, A, B op_sel:[1,0] op_sel_hi:[0,0]",
+            u,
+            selected(lambda a, b: a + b, (1, 0), (0, 0)),
+        ),
+        case(
+            "v_pk_mad_u16 D, A, B, C op_sel:[0,1,1] op_sel_hi:[1,0,1]",
+            u3,
+            selected(lambda a, b, c: a * b + c, (0, 1, 1), (1, 0, 1)),
+        ),
         case("v_pk_mov_b32", "2xu32 2xu32 -> 2xu32", lambda a, b: np.stack([a[..., 0], b[..., 0]], axis=-1)),
-        case("v_pk_mov_b32 D2, A2, B2 op_sel:[0,1]", "2xu32 2xu32 -> 2xu32",
-             lambda a, b: np.stack([a[..., 0], b[..., 1]], axis=-1)),
-        case("v_pk_mov_b32 D2, A2, B2 op_sel:[1,0]", "2xu32 2xu32 -> 2xu32",
-             lambda a, b: np.stack([a[..., 1], b[..., 0]], axis=-1)),
+        case(
+            "v_pk_mov_b32 D2, A2, B2 op_sel:[0,1]",
+            "2xu32 2xu32 -> 2xu32",
+            lambda a, b: np.stack([a[..., 0], b[..., 1]], axis=-1),
+        ),
+        case(
+            "v_pk_mov_b32 D2, A2, B2 op_sel:[1,0]",
+            "2xu32 2xu32 -> 2xu32",
+            lambda a, b: np.stack([a[..., 1], b[..., 0]], axis=-1),
+        ),
     ]
-    return lines
 
 
 def floats():
@@ -71,30 +82,53 @@ def floats():
     operations = {"add": np.add, "mul": np.multiply, "min": minimum, "max": maximum}
     for name, function in operations.items():
         lines.append(case(f"v_pk_{name}_f16", "2xf16 2xf16 -> 2xf16", quiet(function)))
-        lines.append(case(f"v_pk_{name}_f16 D, A, B op_sel:[0,1] op_sel_hi:[0,1] neg_lo:[1,0] neg_hi:[0,1]",
-                          "2xf16 2xf16 -> 2xf16", selected(function, (0, 1), (0, 1), (1, 0), (0, 1))))
+        lines.append(
+            case(
+                f"v_pk_{name}_f16 D, A, B op_sel:[0,1] op_sel_hi:[0,1] neg_lo:[1,0] neg_hi:[0,1]",
+                "2xf16 2xf16 -> 2xf16",
+                selected(function, (0, 1), (0, 1), (1, 0), (0, 1)),
+            )
+        )
     for kind, dtype in (("f16", F16), ("f32", F32)):
         w = "2" if kind == "f32" else ""
         three = f"2x{kind} 2x{kind} 2x{kind} -> 2x{kind}"
         lines += [
             case(f"v_pk_fma_{kind}", three, fma(dtype)),
-            case(f"v_pk_fma_{kind} D{w}, A{w}, B{w}, C{w} op_sel:[1,0,1] op_sel_hi:[0,0,1]", three,
-                 selected(fma(dtype), (1, 0, 1), (0, 0, 1))),
-            case(f"v_pk_fma_{kind} D{w}, A{w}, B{w}, C{w} neg_lo:[1,0,0] neg_hi:[0,0,1]", three,
-                 selected(fma(dtype), (0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 0, 1))),
+            case(
+                f"v_pk_fma_{kind} D{w}, A{w}, B{w}, C{w} op_sel:[1,0,1] op_sel_hi:[0,0,1]",
+                three,
+                selected(fma(dtype), (1, 0, 1), (0, 0, 1)),
+            ),
+            case(
+                f"v_pk_fma_{kind} D{w}, A{w}, B{w}, C{w} neg_lo:[1,0,0] neg_hi:[0,0,1]",
+                three,
+                selected(fma(dtype), (0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 0, 1)),
+            ),
         ]
     f = "2xf32 2xf32 -> 2xf32"
     lines += [
-        case("v_pk_mul_f16 D, A, B clamp", "2xf16 2xf16 -> 2xf16", quiet(lambda a, b: clamped(a * b)),
-             ulp=ZERO_SIGN_FREE),
+        case(
+            "v_pk_mul_f16 D, A, B clamp",
+            "2xf16 2xf16 -> 2xf16",
+            quiet(lambda a, b: clamped(a * b)),
+            ulp=ZERO_SIGN_FREE,
+        ),
         case("v_pk_add_f32", f, quiet(np.add)),
         case("v_pk_mul_f32", f, quiet(np.multiply)),
-        case("v_pk_mul_f32 D2, A2, B2 op_sel:[1,0] op_sel_hi:[0,1]", f, selected(np.multiply, (1, 0), (0, 1))),
-        case("v_pk_add_f32 D2, A2, B2 op_sel_hi:[1,0] neg_lo:[0,1] neg_hi:[0,1]", f,
-             selected(np.add, (0, 0), (1, 0), (0, 1), (0, 1))),
+        case(
+            "v_pk_mul_f32 D2, A2, B2 op_sel:[1,0] op_sel_hi:[0,1]", f, selected(np.multiply, (1, 0), (0, 1))
+        ),
+        case(
+            "v_pk_add_f32 D2, A2, B2 op_sel_hi:[1,0] neg_lo:[0,1] neg_hi:[0,1]",
+            f,
+            selected(np.add, (0, 0), (1, 0), (0, 1), (0, 1)),
+        ),
         case("v_pk_mul_f32 D2, A2, SA2", "2xf32 SA:2xf32 -> 2xf32", quiet(np.multiply)),
-        case("v_pk_mul_f32 D2, A2, SA2 op_sel_hi:[1,0]", "2xf32 SA:2xf32 -> 2xf32",
-             selected(np.multiply, (0, 0), (1, 0))),
+        case(
+            "v_pk_mul_f32 D2, A2, SA2 op_sel_hi:[1,0]",
+            "2xf32 SA:2xf32 -> 2xf32",
+            selected(np.multiply, (0, 0), (1, 0)),
+        ),
         case("v_pk_add_f16 D, A, 1.0 op_sel_hi:[1,0]", "2xf16 -> 2xf16", quiet(lambda a: a + F16(1))),
     ]
     return lines
@@ -108,11 +142,22 @@ def mixed():
     return [
         case("v_fma_mix_f32", f3, f),
         case("v_fma_mix_f32 D, -A, |B|, C", f3, lambda a, b, c: f(-a, np.abs(b), c)),
-        case("v_fma_mix_f32 D, A, B, C op_sel_hi:[1,0,0]", "2xf16 f32 f32 -> f32", lambda a, b, c: f(half(a, 0), b, c)),
-        case("v_fma_mix_f32 D, A, B, C op_sel:[1,0,1] op_sel_hi:[1,1,1]", "2xf16 2xf16 2xf16 -> f32",
-             lambda a, b, c: f(half(a, 1), half(b, 0), half(c, 1))),
-        case("v_fma_mix_f32 D, A, B, C op_sel:[0,1,0] op_sel_hi:[0,1,0] clamp", "f32 2xf16 f32 -> f32",
-             lambda a, b, c: clamped(f(a, half(b, 1), c)), ulp=ZERO_SIGN_FREE),
+        case(
+            "v_fma_mix_f32 D, A, B, C op_sel_hi:[1,0,0]",
+            "2xf16 f32 f32 -> f32",
+            lambda a, b, c: f(half(a, 0), b, c),
+        ),
+        case(
+            "v_fma_mix_f32 D, A, B, C op_sel:[1,0,1] op_sel_hi:[1,1,1]",
+            "2xf16 2xf16 2xf16 -> f32",
+            lambda a, b, c: f(half(a, 1), half(b, 0), half(c, 1)),
+        ),
+        case(
+            "v_fma_mix_f32 D, A, B, C op_sel:[0,1,0] op_sel_hi:[0,1,0] clamp",
+            "f32 2xf16 f32 -> f32",
+            lambda a, b, c: clamped(f(a, half(b, 1), c)),
+            ulp=ZERO_SIGN_FREE,
+        ),
         case("v_fma_mixlo_f16 D, A, B, C", "old:2xf16 f32 f32 f32 -> 2xf16", _mixed_half(0)),
         case("v_fma_mixhi_f16 D, A, B, C", "old:2xf16 f32 f32 f32 -> 2xf16", _mixed_half(1)),
     ]
@@ -158,10 +203,20 @@ def dots():
     total = lambda a, b: (wide(a) * wide(b)).sum(axis=-1)  # noqa: E731
     total4 = lambda signed: lambda a, b: (nibbles(a, signed) * nibbles(b, signed)).sum(axis=-1)  # noqa: E731
     lines = [
-        case("v_dot2_f32_f16", "2xf16 2xf16 f32 -> f32",
-             lambda a, b, c: (a.astype(F32) * b.astype(F32)).sum(axis=-1) + c + F32(0), adjust=small_halves, ulp=0.1),
-        case("v_dot2c_f32_f16 D, A, B", "old:f32 2xf16 2xf16 -> f32",
-             lambda d, a, b: (a.astype(F32) * b.astype(F32)).sum(axis=-1) + d + F32(0), adjust=small_halves, ulp=0.1),
+        case(
+            "v_dot2_f32_f16",
+            "2xf16 2xf16 f32 -> f32",
+            lambda a, b, c: (a.astype(F32) * b.astype(F32)).sum(axis=-1) + c + F32(0),
+            adjust=small_halves,
+            ulp=0.1,
+        ),
+        case(
+            "v_dot2c_f32_f16 D, A, B",
+            "old:f32 2xf16 2xf16 -> f32",
+            lambda d, a, b: (a.astype(F32) * b.astype(F32)).sum(axis=-1) + d + F32(0),
+            adjust=small_halves,
+            ulp=0.1,
+        ),
     ]
     shapes = {
         "dot2_i32_i16": ("2xi16", "i32", total, i32),

@@ -1,5 +1,7 @@
 """Scalar instructions: one line each, with its meaning over integers."""
 
+# ruff: noqa: E501 (what a line of a table says is read in one piece)
+
 import numpy as np
 
 from isa.frame import case
@@ -176,7 +178,9 @@ def branch(name, signature, taken):
     """The destination tells which way was taken."""
     label = f".Lt_{name}"
     text = f"{name} {label}; s_mov_b32 SD, 2; {label}:"
-    return scalar(text, f"old:u32 {signature}".strip() + " -> SD:u32", lambda old, *f: np.where(taken(*f), old, 2))
+    return scalar(
+        text, f"old:u32 {signature}".strip() + " -> SD:u32", lambda old, *f: np.where(taken(*f), old, 2)
+    )
 
 
 def pack(low, high):
@@ -279,7 +283,9 @@ def sop1():
         scalar("s_abs_i32", "i32 -> u32 scc", nonzero(each(abs, U32))),
         scalar("s_quadmask_b32", "u32 -> u32 scc", nonzero(each(_quadmask, U32))),
         scalar("s_quadmask_b64", "u64 -> u64 scc", nonzero(each(_quadmask))),
-        scalar("s_bitreplicate_b64_b32", "u32 -> u64", each(lambda a: int("".join(d * 2 for d in f"{a:b}"), 2))),
+        scalar(
+            "s_bitreplicate_b64_b32", "u32 -> u64", each(lambda a: int("".join(d * 2 for d in f"{a:b}"), 2))
+        ),
         s_saveexec("and", lambda a, e: a & e),
         s_saveexec("or", lambda a, e: a | e),
         s_saveexec("xor", lambda a, e: a ^ e),
@@ -294,7 +300,11 @@ def sop1():
         s_wrexec("andn2", lambda a, e: a & ~e),
         scalar("s_mov_b64 exec, SA2", "u64 -> exec", lambda a: a),
         scalar("s_mov_b32 m0, SA", "u32 -> m0", lambda a: a),
-        scalar("s_mov_b32 vcc_hi, SA", "u32 vcc -> vcc", lambda a, v: (v & U64(2**32 - 1)) | (a.astype(U64) << U64(32))),
+        scalar(
+            "s_mov_b32 vcc_hi, SA",
+            "u32 vcc -> vcc",
+            lambda a, v: (v & U64(2**32 - 1)) | (a.astype(U64) << U64(32)),
+        ),
         # The address of the next instruction, twice: the instructions between take 4 bytes each.
         scalar(
             "s_getpc_b64 SD2; s_getpc_b64 vcc; s_sub_u32 SD, vcc_lo, SD; s_mov_b32 s33, 0; s_mov_b64 vcc, 0",
@@ -314,8 +324,11 @@ def sop1():
             "old:u32 -> SD:u32 vcc scc",
             lambda old: (old, np.array([[0]], U64), np.array([[True]])),
         ),
-        scalar("s_call_b64 vcc, .Lcall; s_mov_b32 SD, 1; .Lcall:; s_mov_b64 vcc, 0", "old:u32 -> SD:u32 vcc",
-               lambda old: (old, np.array([[0]], U64))),
+        scalar(
+            "s_call_b64 vcc, .Lcall; s_mov_b32 SD, 1; .Lcall:; s_mov_b64 vcc, 0",
+            "old:u32 -> SD:u32 vcc",
+            lambda old: (old, np.array([[0]], U64)),
+        ),
     ]
 
 
@@ -362,8 +375,18 @@ def sopc_sopk_sopp():
         *(
             scalar(f"s_nop 0; {text}", "old:u32 -> SD:u32", lambda old: old)
             for text in (
-                "s_icache_inv", "s_dcache_inv", "s_dcache_inv_vol", "s_dcache_wb", "s_dcache_wb_vol", "s_sethalt 0",
-                "s_wakeup", "s_ttracedata", "s_incperflevel 1", "s_decperflevel 1", "s_setkill 0", "s_barrier",
+                "s_icache_inv",
+                "s_dcache_inv",
+                "s_dcache_inv_vol",
+                "s_dcache_wb",
+                "s_dcache_wb_vol",
+                "s_sethalt 0",
+                "s_wakeup",
+                "s_ttracedata",
+                "s_incperflevel 1",
+                "s_decperflevel 1",
+                "s_setkill 0",
+                "s_barrier",
                 "s_sendmsg sendmsg(MSG_INTERRUPT)",
             )
         ),
@@ -416,10 +439,18 @@ def relative():
         return words
 
     return [
-        scalar("s_movrels_b32 SD, SA", "SA:4xu32 m0 -> SD:u32",
-               lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int), axis=-1)[..., 0], adjust=few),
-        scalar("s_movrels_b64 SD2, SA2", "SA:2xu64 m0 -> SD:u64",
-               lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int) // 2, axis=-1)[..., 0], adjust=few_even),
+        scalar(
+            "s_movrels_b32 SD, SA",
+            "SA:4xu32 m0 -> SD:u32",
+            lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int), axis=-1)[..., 0],
+            adjust=few,
+        ),
+        scalar(
+            "s_movrels_b64 SD2, SA2",
+            "SA:2xu64 m0 -> SD:u64",
+            lambda a, m0: np.take_along_axis(a, m0[..., None].astype(int) // 2, axis=-1)[..., 0],
+            adjust=few_even,
+        ),
         scalar("s_movreld_b64 SD2, SA2", "old:2xu64 SA:u64 m0 -> SD:2xu64", moved_pair, adjust=few_even),
         scalar("s_movreld_b32 SD, SA", "old:4xu32 SA:u32 m0 -> SD:4xu32", moved, adjust=few),
     ]

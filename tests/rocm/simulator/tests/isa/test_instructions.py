@@ -5,8 +5,18 @@ import zlib
 import numpy as np
 import pytest
 
-from isa import frame, kernels, simulator, table_convert, table_float, table_integer, table_lanes, table_packed
-from isa import table_salu, toolchain
+from isa import (
+    frame,
+    kernels,
+    simulator,
+    table_convert,
+    table_float,
+    table_integer,
+    table_lanes,
+    table_packed,
+    table_salu,
+    toolchain,
+)
 
 TABLES = {
     "salu": table_salu.CASES,

@@ -45,9 +45,12 @@ def test_matrix(outcomes, i):
         wrong = got != right.astype(one.out_type)
     else:
         # Each of the k sums and the last one may round once.
-        wrong = ~(np.abs(got.astype(np.longdouble) - right) <= (one.k + 1) * np.finfo(one.out_type).eps * size)
+        wrong = ~(
+            np.abs(got.astype(np.longdouble) - right) <= (one.k + 1) * np.finfo(one.out_type).eps * size
+        )
     places = [
-        f"lane {lane} element {e}: got {got[lane, e]} expected {right[lane, e]}" for lane, e in np.argwhere(wrong)[:8]
+        f"lane {lane} element {e}: got {got[lane, e]} expected {right[lane, e]}"
+        for lane, e in np.argwhere(wrong)[:8]
     ]
     assert not wrong.any(), f"{one.text}: {wrong.sum()} elements wrong\n" + "\n".join(places)
     beyond = result.buffers[3][:, one.registers :]

@@ -18,7 +18,9 @@ def outcomes(tmp_path_factory):
     code = toolchain.assemble(source, folder / "cases.co")
     inputs, launches = [], []
     for i, one in enumerate(CASES):
-        lanes, memory, exec_ = table_memory.operands(one, np.random.default_rng(zlib.crc32(one.text.encode())))
+        lanes, memory, exec_ = table_memory.operands(
+            one, np.random.default_rng(zlib.crc32(one.text.encode()))
+        )
         out = np.zeros((table_memory.WAVES, 64, table_memory.WORDS_OUT), np.uint32)
         inputs.append((lanes, memory, exec_))
         arguments = [lanes, memory, out, exec_]
@@ -34,7 +36,8 @@ def test_access(outcomes, i):
     right_out, right_memory = table_memory.expected(one, lanes, memory, exec_)
     wrong = np.argwhere((out != right_out).any(axis=-1))
     lines = [
-        f"wave {w} lane {lane} offset {lanes[w, lane, 4]}: got {_hex(out[w, lane])} expected {_hex(right_out[w, lane])}"
+        f"wave {w} lane {lane} offset {lanes[w, lane, 4]}: got {_hex(out[w, lane])}"
+        f" expected {_hex(right_out[w, lane])}"
         for w, lane in wrong[:5]
     ]
     lines += [

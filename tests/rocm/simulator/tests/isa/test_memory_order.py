@@ -1,8 +1,8 @@
 """The adversarial memory mode shows missing releases and acquires, which ordinary runs pass over.
 
-The faults are those that programs for this GPU had: a release by the last workgroup only, which writes back its
-own die's cache and leaves the other dies' rows where they are, and a reader without an acquire, which keeps
-reading the zeros that its die saw first.
+The faults are those that programs for this GPU had: a release by the last workgroup only, which writes back
+its own die's cache and leaves the other dies' rows where they are, and a reader without an acquire, which
+keeps reading the zeros that its die saw first.
 """
 
 import numpy as np
@@ -25,7 +25,9 @@ def passed(tmp_path_factory):
 
     def run(kernel, *options):
         message, out = np.zeros(64 + 7 * 64, np.uint32), np.zeros(8 * 64, np.uint32)
-        result = simulator.run(code, [simulator.Launch(kernel, [message, out], grid=(8, 1, 1))], folder, *options)[0]
+        result = simulator.run(
+            code, [simulator.Launch(kernel, [message, out], grid=(8, 1, 1))], folder, *options
+        )[0]
         assert result.fault is None, result.fault
         return result.buffers[1][: 7 * 64].reshape(7, 64)
 
