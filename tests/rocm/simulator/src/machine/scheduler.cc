@@ -142,8 +142,8 @@ std::optional<Fault> Scheduler::check_deadline() {
   if (waited.count() < dispatch_.options.deadline_seconds) return std::nullopt;
   std::ostringstream seconds;
   seconds << dispatch_.options.deadline_seconds;
-  std::string text = dispatch_.launch.kernel.name + ": no wave has ended within the deadline of " +
-                     seconds.str() + " s; still there:";
+  std::string text = dispatch_.launch.kernel.name + ": no wave has ended for " + seconds.str() +
+                     " s; still there:";
   int listed = 0;
   for (const Resident& resident : resident_) {
     for (const auto& wave : resident.waves) {
