@@ -40,6 +40,7 @@ Settings read() {
   machine.deadline_seconds = number("ROCM_SIM_DEADLINE", machine.deadline_seconds);
   machine.adversarial_memory = number("ROCM_SIM_ADVERSARIAL_MEMORY", 0) != 0;
   machine.check_uninitialised = number("ROCM_SIM_CHECK_UNINITIALISED", 0) != 0;
+  machine.check_barriers = number("ROCM_SIM_CHECK_BARRIERS", 0) != 0;
   machine.seed = static_cast<uint64_t>(number("ROCM_SIM_SEED", 0));
   return settings;
 }
