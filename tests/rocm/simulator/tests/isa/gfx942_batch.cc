@@ -1,9 +1,10 @@
-// Launches many kernels of one code object, one after the other, each whatever became of the one before:
-//   gfx942_batch [--adversarial] [--check-barriers] [--check-uninitialised] [--deadline SECONDS] [--seed N] CODE_OBJECT BATCH
-//   gfx942_batch --list-instructions
-// A line of BATCH is `KERNEL grid=X,Y,Z block=X,Y,Z lds=BYTES ARGUMENT...`; the grid counts workgroups, and an
-// argument is `buf:FILE`, a buffer that holds the file and is written back to it, or `u32:N` or `u64:N`. Each
-// line is answered by `KERNEL ok` or `KERNEL fault TEXT`.
+// Launches many kernels of one code object, one after the other, each whatever became of the one
+// before:
+//   gfx942_batch [--adversarial] [--check-barriers] [--check-uninitialised] [--deadline SECONDS]
+//   [--seed N] CODE_OBJECT BATCH gfx942_batch --list-instructions
+// A line of BATCH is `KERNEL grid=X,Y,Z block=X,Y,Z lds=BYTES ARGUMENT...`; the grid counts
+// workgroups, and an argument is `buf:FILE`, a buffer that holds the file and is written back to
+// it, or `u32:N` or `u64:N`. Each line is answered by `KERNEL ok` or `KERNEL fault TEXT`.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -32,8 +33,8 @@ std::vector<char> read_file(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// A buffer whose last byte is the last before a page that nothing may touch: an access that the machine fails
-// to refuse ends this process instead of passing unseen.
+// A buffer whose last byte is the last before a page that nothing may touch: an access that the
+// machine fails to refuse ends this process instead of passing unseen.
 class Buffer {
  public:
   explicit Buffer(std::string path) : path_(std::move(path)) {
@@ -73,7 +74,8 @@ class Buffer {
 class Table : public gfx942::AddressSpace {
  public:
   void add(uint64_t first, size_t bytes, std::string what, bool writable) {
-    allocations_.push_back({first, bytes, gfx942::MemoryKind::kOrdinary, writable, std::move(what)});
+    allocations_.push_back(
+        {first, bytes, gfx942::MemoryKind::kOrdinary, writable, std::move(what)});
   }
   std::optional<gfx942::Allocation> find(uint64_t address) const override {
     for (const gfx942::Allocation& a : allocations_) {
@@ -160,11 +162,11 @@ void run_line(const std::string& line, const gfx942::ElfFile& elf, const gfx942:
 
 void list_instructions() {
   std::set<std::string_view> names;
-  for (const auto table : {gfx942::scalar_table, gfx942::scalar_memory_table, gfx942::control_table,
-                           gfx942::integer_table, gfx942::float_table, gfx942::half_table,
-                           gfx942::compare_table, gfx942::packed_table, gfx942::lane_table,
-                           gfx942::conversion_table, gfx942::matrix_table, gfx942::lds_table,
-                           gfx942::memory_table, gfx942::atomic_table}) {
+  for (const auto table :
+       {gfx942::scalar_table, gfx942::scalar_memory_table, gfx942::control_table,
+        gfx942::integer_table, gfx942::float_table, gfx942::half_table, gfx942::compare_table,
+        gfx942::packed_table, gfx942::lane_table, gfx942::conversion_table, gfx942::matrix_table,
+        gfx942::lds_table, gfx942::memory_table, gfx942::atomic_table}) {
     for (const gfx942::Semantics& entry : table()) names.insert(entry.mnemonic);
   }
   for (const std::string_view name : names) std::cout << name << '\n';
@@ -193,7 +195,8 @@ void run(int argc, char** argv) {
       files.push_back(name);
     }
   }
-  if (files.size() != 2) throw std::runtime_error("usage: gfx942_batch [options] CODE_OBJECT BATCH");
+  if (files.size() != 2)
+    throw std::runtime_error("usage: gfx942_batch [options] CODE_OBJECT BATCH");
   const std::vector<char> file = read_file(files[0]);
   std::vector<std::byte> bytes(file.size());
   std::memcpy(bytes.data(), file.data(), file.size());
