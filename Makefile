@@ -1,6 +1,7 @@
 # Every target sets up what it needs by itself: from a clean clone it takes a Python >= 3.11 and a C++ compiler.
 #   make demo    trains a small mixture-of-experts model on four processes
 #   make test    all tests; make lint, make bench and make clean say what they do
+#   make test-rocm  tests on a simulated AMD GPU, which make rocm-sim sets up and builds (as root, Debian 12)
 # ARGS is passed on: make demo ARGS="--ranks 2"
 
 PYTHON = $(shell tools/find-python 3.11)
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp test-gpu test-newest lint build clean
+.PHONY: demo bench test test-cpp test-gpu test-newest rocm-sim test-rocm lint build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -26,7 +27,7 @@ bench: build
 # tests/packaging start several processes each and wait for deadlines: they do not share the machine.
 test: build test-cpp test-newest
 	$(BIN)/pytest tests/multiprocess tests/packaging
-	$(BIN)/pytest -n $(JOBS) --ignore tests/multiprocess --ignore tests/packaging
+	$(BIN)/pytest -n $(JOBS) --ignore tests/multiprocess --ignore tests/packaging --ignore tests/rocm
 
 # The C++ tests as they ship, then with every memory access and every data race checked.
 test-cpp: .venv/.ready
@@ -63,6 +64,15 @@ test-newest: .venv-newest/.ready
 	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
 endif
 
+# A simulated MI300X for the real XLA ROCm client and the real amd-mori: tests/rocm/simulator/README.md.
+rocm-sim:
+	@test -n "$(PYTHON)"
+	JOBS=$(JOBS) tests/rocm/simulator/tools/build $(PYTHON)
+
+test-rocm: rocm-sim
+	.venv-rocm/bin/ctest --test-dir build/rocm-sim --output-on-failure
+	.venv-rocm/bin/pytest tests/rocm $(ARGS)
+
 lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,4 +103,4 @@ build: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest build dist jax_moriep/lib .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-rocm build dist jax_moriep/lib .pytest_cache .ruff_cache
