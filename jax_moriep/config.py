@@ -33,7 +33,8 @@ GROUPED_ROUTERS = ("deepseek_v3", "deepseek_v2")
 SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
 ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
 TRANSPORTS = ("native", "mori", "collective", "reference")
-EXPERTS = ("triton", "aiter", "blocked", "reference")
+# In the order in which "auto" tries them. "triton" comes behind "blocked" until a GPU has checked all its values.
+EXPERTS = ("blocked", "triton", "aiter", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class MoEConfig:
         a number x reserves ``x*T*K`` rows, and what does not fit is dropped and counted.
       wire_dtype: None sends rows in x's dtype; "fp8" sends float8 with one f32 scale per 128 values.
       transport: "auto" or one of native, mori, collective, reference.
-      experts: "auto" or one of triton, aiter, blocked, reference.
+      experts: "auto" or one of blocked, triton, aiter, reference.
       block: rows per block; every expert's run of rows starts at a multiple of it. None: chosen from T.
 
     Raises:

@@ -46,8 +46,8 @@ class Implementation(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"triton": triton, "blocked": blocked, "reference": reference}
-"""In the order in which "auto" tries them."""
+IMPLEMENTATIONS: dict[str, Implementation] = {"blocked": blocked, "triton": triton, "reference": reference}
+"""By name; ``config.EXPERTS`` has the order in which "auto" tries them."""
 
 
 def reasons(platform: str | None) -> dict[str, str | None]:
