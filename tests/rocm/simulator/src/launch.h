@@ -60,8 +60,8 @@ struct Options {
   double deadline_seconds = 60;  // of one launch without any wave that ends
   bool adversarial_memory = false;
   bool check_uninitialised = false;  // of LDS
-  // That the waves of a workgroup meet at the same barrier instruction. Compilers see to it; hand-written
-  // kernels whose waves share out the work need not.
+  // That all waves of a workgroup meet, and at the same barrier instruction. The architecture waits for the
+  // surviving waves at whatever barriers they are, and hand-written kernels make use of it.
   bool check_barriers = false;
   uint64_t seed = 0;  // of the order in which waves are interleaved
 };

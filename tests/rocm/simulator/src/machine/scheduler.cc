@@ -11,6 +11,12 @@
 namespace gfx942 {
 namespace {
 
+void open_barrier(Workgroup& group) {
+  group.waiting_waves = 0;
+  ++group.barriers;
+}
+
+
 using Clock = std::chrono::steady_clock;
 
 // An MI300X has 304 compute units; kernels that wait for each other may rely on one workgroup on
@@ -130,11 +136,14 @@ void Scheduler::end_wave(Wave& wave) {
   Workgroup& group = *wave.group;
   --group.live_waves;
   last_end_ = Clock::now();
-  if (group.waiting_waves != 0) {
+  if (group.waiting_waves == 0) return;
+  if (dispatch_.options.check_barriers) {
     throw FaultError(FaultCode::kBarrier,
                      "ends while other waves of its workgroup wait at the barrier at pc " +
                          hex(group.barrier_pc));
   }
+  // A barrier waits for the surviving waves only, and this one may have been the last to come.
+  if (group.waiting_waves == group.live_waves) open_barrier(group);
 }
 
 std::optional<Fault> Scheduler::check_deadline() {
@@ -187,11 +196,11 @@ std::optional<Fault> Scheduler::run() {
 
 void arrive_at_barrier(Wave& wave, const Instruction& i) {
   Workgroup& group = *wave.group;
-  if (group.live_waves != group.waves) {
+  const bool check = group.dispatch->options.check_barriers;
+  if (check && group.live_waves != group.waves) {
     throw FaultError(FaultCode::kBarrier,
                      "waits at a barrier after another wave of its workgroup has ended");
   }
-  const bool check = group.dispatch->options.check_barriers;
   if (check && group.waiting_waves != 0 && group.barrier_pc != i.pc) {
     throw FaultError(FaultCode::kBarrier,
                      "waits at a barrier while others of its workgroup wait at the one at pc " +
@@ -203,8 +212,7 @@ void arrive_at_barrier(Wave& wave, const Instruction& i) {
     wave.barriers_before = group.barriers;
     return;
   }
-  group.waiting_waves = 0;
-  ++group.barriers;
+  open_barrier(group);
 }
 
 std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options) {

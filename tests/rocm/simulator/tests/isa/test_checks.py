@@ -110,14 +110,20 @@ def test_a_plain_access_may_be_misaligned(launched):
     assert result.buffers[0][0] == 2 << 16
 
 
-def test_a_barrier_that_a_wave_has_left(launched):
-    # The second wave ends while the first waits, or before it does.
-    body = """v_readfirstlane_b32 s10, v0
+# The second wave ends while the first waits, or before it does.
+LEFT_BARRIER = """v_readfirstlane_b32 s10, v0
 s_cmp_lg_u32 s10, 0
 s_cbranch_scc1 .Lend
 s_barrier
 .Lend:"""
-    assert_says(launched(body, block=(128, 1, 1)).fault, "barrier")
+
+
+def test_a_barrier_that_a_wave_has_left_where_asked_to_check(launched):
+    assert_says(launched(LEFT_BARRIER, "--check-barriers", block=(128, 1, 1)).fault, "barrier")
+
+
+def test_a_barrier_waits_for_the_surviving_waves_only(launched):
+    assert launched(LEFT_BARRIER, block=(128, 1, 1)).fault is None
 
 
 DIFFERENT_BARRIERS = """v_readfirstlane_b32 s10, v0
