@@ -40,6 +40,7 @@ def assert_equal(actual, expected):
         (cases.scatter_add, (X, ROWS)),
         (cases.sort, (X,)),
         (cases.top_k, (X,)),
+        (cases.top_k, (np.random.default_rng(1).normal(size=32768).astype(np.float32),)),
         (cases.cumsum, (X,)),
         (cases.while_loop, (X,)),
         (cases.scan, (X,)),
