@@ -39,5 +39,6 @@ def step(params: dict, bias: dict, opt_state: optax.OptState) -> tuple:
 
 for i in range(STEPS):
     params, bias, opt_state, error, counts = step(params, bias, opt_state)
+    error = float(error)  # waits: see "Steps in flight" in docs/sharp_bits.md
     if i in (0, STEPS - 1):
-        print(f"step {i + 1}: mean squared error {float(error):.3f}, tokens per expert {counts.tolist()}")
+        print(f"step {i + 1}: mean squared error {error:.3f}, tokens per expert {counts.tolist()}")

@@ -74,6 +74,6 @@ def batch(seed: int, size: int = 256) -> tuple[jax.Array, jax.Array]:
 show = print if jax.process_index() == 0 else functools.partial(lambda *words: None)
 model, optimizer = make()
 for i in range(STEPS):
-    error = step(model, optimizer, *batch(i))
+    error = float(step(model, optimizer, *batch(i)))  # waits: see "Steps in flight" in docs/sharp_bits.md
     if i in (0, STEPS - 1):
-        show(f"step {i + 1}: mean squared error {float(error):.3f}")
+        show(f"step {i + 1}: mean squared error {error:.3f}")
