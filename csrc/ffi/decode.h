@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "moriep/buffers.h"
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
@@ -114,6 +115,60 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
   return first_failure({check_shape(*shape),
                         expect_shape("ids", ids, {shape->num_tokens, shape->top_k}),
                         expect_shape("rows", rows, {shape->capacity, shape->hidden_size})});
+}
+
+// Checks the shapes of a dispatch's arrays that `decode_shape` has not seen, and collects the
+// arrays.
+inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const I32& ids,
+                              const F32Buffer& weights, ffi::AnyBuffer& rows,
+                              F32Buffer& row_weights, I32& group_sizes, I32& routes, I32& slots,
+                              DispatchBuffers* at) {
+  *at = {.x = bytes_of(x),
+         .ids = ids.typed_data(),
+         .weights = weights.typed_data(),
+         .rows = bytes_of(rows),
+         .row_weights = row_weights.typed_data(),
+         .group_sizes = group_sizes.typed_data(),
+         .routes = routes.typed_data(),
+         .slots = slots.typed_data()};
+  return first_failure(
+      {expect_shape("weights", weights, {shape.num_tokens, shape.top_k}),
+       expect_shape("row_weights", row_weights, {shape.capacity}),
+       expect_shape("group_sizes", group_sizes, {shape.num_local_experts}),
+       expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
+       expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens})});
+}
+
+// The same for a replay.
+inline Status decode_replay(const Shape& shape, const ffi::AnyBuffer& x, const I32& routes,
+                            const I32& ids, ffi::AnyBuffer& rows, ReplayBuffers* at) {
+  *at = {.x = bytes_of(x),
+         .routes = routes.typed_data(),
+         .ids = ids.typed_data(),
+         .rows = bytes_of(rows)};
+  return expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k});
+}
+
+// The same for a combine. No scalars are carried when the operand is empty: the forward pass has
+// none, the router's gradient has.
+inline Status decode_combine(const Shape& shape, const ffi::AnyBuffer& rows,
+                             const F32Buffer& scalars, const I32& routes, const I32& slots,
+                             const I32& ids, ffi::AnyBuffer& y, F32Buffer& token_scalars,
+                             CombineBuffers* at) {
+  const bool with_scalars = scalars.element_count() > 0;
+  *at = {.rows = bytes_of(rows),
+         .scalars = with_scalars ? scalars.typed_data() : nullptr,
+         .routes = routes.typed_data(),
+         .slots = slots.typed_data(),
+         .ids = ids.typed_data(),
+         .y = bytes_of(y),
+         .token_scalars = with_scalars ? token_scalars.typed_data() : nullptr};
+  return first_failure(
+      {expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
+       expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens}),
+       expect_shape("scalars", scalars, {with_scalars ? shape.capacity : 0}),
+       expect_shape("token_scalars", token_scalars,
+                    {with_scalars ? shape.num_tokens : 0, shape.top_k})});
 }
 
 }  // namespace moriep

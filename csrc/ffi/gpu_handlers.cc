@@ -79,24 +79,12 @@ ffi::Error dispatch_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 
       !status.ok()) {
     return to_ffi(status);
   }
-  const Shape& shape = call.shape;
-  if (Status status = first_failure(
-          {expect_shape("weights", weights, {shape.num_tokens, shape.top_k}),
-           expect_shape("row_weights", *row_weights, {shape.capacity}),
-           expect_shape("group_sizes", *group_sizes, {shape.num_local_experts}),
-           expect_shape("routes", *routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
-           expect_shape("slots", *slots, {shape.num_ranks, shape.num_tokens})});
+  DispatchBuffers at;
+  if (Status status = decode_dispatch(call.shape, x, ids, weights, *rows, *row_weights,
+                                      *group_sizes, *routes, *slots, &at);
       !status.ok()) {
     return to_ffi(status);
   }
-  const DispatchBuffers at{.x = bytes_of(x),
-                           .ids = ids.typed_data(),
-                           .weights = weights.typed_data(),
-                           .rows = bytes_of(*rows),
-                           .row_weights = row_weights->typed_data(),
-                           .group_sizes = group_sizes->typed_data(),
-                           .routes = routes->typed_data(),
-                           .slots = slots->typed_data()};
   return to_ffi(dispatch(*place.rank, call, at));
 }
 
@@ -112,16 +100,10 @@ ffi::Error replay_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ro
       !status.ok()) {
     return to_ffi(status);
   }
-  const Shape& shape = call.shape;
-  if (Status status =
-          expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k});
-      !status.ok()) {
+  ReplayBuffers at;
+  if (Status status = decode_replay(call.shape, x, routes, ids, *rows, &at); !status.ok()) {
     return to_ffi(status);
   }
-  const ReplayBuffers at{.x = bytes_of(x),
-                         .routes = routes.typed_data(),
-                         .ids = ids.typed_data(),
-                         .rows = bytes_of(*rows)};
   return to_ffi(replay(*place.rank, call, at));
 }
 
@@ -138,26 +120,12 @@ ffi::Error combine_handler(int32_t device, void* stream, ffi::AnyBuffer rows, F3
       !status.ok()) {
     return to_ffi(status);
   }
-  const Shape& shape = call.shape;
-  // No scalars are carried when the operand is empty: the forward pass has none, the router's
-  // gradient has.
-  const bool with_scalars = scalars.element_count() > 0;
-  if (Status status = first_failure(
-          {expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
-           expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens}),
-           expect_shape("scalars", scalars, {with_scalars ? shape.capacity : 0}),
-           expect_shape("token_scalars", *token_scalars,
-                        {with_scalars ? shape.num_tokens : 0, shape.top_k})});
+  CombineBuffers at;
+  if (Status status =
+          decode_combine(call.shape, rows, scalars, routes, slots, ids, *y, *token_scalars, &at);
       !status.ok()) {
     return to_ffi(status);
   }
-  const CombineBuffers at{.rows = bytes_of(rows),
-                          .scalars = with_scalars ? scalars.typed_data() : nullptr,
-                          .routes = routes.typed_data(),
-                          .slots = slots.typed_data(),
-                          .ids = ids.typed_data(),
-                          .y = bytes_of(*y),
-                          .token_scalars = with_scalars ? token_scalars->typed_data() : nullptr};
   return to_ffi(combine(*place.rank, call, at));
 }
 

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "group.h"
+#include "moriep/buffers.h"
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
@@ -26,34 +27,6 @@ struct Call {
   int32_t* order_out = nullptr;    // [1]
   Half half = Half::kBoth;
   void* stream = nullptr;
-};
-
-struct DispatchBuffers {
-  const std::byte* x;    // [T, H]
-  const int32_t* ids;    // [T, K]
-  const float* weights;  // [T, K]
-  std::byte* rows;       // [C, H]
-  float* row_weights;    // [C]
-  int32_t* group_sizes;  // [L]
-  int32_t* routes;       // [R, T, K]
-  int32_t* slots;        // [R, T]
-};
-
-struct ReplayBuffers {
-  const std::byte* x;     // [T, H]
-  const int32_t* routes;  // [R, T, K]
-  const int32_t* ids;     // [T, K]
-  std::byte* rows;        // [C, H]
-};
-
-struct CombineBuffers {
-  const std::byte* rows;  // [C, H]
-  const float* scalars;   // [C], or null
-  const int32_t* routes;  // [R, T, K]
-  const int32_t* slots;   // [R, T]
-  const int32_t* ids;     // [T, K]
-  std::byte* y;           // [T, H]
-  float* token_scalars;   // [T, K], or null
 };
 
 Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at);

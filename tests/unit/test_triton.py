@@ -10,8 +10,7 @@ from test_experts import SIZES, TOLERANCE, check, make_case, make_spec, with_gra
 
 from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
-from jax_moriep.experts import triton
-from jax_moriep.experts.triton import hopper, tuning
+from jax_moriep.experts.triton import hopper, mlp, tuning
 from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 
@@ -21,7 +20,7 @@ from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 def test_rows_that_are_computed_again(weight_input, saved_rows):
     spec = make_spec("gelu", weight_input, saved_rows=saved_rows)
     case = make_case(SIZES["full"], spec, biases=True)
-    assert triton.saved_rows(spec, 168) == 128
+    assert mlp.saved_rows(spec, 168) == 128
     check("triton", case, TOLERANCE["float32"])
 
 
