@@ -23,7 +23,6 @@ std::string first_local_failure(const GroupTable& table) {
   for (const auto& group : table.groups) {
     if (group == nullptr) continue;
     if (std::string why = group->failure(); !why.empty()) return why;
-    if (std::string why = group->connect_error(); !why.empty()) return why;
   }
   return "";
 }

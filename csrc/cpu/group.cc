@@ -134,11 +134,6 @@ void Group::connect_failed(const std::string& why) {
   changed_.notify_all();
 }
 
-std::string Group::connect_error() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return connect_error_;
-}
-
 bool Group::connected() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& arena : arenas_) {
@@ -177,7 +172,8 @@ std::string Group::failure() {
     Control& control = local->arena().control();
     if (control.failed.load(std::memory_order_acquire) != 0) return control.failure;
   }
-  return "";
+  std::lock_guard<std::mutex> lock(mutex_);
+  return connect_error_;
 }
 
 void Group::stop() {

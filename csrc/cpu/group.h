@@ -87,10 +87,8 @@ class Group {
   Status arenas(int32_t waiter, std::vector<Arena*>* out);
   bool is_remote(int32_t rank) const { return locals_[static_cast<size_t>(rank)] == nullptr; }
   bool connected();
-  // The first failure of a local rank, or an empty text.
+  // The first failure of a local rank, or why not all ranks will be connected, or an empty text.
   std::string failure();
-  // Why not all ranks will be connected, or an empty text.
-  std::string connect_error();
 
   void stop();
 

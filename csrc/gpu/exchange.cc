@@ -61,8 +61,8 @@ struct Prepared {
 
 Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Prepared* out) {
   const Shape& shape = call.shape;
-  if (Status status = me.group->failure(); !status.ok()) return status;
   if (Status status = me.group->team(me, &out->team); !status.ok()) return status;
+  if (Status status = me.group->failure(); !status.ok()) return status;
 
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   out->layout = SlotLayout::of(kind, shape, row_bytes, with_scalars);

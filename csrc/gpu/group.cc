@@ -231,14 +231,15 @@ Status Group::team(const LocalRank& me, Team* out) {
   return Status();
 }
 
-Status Group::failure() const {
+Status Group::failure() {
   for (const auto& local : locals_) {
     if (local == nullptr) continue;
     // The device writes `set` last.
     if (__atomic_load_n(&local->report->set, __ATOMIC_ACQUIRE) == 0) continue;
     return describe(*local->report, local->rank, timeout_.count());
   }
-  return Status();
+  std::lock_guard<std::mutex> lock(mutex_);
+  return connect_error_.empty() ? Status() : Status(Code::kUnavailable, connect_error_);
 }
 
 Registry& Registry::get() {

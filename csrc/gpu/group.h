@@ -55,7 +55,7 @@ class Group {
   int64_t slot_bytes() const { return slot_bytes_; }
   LocalRank* local(int32_t rank) { return locals_[static_cast<size_t>(rank)].get(); }
   // What went wrong on one of this process's ranks, or ok.
-  Status failure() const;
+  Status failure();
 
  private:
   const int32_t num_ranks_;
