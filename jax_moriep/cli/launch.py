@@ -31,6 +31,9 @@ TIMEOUT_CODE = 124
 """Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""
 TERMINATE_SECONDS = 5.0
 """Time between SIGTERM and SIGKILL."""
+_SETTLE_SECONDS = 1.0
+"""Within this time after the first failure a killed process counts as the one that failed first: the kernel tells
+of it when all its memory is given back, and its peers may have noticed, and ended, before."""
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
@@ -217,6 +220,7 @@ def _wait(
     """Waits until all processes have ended or shall be ended; returns the run's code, None on timeout."""
     deadline = None if timeout is None else time.monotonic() + timeout
     first_failure = 0
+    settled = 0.0
     running = nprocs
     while running:
         try:
@@ -233,9 +237,18 @@ def _wait(
             first_failure = code
             process.join_output()
             deadline = time.monotonic() + grace
+            settled = time.monotonic() + _SETTLE_SECONDS
             others = f"; ending the others in {grace:g} s" if running else ""
             _say(f"process {process.index} failed with {_describe(code)}{others}")
+        elif first_failure <= 128 and _was_killed(code) and time.monotonic() < settled:
+            first_failure = code
+            _say(f"process {process.index} failed with {_describe(code)}, which others noticed first")
     return first_failure
+
+
+def _was_killed(code: int) -> bool:
+    """Whether a signal ended a process from outside; by SIGABRT jax ends those that lost a peer."""
+    return code > 128 and code != 128 + signal.SIGABRT
 
 
 def _end(processes: list[_Process], number: int) -> None:

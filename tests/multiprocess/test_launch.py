@@ -1,6 +1,7 @@
 """The launcher with real processes: how they are joined, how they end, and that nothing stays behind."""
 
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from jax_moriep.cli.launch import TIMEOUT_CODE, launch
+from jax_moriep.cli.launch import TIMEOUT_CODE, _wait, launch
 
 
 @pytest.fixture
@@ -64,16 +65,46 @@ def test_processes_are_joined(script):
     path = script(
         "from jax.experimental import multihost_utils\n"
         "seen = multihost_utils.process_allgather(jax.numpy.int32(rank))\n"
-        "print(jax.process_count(), jax.local_device_count(), jax.device_count(), seen.tolist())\n"
-        "print(sys.argv[1:], os.environ['GIVEN'], __name__, sys.path[0] == os.path.dirname(__file__))\n"
+        "with open(f'{sys.path[0]}/{rank}.txt', 'w') as said:\n"
+        "  counts = jax.process_count(), jax.local_device_count(), jax.device_count()\n"
+        "  print(*counts, seen.tolist(), file=said)\n"
+        "  there = sys.path[0] == os.path.dirname(__file__)\n"
+        "  print(sys.argv[1:], os.environ['GIVEN'], __name__, there, file=said)\n"
     )
     result = launch(path, 2, 3, args=["-x", "y z"], env={"GIVEN": "value"}, capture=True, platform="cpu")
     assert result.returncode == 0, result.outputs
     assert result.codes == [0, 0]
-    for output in result.outputs:
-        # Gloo, which carries the collective, has a line of its own to say.
-        lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+    for rank in range(2):
+        # From a file: Gloo, which carries the collective, writes to stdout by pieces, between other lines.
+        lines = path.with_name(f"{rank}.txt").read_text().splitlines()
         assert lines == ["2 3 6 [0, 1]", "['-x', 'y z'] value __main__ True"]
+
+
+class Ended:
+    """A process that has ended, as the launcher's loop sees it."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def join_output(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([1, 137], 137),  # a killed process is the cause, also where a peer that noticed it is seen first
+        ([1, 134], 1),  # by SIGABRT jax ends those that lost a peer
+        ([137, 139], 137),
+        ([3, 1, 0], 3),
+        ([0, 0], 0),
+    ],
+)
+def test_the_cause_gives_the_code(codes, expected):
+    events = queue.SimpleQueue()
+    for index, code in enumerate(codes):
+        events.put((Ended(index), code))
+    assert _wait(events, len(codes), timeout=None, grace=5.0) == expected
 
 
 def test_output_of_any_kind_is_passed_on(script):
