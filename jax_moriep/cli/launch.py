@@ -32,8 +32,8 @@ TIMEOUT_CODE = 124
 TERMINATE_SECONDS = 5.0
 """Time between SIGTERM and SIGKILL."""
 _SETTLE_SECONDS = 1.0
-"""Within this time after the first failure a killed process counts as the one that failed first: the kernel tells
-of it when all its memory is given back, and its peers may have noticed, and ended, before."""
+"""Within this time after the first failure a killed process counts as the one that failed first: the
+kernel tells of it when all its memory is given back, and its peers may have ended before that."""
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
