@@ -1,5 +1,6 @@
 """The launcher with real processes: how they are joined, how they end, and that nothing stays behind."""
 
+import contextlib
 import os
 import queue
 import re
@@ -42,13 +43,22 @@ def wait_until_gone(pids, seconds=20):
     return [pid for pid in pids if is_alive(pid)]
 
 
-def start_cli(*args):
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started_cli(*args):
+    """The launcher as a command; it is killed at the end, should the test have failed."""
+    # A shell lets what it starts in the background ignore SIGINT, and that would be inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
         [sys.executable, "-m", "jax_moriep", "launch", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read_pids(process, count):
@@ -185,8 +195,8 @@ def test_an_error_of_the_callback_ends_the_run(script):
 def test_command_prefixes_lines_and_runs_modules(script, tmp_path, monkeypatch):
     script("print('one\\ntwo', sys.argv)\nsys.exit(3 if rank else 0)\n").rename(tmp_path / "some_module.py")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    process = start_cli("-n", 2, "--platform", "cpu", "--grace", 1, "-m", "some_module", "-n", "4")
-    out, err = process.communicate(timeout=120)
+    with started_cli("-n", 2, "--platform", "cpu", "--grace", 1, "-m", "some_module", "-n", "4") as process:
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 3
     for i in range(2):
         lines = [line for line in out.splitlines() if line.startswith(f"[{i}]")]
@@ -197,10 +207,8 @@ def test_command_prefixes_lines_and_runs_modules(script, tmp_path, monkeypatch):
 
 
 def test_killed_launcher_leaves_no_process(script):
-    process = start_cli(
-        "-n", 2, "--platform", "cpu", script("print(f'pid={os.getpid()}')\ntime.sleep(600)\n")
-    )
-    with process:
+    path = script("print(f'pid={os.getpid()}')\ntime.sleep(600)\n")
+    with started_cli("-n", 2, "--platform", "cpu", path) as process:
         pids = read_pids(process, 2)
         process.kill()
         assert wait_until_gone(pids) == []
@@ -214,8 +222,7 @@ def test_ended_launcher_ends_the_processes_and_what_they_started(script, number)
         "print(f'pid={os.getpid()} pid={sleeper.pid}')\n"
         "time.sleep(600)\n"
     )
-    process = start_cli("-n", 2, "--platform", "cpu", path)
-    with process:
+    with started_cli("-n", 2, "--platform", "cpu", path) as process:
         pids = read_pids(process, 4)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
