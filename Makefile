@@ -77,7 +77,7 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/rocm/*.cc' 'tests/rocm/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 # An editable install imports the checkout; only its library needs a build when a source changes.
 build: .venv/.ready

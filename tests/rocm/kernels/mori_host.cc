@@ -1,4 +1,5 @@
-// One rank of amd-mori's dispatch and combine for ctypes: the library's own C++ interface, flattened.
+// One rank of amd-mori's dispatch and combine for ctypes: the library's own C++ interface,
+// flattened.
 #include <cstdint>
 #include <cstdio>
 #include <exception>

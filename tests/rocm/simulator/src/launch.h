@@ -1,7 +1,8 @@
 // What passes between the HIP runtime (runtime/) and the machine that executes kernels (machine/).
 //
 // A device pointer is an address of this process: device memory, code objects, kernel arguments and
-// registered host memory are mapped where kernels name them, and the runtime's table says what is alive.
+// registered host memory are mapped where kernels name them, and the runtime's table says what is
+// alive.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +48,8 @@ struct Allocation {
   std::string what;  // for error texts, such as "hipMalloc 4096 bytes on device 0"
 };
 
-// What kernels may touch. Called from the machine's threads; `generation` changes with every change of
-// the table, so that looked-up allocations can be kept until then.
+// What kernels may touch. Called from the machine's threads; `generation` changes with every change
+// of the table, so that looked-up allocations can be kept until then.
 class AddressSpace {
  public:
   virtual ~AddressSpace() = default;
@@ -60,21 +61,35 @@ struct Options {
   double deadline_seconds = 60;  // of one launch without any wave that ends
   bool adversarial_memory = false;
   bool check_uninitialised = false;  // of LDS
-  // That all waves of a workgroup meet, and at the same barrier instruction. The architecture waits for the
-  // surviving waves at whatever barriers they are, and hand-written kernels make use of it.
+  // That all waves of a workgroup meet, and at the same barrier instruction. The architecture waits
+  // for the surviving waves at whatever barriers they are, and hand-written kernels make use of it.
   bool check_barriers = false;
+  // That no barrier is missing between waves that use the same bytes of LDS. Waves that wait for
+  // each other in LDS without a barrier have none.
+  bool check_races = false;
   uint64_t seed = 0;  // of the order in which waves are interleaved
+  // Most instructions that a wave executes before the next one has its turn, and 1/16 of it the
+  // fewest. 1 keeps waves in step, as those of a workgroup about are on hardware as long as they
+  // take the same way.
+  uint32_t longest_turn = 1024;
 };
 
-enum class FaultCode { kIllegalAddress, kIllegalInstruction, kMisaligned, kBarrier, kDeadline, kInvalidLaunch };
+enum class FaultCode {
+  kIllegalAddress,
+  kIllegalInstruction,
+  kMisaligned,
+  kBarrier,
+  kDeadline,
+  kInvalidLaunch
+};
 
 struct Fault {
   FaultCode code;
   std::string text;  // kernel, pc, instruction, lane, address, allocation: what applies
 };
 
-// Runs a kernel to its end; blocks. Several launches may run at the same time on different threads and in
-// different processes that share memory, and may wait for each other.
+// Runs a kernel to its end; blocks. Several launches may run at the same time on different threads
+// and in different processes that share memory, and may wait for each other.
 std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options);
 
 }  // namespace gfx942

@@ -86,6 +86,7 @@ std::unique_ptr<Workgroup> Dispatch::start_workgroup(uint64_t number, uint32_t s
   group->slot = slot;
   group->lds.assign(launch.lds_bytes, kUnwrittenLds);
   if (options.check_uninitialised) group->lds_written.assign(launch.lds_bytes, false);
+  if (options.check_races) group->lds_used.assign(launch.lds_bytes, {});
   group->waves = group->live_waves = waves_per_workgroup();
   return group;
 }

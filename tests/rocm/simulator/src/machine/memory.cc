@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace gfx942 {
 namespace {
@@ -16,6 +17,28 @@ std::string range(Use use, uint32_t bytes, uint64_t address, int lane) {
 
 std::string name_of(const Allocation& a) {
   return a.what + " [" + hex(a.first) + ", " + hex(a.first + a.bytes) + ")";
+}
+
+// Faults if another wave has used these bytes since the last barrier in a way that needs an order.
+void check_races(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
+  Workgroup& group = *wave.group;
+  const auto own = static_cast<uint16_t>(1u << wave.index);
+  for (uint64_t byte = offset; byte < offset + bytes; ++byte) {
+    LdsUse& used = group.lds_used[byte];
+    if (used.barriers != group.barriers) used = {group.barriers};
+    const auto refuse = [&](uint16_t waves, const char* what) {
+      waves &= static_cast<uint16_t>(~own);
+      if (waves == 0) return;
+      throw FaultError(FaultCode::kBarrier, range(use, bytes, offset, lane) +
+                                                " of LDS, which wave " +
+                                                std::to_string(std::countr_zero(waves)) + " has " +
+                                                what + " and no barrier since");
+    };
+    refuse(used.stored, "stored");
+    if (use != Use::kAtomic) refuse(used.updated, "updated");
+    if (use != Use::kLoad) refuse(used.loaded, "loaded");
+    (use == Use::kLoad ? used.loaded : use == Use::kStore ? used.stored : used.updated) |= own;
+  }
 }
 
 constexpr size_t kRecent = 8;
@@ -103,6 +126,7 @@ Place lds_at(Wave& wave, uint64_t offset, uint32_t bytes, Use use, int lane) {
                        range(use, bytes, offset, lane) + " of LDS that nothing has written");
     }
   }
+  if (!group.lds_used.empty()) check_races(wave, offset, bytes, use, lane);
   return {group.lds.data() + offset};
 }
 

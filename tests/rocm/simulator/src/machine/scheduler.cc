@@ -16,16 +16,12 @@ void open_barrier(Workgroup& group) {
   ++group.barriers;
 }
 
-
 using Clock = std::chrono::steady_clock;
 
 // An MI300X has 304 compute units; kernels that wait for each other may rely on one workgroup on
 // each.
 constexpr uint64_t kResidentWorkgroups = 304;
 constexpr uint64_t kResidentRegisterBytes = uint64_t{2} << 30;
-// Instructions that a wave executes before the next one has its turn.
-constexpr uint32_t kShortestTurn = 64;
-constexpr uint32_t kLongestTurn = 1024;
 
 struct Resident {
   std::unique_ptr<Workgroup> group;
@@ -98,7 +94,9 @@ bool Scheduler::take_turn(Wave& wave) {
     return false;
   }
   wave.state = WaveState::kRunning;
-  uint32_t left = kShortestTurn + random_() % (kLongestTurn - kShortestTurn);
+  const uint32_t longest = dispatch_.options.longest_turn;
+  const uint32_t shortest = std::max(1U, longest / 16);
+  uint32_t left = shortest + random_() % (longest - shortest + 1);
   Code& code = *dispatch_.code;
   // A load with a scope that repeats is most likely a wait for another wave.
   uint64_t scoped_load = 0;

@@ -27,6 +27,14 @@ struct FaultError : std::runtime_error {
 class Memory;
 struct Dispatch;
 
+// Which waves have used a byte of LDS since the workgroup's last barrier, one bit for each.
+struct LdsUse {
+  uint64_t barriers = 0;  // of the workgroup at the last use
+  uint16_t loaded = 0;
+  uint16_t stored = 0;
+  uint16_t updated = 0;  // by atomics, which may meet
+};
+
 struct Workgroup {
   Dispatch* dispatch = nullptr;
   Dim3 id;
@@ -35,6 +43,7 @@ struct Workgroup {
   uint32_t slot = 0;  // among the resident workgroups; stands for the compute unit
   std::vector<std::byte> lds;
   std::vector<bool> lds_written;  // only kept if uninitialised reads are checked
+  std::vector<LdsUse> lds_used;   // only kept if races are checked
   uint32_t waves = 0;
   uint32_t live_waves = 0;
   uint32_t waiting_waves = 0;

@@ -1,5 +1,6 @@
 #include "settings.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <sstream>
 #include <string>
@@ -41,6 +42,9 @@ Settings read() {
   machine.adversarial_memory = number("ROCM_SIM_ADVERSARIAL_MEMORY", 0) != 0;
   machine.check_uninitialised = number("ROCM_SIM_CHECK_UNINITIALISED", 0) != 0;
   machine.check_barriers = number("ROCM_SIM_CHECK_BARRIERS", 0) != 0;
+  machine.check_races = number("ROCM_SIM_CHECK_RACES", 0) != 0;
+  machine.longest_turn =
+      std::max(1U, static_cast<uint32_t>(number("ROCM_SIM_TURN", machine.longest_turn)));
   machine.seed = static_cast<uint64_t>(number("ROCM_SIM_SEED", 0));
   return settings;
 }

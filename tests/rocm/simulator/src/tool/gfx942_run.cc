@@ -131,6 +131,10 @@ int run(int argc, char** argv) {
       options.check_barriers = true;
       continue;
     }
+    if (name == "--check-races") {
+      options.check_races = true;
+      continue;
+    }
     if (k + 1 == argc) throw std::runtime_error(name + " needs a value");
     const std::string value = argv[++k];
     if (name == "--grid") {

@@ -1,6 +1,7 @@
 // Launches many kernels of one code object, one after the other, each whatever became of the one
 // before:
-//   gfx942_batch [--adversarial] [--check-barriers] [--check-uninitialised] [--deadline SECONDS]
+//   gfx942_batch [--adversarial] [--check-barriers] [--check-races] [--check-uninitialised]
+//   [--deadline SECONDS]
 //   [--seed N] CODE_OBJECT BATCH gfx942_batch --list-instructions
 // A line of BATCH is `KERNEL grid=X,Y,Z block=X,Y,Z lds=BYTES ARGUMENT...`; the grid counts
 // workgroups, and an argument is `buf:FILE`, a buffer that holds the file and is written back to
@@ -185,6 +186,8 @@ void run(int argc, char** argv) {
       options.adversarial_memory = true;
     } else if (name == "--check-barriers") {
       options.check_barriers = true;
+    } else if (name == "--check-races") {
+      options.check_races = true;
     } else if (name == "--check-uninitialised") {
       options.check_uninitialised = true;
     } else if (name == "--deadline" && k + 1 < argc) {

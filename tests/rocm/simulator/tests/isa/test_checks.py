@@ -145,6 +145,66 @@ def test_hardware_does_not_care_which_barrier_it_is(launched):
     assert launched(DIFFERENT_BARRIERS, block=(128, 1, 1)).fault is None
 
 
+# Each of two waves stores to its own words and then uses those at a distance, with or without a barrier.
+SHARED = """v_lshlrev_b32 v2, 2, v0
+ds_write_b32 v2, v0
+s_waitcnt lgkmcnt(0)
+{between}
+v_xor_b32 v2, {distance}, v2
+{then}"""
+
+
+@pytest.mark.parametrize(
+    ("then", "did"),
+    [
+        ("ds_read_b32 v3, v2", "loaded"),
+        ("ds_write_b32 v2, v0", "stored"),
+        ("ds_add_u32 v2, v0", "updated"),
+    ],
+)
+def test_a_missing_barrier_where_asked_to_check(launched, then, did):
+    def fault(between, distance):
+        body = SHARED.format(between=between, distance=distance, then=then) + WAIT
+        return launched(body, "--check-races", block=(128, 1, 1), lds=512).fault
+
+    # The first wave is done with both when the second one stores.
+    assert_says(
+        fault("", 256),
+        "wave 1",
+        f"stores 4 bytes at 0x100 of LDS, which wave 0 has {did} and no barrier since",
+    )
+    assert fault("s_barrier", 256) is None
+    assert fault("", 0) is None
+
+
+# The first wave loads what the second one stores.
+LOADED_THEN_STORED = """v_and_b32 v2, 0xfc, v1
+v_readfirstlane_b32 s10, v0
+s_cmp_lg_u32 s10, 0
+s_cbranch_scc1 .Lsecond
+ds_read_b32 v3, v2
+{between}
+s_branch .Lend
+.Lsecond:
+{between}
+ds_write_b32 v2, v0
+.Lend:"""
+
+
+def test_a_store_to_what_another_wave_loads_where_asked_to_check(launched):
+    def fault(between):
+        body = LOADED_THEN_STORED.format(between=between) + WAIT
+        return launched(body, "--check-races", block=(128, 1, 1), lds=256).fault
+
+    assert_says(fault(""), "stores 4 bytes", "of LDS, which wave 0 has loaded and no barrier since")
+    assert fault("s_barrier") is None
+
+
+def test_atomics_of_several_waves_need_no_barrier(launched):
+    body = "v_mov_b32 v2, 0\nds_add_u32 v2, v0" + WAIT
+    assert launched(body, "--check-races", block=(128, 1, 1), lds=16).fault is None
+
+
 def test_barriers_order_waves(launched):
     # Each wave passes its number on through LDS, four times; without a barrier some would read too early.
     body = """v_readfirstlane_b32 s10, v0
