@@ -1,8 +1,10 @@
 """The real amd-mori on simulated devices: the libraries and, compiled here, the kernels of its wheel."""
 
 import json
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,12 @@ from tests.rocm.simulated import LIBRARIES, MORI, SYSROOT
 HERE = Path(__file__).parent / "kernels"
 SOURCES = MORI / "_jit-sources"
 INCLUDES = ("", "include", "src", "3rdparty/spdlog/include", "3rdparty/msgpack-c/include")
+# (part of a kernel's name, type) of rows.
+KERNEL_TYPES = {
+    "bfloat16": ("bf16", "hip_bfloat16"),
+    "float32": ("f32", "float"),
+    "float8_e4m3fnuz": ("fp8_fnuz", "__hip_fp8_e4m3_fnuz"),
+}
 ENVIRONMENT = {
     # Where the library looks for ROCm SMI, unless told.
     "MORI_ROCM_SMI_PATH": str(LIBRARIES / "librocm_smi64.so.1"),
@@ -44,20 +52,28 @@ def host_library(tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="session")
-def kernels() -> Path:
-    """A folder with the code object alone. It takes minutes to compile, so it is kept with the build."""
+def compile_for(dtype: str) -> Path:
+    """Compiles the kernels for rows of a type, unless that was done; gives the code object's own folder."""
     source = HERE / "mori_kernels.hip"
-    output = simulated.BUILD / "mori-kernels" / "ep_intranode.hsaco"
+    output = simulated.BUILD / "mori-kernels" / dtype / "ep_intranode.hsaco"
     if not is_newer(output, source):
         output.parent.mkdir(parents=True, exist_ok=True)
+        name, row_type = KERNEL_TYPES[dtype]
         # clang-19 lacks this builtin; the kernels only ask it for fences of the whole system.
         fence = '-D__scoped_atomic_thread_fence(order,scope)=__builtin_amdgcn_fence(order,"")'
-        includes = [f"-isystem{SOURCES / path}" for path in INCLUDES]
+        options = ["-DHIP_ENABLE_WARP_SYNC_BUILTINS", fence, f"-DROW_NAME={name}", f"-DROW_TYPE={row_type}"]
+        options += [f"-isystem{SOURCES / path}" for path in INCLUDES]
         made = output.with_suffix(".new")
-        simulated.compile_kernels(source, made, "-DHIP_ENABLE_WARP_SYNC_BUILTINS", fence, *includes)
+        simulated.compile_kernels(source, made, *options)
         shutil.move(made, output)
     return output.parent
+
+
+@pytest.fixture(scope="session")
+def kernels() -> dict[str, Path]:
+    """The folders of the code objects. They take minutes to compile, so they are kept with the build."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(KERNEL_TYPES, pool.map(compile_for, KERNEL_TYPES), strict=True))
 
 
 def run_ranks(config: Config, deadline: float = 240, **more: str) -> None:
@@ -83,26 +99,28 @@ def run_ranks(config: Config, deadline: float = 240, **more: str) -> None:
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fnuz"])
+@pytest.fixture
+def configure(host_library, kernels):
+    """Makes a Config with this host library and kernels."""
+
+    def make(dtype: str = "bfloat16", **more: int) -> Config:
+        return Config(host=str(host_library), kernels=str(kernels[dtype]), dtype=dtype, **more)
+
+    return make
+
+
+@pytest.mark.parametrize("memory", ["ordinary", "adversarial"])
+@pytest.mark.parametrize("dtype", KERNEL_TYPES)
 @pytest.mark.parametrize(("ranks", "top_k"), [(2, 2), (4, 8), (8, 8)])
-def test_dispatch_and_combine(host_library, kernels, ranks, top_k, dtype):
+def test_dispatch_and_combine(configure, ranks, top_k, dtype, memory):
+    shape = {"hidden": 256, "top_k": top_k, "experts_per_rank": 8 // ranks * 2, "max_tokens": 64}
+    adversarial = "1" if memory == "adversarial" else "0"
     run_ranks(
-        Config(
-            host=str(host_library),
-            kernels=str(kernels),
-            ranks=ranks,
-            hidden=256,
-            top_k=top_k,
-            experts_per_rank=8 // ranks * 2,
-            max_tokens=64,
-            dtype=dtype,
-            rounds=20,
-            seed=0,
-        )
+        configure(dtype, ranks=ranks, rounds=20, seed=0, **shape), ROCM_SIM_ADVERSARIAL_MEMORY=adversarial
     )
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_waves_in_other_orders(host_library, kernels, seed):
-    config = Config(str(host_library), str(kernels), 4, 128, 4, 3, 64, "bfloat16", 10, seed)
-    run_ranks(config, ROCM_SIM_SEED=str(seed))
+def test_waves_in_other_orders(configure, seed):
+    shape = {"hidden": 128, "top_k": 4, "experts_per_rank": 3, "max_tokens": 64}
+    run_ranks(configure(ranks=4, rounds=10, seed=seed, **shape), ROCM_SIM_SEED=str(seed))
