@@ -12,6 +12,7 @@ LIBRARIES = BUILD / "lib"
 HIP = LIBRARIES / "libamdhip64.so.7"
 SYSROOT = BUILD / "sysroot"
 MORI = BUILD / "mori" / "mori"
+AITER = BUILD / "aiter"
 PYTHON = ROOT / ".venv-rocm" / "bin" / "python"
 COMPILER = "clang++-19"
 
