@@ -38,6 +38,7 @@ class OnRocm:
     def __call__(self, function: Callable, *arguments: Any, devices=1, deadline=120.0, **more: str) -> Any:
         self._given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
         command = (simulated.PYTHON, "-m", "tests.rocm.on_device", self._given, self._result)
+        more = {"PYTHONPATH": simulated.JAX_PATH} | more
         _, self.said = simulated.run(*command, devices=devices, deadline=deadline, **more)
         return pickle.loads(self._result.read_bytes())
 

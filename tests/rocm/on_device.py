@@ -11,13 +11,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax._src import hardware_utils
 
 
 def main(given: Path, result: Path) -> None:
-    # The plugin counts the devices that the kernel's driver shows, and there is no driver.
     count = int(os.environ["ROCM_SIM_DEVICES"])
-    hardware_utils.num_available_amd_gpus = lambda stop_at=None: count
     module, name, arguments = pickle.loads(given.read_bytes())
     devices = jax.devices()
     assert len(devices) == count, devices

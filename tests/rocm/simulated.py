@@ -14,6 +14,9 @@ SYSROOT = BUILD / "sysroot"
 MORI = BUILD / "mori" / "mori"
 AITER = BUILD / "aiter"
 PYTHON = ROOT / ".venv-rocm" / "bin" / "python"
+# jax_moriep's own libraries, and the search path of Python processes that use jax.
+LIBRARY = ROOT / "build" / "rocm-library" / "csrc"
+JAX_PATH = f"{ROOT / 'tests' / 'rocm' / 'site'}:{ROOT}"
 COMPILER = "clang++-19"
 
 # rocBLAS, hipBLASLt and MIOpen are not simulated: XLA must use its own kernels, and not choose by trying.
