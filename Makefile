@@ -39,14 +39,16 @@ test-cpp: .venv/.ready
 	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
 	done
 
-# What needs nvcc and an NVIDIA GPU, and so is no part of `make test`.
+# What needs a GPU and its compiler, and so is no part of `make test`. GPU=rocm is for AMD's.
+GPU ?= cuda
 test-gpu: build
-	$(BIN)/cmake -S . -B build/test-gpu -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
-	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-	$(BIN)/cmake --build build/test-gpu --target gpu_exchange_test gpu_speed
-	build/test-gpu/csrc/tests/gpu_exchange_test
-	build/test-gpu/csrc/tests/gpu_speed
-	JAX_MORIEP_TEST_PLATFORM=cuda $(BIN)/pytest tests/gpu
+	$(BIN)/cmake -S . -B build/test-$(GPU) -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
+	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=$(if $(filter cuda,$(GPU)),ON,OFF) \
+	  -DMORIEP_BUILD_ROCM=$(if $(filter rocm,$(GPU)),ON,OFF) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/test-$(GPU) --target $(GPU)_exchange_test $(GPU)_speed
+	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_exchange_test
+	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
+	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu
 
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.

@@ -20,7 +20,9 @@ _BUILD_HINT = (
 )
 _BUILD_HINTS = {
     "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or point JAX_MORIEP_LIB_DIR at a build "
-    "folder"
+    "folder",
+    "rocm": "reinstall jax_moriep from source where CMake finds ROCm's compiler, or point JAX_MORIEP_LIB_DIR "
+    "at a build folder",
 }
 
 

@@ -26,8 +26,6 @@ def unavailable_reason(platform: str) -> str | None:
     if backend is None:
         what = "there is no GPU in this process" if platform == "gpu" else f"it has no {platform} backend"
         return f"{what}; use transport='collective'"
-    if backend == "rocm":
-        return "it has no ROCm backend in this version; use transport='collective'"
     if sys.platform != "linux":
         return f"it needs Linux (memfd and futex), not {sys.platform}; use transport='collective'"
     try:

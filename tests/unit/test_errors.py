@@ -287,7 +287,7 @@ def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
     ("backend", "text"),
     [
         (None, "there is no GPU in this process; use transport='collective'"),
-        ("rocm", "no ROCm backend in this version; use transport='collective'"),
+        ("rocm", "backend='rocm' is not at .*libmoriep_rocm.so; reinstall jax_moriep .* ROCm's compiler"),
         ("cuda", "backend='cuda' is not at .*libmoriep_cuda.so; reinstall jax_moriep .* nvcc"),
     ],
 )

@@ -10,7 +10,7 @@
 #include "../check.h"
 #include "../oracle.h"
 #include "gpu/exchange.h"
-#include "gpu/gpu_runtime.h"
+#include "names.h"
 
 namespace moriep::gpu {
 
@@ -25,7 +25,7 @@ template <typename T>
 class Array {
  public:
   explicit Array(int64_t size) : size_(size) {
-    check_gpu(cudaMalloc(reinterpret_cast<void**>(&data_), bytes() + 1), "malloc");
+    check_gpu(gpuMalloc(reinterpret_cast<void**>(&data_), bytes() + 1), "malloc");
     poison();
   }
   explicit Array(const std::vector<T>& values) : Array(static_cast<int64_t>(values.size())) {

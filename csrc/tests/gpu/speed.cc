@@ -21,27 +21,27 @@ __global__ void copy_kernel(const uint4* from, uint4* to, int64_t size) {
 }
 
 float milliseconds(gpuStream_t stream, int repeats, const std::function<void()>& work) {
-  cudaGraph_t graph;
-  cudaGraphExec_t recorded;
-  check_gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
+  gpuGraph_t graph;
+  gpuGraphExec_t recorded;
+  check_gpu(gpuStreamBeginCapture(stream, gpuStreamCaptureModeRelaxed), "capture");
   for (int i = 0; i < repeats; ++i) work();
-  check_gpu(cudaStreamEndCapture(stream, &graph), "capture");
-  check_gpu(cudaGraphInstantiate(&recorded, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  check_gpu(cudaEventCreate(&begin), "event");
-  check_gpu(cudaEventCreate(&end), "event");
+  check_gpu(gpuStreamEndCapture(stream, &graph), "capture");
+  check_gpu(gpuGraphInstantiate(&recorded, graph, 0), "instantiate");
+  gpuEvent_t begin, end;
+  check_gpu(gpuEventCreate(&begin), "event");
+  check_gpu(gpuEventCreate(&end), "event");
   float best = 1e9;
   for (int batch = 0; batch < 6; ++batch) {
-    check_gpu(cudaEventRecord(begin, stream), "event");
-    check_gpu(cudaGraphLaunch(recorded, stream), "launch");
-    check_gpu(cudaEventRecord(end, stream), "event");
-    check_gpu(cudaEventSynchronize(end), "wait");
+    check_gpu(gpuEventRecord(begin, stream), "event");
+    check_gpu(gpuGraphLaunch(recorded, stream), "launch");
+    check_gpu(gpuEventRecord(end, stream), "event");
+    check_gpu(gpuEventSynchronize(end), "wait");
     float time = 0;
-    check_gpu(cudaEventElapsedTime(&time, begin, end), "time");
+    check_gpu(gpuEventElapsedTime(&time, begin, end), "time");
     if (batch > 0) best = std::min(best, time / static_cast<float>(repeats));
   }
-  check_gpu(cudaGraphExecDestroy(recorded), "destroy");
-  check_gpu(cudaGraphDestroy(graph), "destroy");
+  check_gpu(gpuGraphExecDestroy(recorded), "destroy");
+  check_gpu(gpuGraphDestroy(graph), "destroy");
   return best;
 }
 
@@ -49,17 +49,17 @@ void run(int repeats, int64_t only_tokens, int num_processors) {
   Group group(1, std::chrono::duration<double>(10), 0);
   CHECK_OK(group.add_local(0, 0));
   gpuStream_t stream;
-  check_gpu(cudaStreamCreate(&stream), "stream");
+  check_gpu(gpuStreamCreate(&stream), "stream");
   const int64_t copied = int64_t{1} << 30;
   double copy_speed = 0;
   {
     Array<std::byte> from(copied), to(copied);
     const float time = milliseconds(stream, 4, [&] {
-      check_gpu(cudaMemcpyAsync(to.data(), from.data(), copied, cudaMemcpyDeviceToDevice, stream),
+      check_gpu(gpuMemcpyAsync(to.data(), from.data(), copied, gpuMemcpyDeviceToDevice, stream),
                 "copy");
     });
     copy_speed = 2.0 * static_cast<double>(copied) / time * 1e-9;
-    std::printf("cudaMemcpyAsync of 1 GiB: %.2f TB/s read and written\n", copy_speed);
+    std::printf("memcpyAsync of 1 GiB: %.2f TB/s read and written\n", copy_speed);
     const auto words = copied / 16;
     const float own = milliseconds(stream, 4, [&] {
       copy_kernel<<<static_cast<int>(words / 1024), 1024, 0, stream>>>(

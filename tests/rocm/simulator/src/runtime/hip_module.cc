@@ -138,6 +138,19 @@ hipError_t hipFuncGetAttribute(int* value, hipFunction_attribute which, hipFunct
   }
 }
 
+hipError_t hipFuncGetAttributes(hipFuncAttributes* out, const void* handle) {
+  const auto function = find_function(handle, current_ordinal());
+  if (function == nullptr) return remember(hipErrorInvalidDeviceFunction);
+  const KernelInfo& info = *function->info;
+  *out = {};
+  out->maxThreadsPerBlock = static_cast<int>(info.max_workgroup);
+  out->sharedSizeBytes = info.lds_bytes;
+  out->maxDynamicSharedSizeBytes = kLdsBytes - static_cast<int>(info.lds_bytes);
+  out->localSizeBytes = info.scratch_bytes;
+  out->numRegs = static_cast<int>(info.vector_registers);
+  return hipSuccess;
+}
+
 hipError_t hipFuncSetAttribute(const void*, hipFuncAttribute, int value) {
   // All of a compute unit's LDS may be dynamic in any case.
   return remember(value >= 0 && value <= kLdsBytes ? hipSuccess : hipErrorInvalidValue);

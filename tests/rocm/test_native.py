@@ -1,0 +1,37 @@
+"""The native transport's ROCm library on simulated devices: its C++ tests, and those of tests/gpu."""
+
+import pytest
+
+from tests.rocm import simulated
+
+MEMORY = {"ordinary": "0", "adversarial": "1"}
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_exchanges_of_several_processes_and_of_several_ranks_on_a_stream(memory):
+    program = simulated.LIBRARY / "gpu" / "rocm" / "rocm_exchange_test"
+    adversarial = {"ROCM_SIM_ADVERSARIAL_MEMORY": MEMORY[memory]}
+    simulated.run(program, deadline=300, JAX_MORIEP_TEST_STEPS="50", **adversarial)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_layer_and_its_exchanges(devices, memory):
+    """With several devices without what jax's collectives take part in: RCCL is not simulated."""
+    chosen = "not reference and not layer" if devices > 1 else ""
+    said, _ = simulated.run(
+        simulated.PYTHON,
+        *("-m", "pytest", "-q", "tests/gpu", "-k", chosen),
+        devices=devices,
+        deadline=300,
+        PYTHONPATH=simulated.JAX_PATH,
+        # XLA records every exchange that it can, so that replaying is tested.
+        XLA_FLAGS=f"{simulated.XLA_FLAGS} --xla_gpu_graph_min_graph_size=1",
+        JAX_MORIEP_TEST_PLATFORM="rocm",
+        # Replaying is counted with one device.
+        JAX_MORIEP_TEST_STEPS="1000" if devices == 1 else "100",
+        JAX_MORIEP_LIB_DIR=str(simulated.LIBRARY),
+        JAX_MORIEP_ARENA_MB="16",
+        ROCM_SIM_ADVERSARIAL_MEMORY=MEMORY[memory],
+    )
+    assert "skipped" not in said
