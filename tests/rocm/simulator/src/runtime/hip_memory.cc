@@ -7,6 +7,7 @@
 #include "api.h"
 #include "graph.h"
 #include "memory.h"
+#include "settings.h"
 
 using namespace gfx942::runtime;  // NOLINT: the entry points belong to no namespace.
 using gfx942::Allocation;
@@ -58,7 +59,8 @@ hipError_t hipExtMallocWithFlags(void** address, size_t bytes, unsigned int flag
       return allocate(address, bytes, Owner::kDevice, MemoryKind::kFineGrained,
                       "hipExtMallocWithFlags (fine-grained)");
     case hipDeviceMallocUncached:
-      return allocate(address, bytes, Owner::kDevice, MemoryKind::kUncached,
+      return allocate(address, bytes, Owner::kDevice,
+                      settings().cache_uncached ? MemoryKind::kOrdinary : MemoryKind::kUncached,
                       "hipExtMallocWithFlags (uncached)");
     default:
       return not_simulated(__func__, "signal or contiguous memory");

@@ -16,6 +16,7 @@ struct Settings {
   // synchronise is seen to have forgotten.
   uint32_t delay_microseconds = 0;
   bool trace = false;
+  bool cache_uncached = false;  // uncached memory is ordinary memory
   Options machine;
 };
 
