@@ -191,42 +191,4 @@ void Group::stop() {
   }
 }
 
-Registry& Registry::get() {
-  // Never destroyed: threads of XLA may outlive static destruction.
-  static Registry* registry = new Registry();
-  return *registry;
-}
-
-std::shared_ptr<GroupTable> Registry::find(const std::string& name) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = tables_.find(name);
-  return found == tables_.end() ? nullptr : found->second;
-}
-
-void Registry::put(const std::string& name, std::shared_ptr<GroupTable> table) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto& place = tables_[name];
-  if (place != nullptr) replaced_.push_back(std::move(place));
-  place = std::move(table);
-}
-
-void Registry::close_all() {
-  std::vector<std::shared_ptr<GroupTable>> tables;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [name, table] : tables_) replaced_.push_back(std::move(table));
-    tables_.clear();
-    const auto mine =
-        std::stable_partition(replaced_.begin(), replaced_.end(),
-                              [](const auto& table) { return table->owner != getpid(); });
-    std::move(mine, replaced_.end(), std::back_inserter(tables));
-    replaced_.erase(mine, replaced_.end());
-  }
-  for (const auto& table : tables) {
-    for (const auto& group : table->groups) {
-      if (group != nullptr) group->stop();
-    }
-  }
-}
-
 }  // namespace moriep

@@ -2,12 +2,9 @@
 // thread that runs each local rank's steps one after another.
 #pragma once
 
-#include <unistd.h>
-
 #include <condition_variable>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -15,6 +12,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "moriep/registry.h"
 #include "moriep/status.h"
 #include "wait.h"
 
@@ -103,31 +101,7 @@ class Group {
   std::vector<std::unique_ptr<LocalRank>> locals_;
 };
 
-// The groups that a mesh axis makes, and the place of each of this process's devices in them.
-struct GroupTable {
-  std::vector<std::shared_ptr<Group>> groups;  // null where no rank lives in this process
-  std::map<int64_t, std::pair<int32_t, int32_t>> place_of_device;  // device id -> (group, rank)
-  // A child that fork() made has copies of the tables, but neither their threads nor their ranks.
-  const pid_t owner = getpid();
-};
-
-// All tables of this process, by name.
-class Registry {
- public:
-  static Registry& get();
-
-  std::shared_ptr<GroupTable> find(const std::string& name);
-  // Replaces a table. The old one is kept until the process closes, because its steps may still be
-  // ending.
-  void put(const std::string& name, std::shared_ptr<GroupTable> table);
-  // Ends every group of this process: peers learn that it has left in good order. Its parent's
-  // groups, if it was forked, go on in the parent.
-  void close_all();
-
- private:
-  std::mutex mutex_;
-  std::map<std::string, std::shared_ptr<GroupTable>> tables_;
-  std::vector<std::shared_ptr<GroupTable>> replaced_;
-};
+using GroupTable = GroupTableOf<Group>;
+using Registry = RegistryOf<Group>;
 
 }  // namespace moriep

@@ -148,9 +148,6 @@ Status Group::link_locals() {
 
 Status Group::address(int32_t rank, int64_t* words) {
   const LocalRank* local = locals_[static_cast<size_t>(rank)].get();
-  if (local == nullptr) {
-    return Status(Code::kInvalidArgument, "rank " + std::to_string(rank) + " is another process's");
-  }
   static_assert(sizeof(gpuIpcHandle_t) == 64);
   const OnDevice on(local->device);
   gpuIpcHandle_t handle;
@@ -240,25 +237,6 @@ Status Group::failure() {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   return connect_error_.empty() ? Status() : Status(Code::kUnavailable, connect_error_);
-}
-
-Registry& Registry::get() {
-  // Never destroyed: threads of XLA may outlive static destruction.
-  static Registry* registry = new Registry();
-  return *registry;
-}
-
-std::shared_ptr<GroupTable> Registry::find(const std::string& name) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = tables_.find(name);
-  return found == tables_.end() ? nullptr : found->second;
-}
-
-void Registry::put(const std::string& name, std::shared_ptr<GroupTable> table) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto& place = tables_[name];
-  if (place != nullptr) replaced_.push_back(std::move(place));
-  place = std::move(table);
 }
 
 }  // namespace moriep::gpu

@@ -9,10 +9,9 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "moriep/registry.h"
 #include "moriep/status.h"
 #include "team.h"
 
@@ -43,6 +42,7 @@ class Group {
   Status add_local(int32_t rank, int32_t device);
   // Lets the local ranks' devices reach each other's arenas.
   Status link_locals();
+  // Of a local rank.
   Status address(int32_t rank, int64_t* words);
   Status connect(int32_t rank, const int64_t* words);
   void connect_failed(const std::string& why);
@@ -69,23 +69,7 @@ class Group {
   std::string connect_error_;
 };
 
-// The groups of one mesh axis, and the place of each of this process's devices in them.
-struct GroupTable {
-  std::vector<std::shared_ptr<Group>> groups;
-  std::unordered_map<int64_t, std::pair<int32_t, int32_t>> place_of_device;
-};
-
-class Registry {
- public:
-  static Registry& get();
-  std::shared_ptr<GroupTable> find(const std::string& name);
-  void put(const std::string& name, std::shared_ptr<GroupTable> table);
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<std::string, std::shared_ptr<GroupTable>> tables_;
-  // Recorded launches may still name the arenas of a table that was replaced.
-  std::vector<std::shared_ptr<GroupTable>> replaced_;
-};
+using GroupTable = GroupTableOf<Group>;
+using Registry = RegistryOf<Group>;
 
 }  // namespace moriep::gpu

@@ -61,11 +61,13 @@ __global__ void __launch_bounds__(kThreads)
   signal_peers(args.team, args.step);
 }
 
-template <typename Word>
-gpuError_t preload_one() {
-  gpuFuncAttributes found;
-  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(push_kernel<Word>));
-}
+struct Preload {
+  template <typename Word>
+  gpuError_t operator()() const {
+    gpuFuncAttributes found;
+    return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(push_kernel<Word>));
+  }
+};
 
 template <RowType kType>
 void launch(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
@@ -79,20 +81,10 @@ void launch(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
 }  // namespace
 
 gpuError_t launch_push(gpuStream_t stream, int num_blocks, RowType type, const CombineArgs& args) {
-  if (type == RowType::kF32) launch<RowType::kF32>(stream, num_blocks, args);
-  if (type == RowType::kBF16) launch<RowType::kBF16>(stream, num_blocks, args);
-  if (type == RowType::kF16) launch<RowType::kF16>(stream, num_blocks, args);
+  with_row_type(type, [&]<RowType kType>() { launch<kType>(stream, num_blocks, args); });
   return gpuGetLastError();
 }
 
-gpuError_t preload_push() {
-  for (const gpuError_t error :
-       {preload_one<WideWord<RowType::kF32>>(), preload_one<NarrowWord<RowType::kF32>>(),
-        preload_one<WideWord<RowType::kBF16>>(), preload_one<NarrowWord<RowType::kBF16>>(),
-        preload_one<WideWord<RowType::kF16>>(), preload_one<NarrowWord<RowType::kF16>>()}) {
-    if (error != gpuSuccess) return error;
-  }
-  return gpuSuccess;
-}
+gpuError_t preload_push() { return for_all_words(Preload()); }
 
 }  // namespace moriep::gpu

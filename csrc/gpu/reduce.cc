@@ -92,14 +92,16 @@ __global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
   leave_step(args.team, args.step);
 }
 
-template <typename Word>
-gpuError_t preload_one() {
-  gpuFuncAttributes found;
-  const gpuError_t error =
-      gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, true>));
-  if (error != gpuSuccess) return error;
-  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, false>));
-}
+struct Preload {
+  template <typename Word>
+  gpuError_t operator()() const {
+    gpuFuncAttributes found;
+    const gpuError_t error =
+        gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, true>));
+    if (error != gpuSuccess) return error;
+    return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, false>));
+  }
+};
 
 template <typename Word>
 void launch_words(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
@@ -123,20 +125,10 @@ void launch(gpuStream_t stream, int num_blocks, const CombineArgs& args) {
 
 gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type,
                          const CombineArgs& args) {
-  if (type == RowType::kF32) launch<RowType::kF32>(stream, num_blocks, args);
-  if (type == RowType::kBF16) launch<RowType::kBF16>(stream, num_blocks, args);
-  if (type == RowType::kF16) launch<RowType::kF16>(stream, num_blocks, args);
+  with_row_type(type, [&]<RowType kType>() { launch<kType>(stream, num_blocks, args); });
   return gpuGetLastError();
 }
 
-gpuError_t preload_reduce() {
-  for (const gpuError_t error :
-       {preload_one<WideWord<RowType::kF32>>(), preload_one<NarrowWord<RowType::kF32>>(),
-        preload_one<WideWord<RowType::kBF16>>(), preload_one<NarrowWord<RowType::kBF16>>(),
-        preload_one<WideWord<RowType::kF16>>(), preload_one<NarrowWord<RowType::kF16>>()}) {
-    if (error != gpuSuccess) return error;
-  }
-  return gpuSuccess;
-}
+gpuError_t preload_reduce() { return for_all_words(Preload()); }
 
 }  // namespace moriep::gpu

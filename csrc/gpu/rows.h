@@ -152,4 +152,26 @@ __device__ inline void add_routes(const int32_t* routes, const Sizes& sizes, con
   }
 }
 
+// Calls f<type>().
+template <typename F>
+void with_row_type(RowType type, F f) {
+  if (type == RowType::kF32) f.template operator()<RowType::kF32>();
+  if (type == RowType::kBF16) f.template operator()<RowType::kBF16>();
+  if (type == RowType::kF16) f.template operator()<RowType::kF16>();
+}
+
+// The first error of f<Word>() over the words of all row types.
+template <typename F>
+gpuError_t for_all_words(F f) {
+  for (const gpuError_t error : {f.template operator()<WideWord<RowType::kF32>>(),
+                                 f.template operator()<NarrowWord<RowType::kF32>>(),
+                                 f.template operator()<WideWord<RowType::kBF16>>(),
+                                 f.template operator()<NarrowWord<RowType::kBF16>>(),
+                                 f.template operator()<WideWord<RowType::kF16>>(),
+                                 f.template operator()<NarrowWord<RowType::kF16>>()}) {
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
 }  // namespace moriep::gpu
