@@ -134,16 +134,30 @@ def ordered_combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.
         return _combine(rows, plan, token)
 
 
-def make_link(
-    cfg: MoEConfig, num_tokens: int, num_ranks: int, axis_name: str, transport: str, group_name: str
-) -> Link:
-    """The static side of an exchange of ``num_tokens`` tokens per rank."""
+def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, axis_name: str) -> Link:
+    """The static side of an exchange of ``num_tokens`` tokens per rank.
+
+    It takes the transport that cfg asks for on the mesh, and opens the groups that this needs.
+    """
+    platform, group_name = None, ""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        transport = choose(cfg.transport, None)
+        if transport == "native":
+            group_name = group.abstract_name(mesh, axis_name)
+    else:
+        groups = group.groups_of(mesh, axis_name)
+        platform = groups.platform
+        asked = cfg.transport in ("auto", "native")
+        transport = choose(cfg.transport, platform, one_machine=asked and group.one_machine(groups))
+        if transport == "native":
+            group_name = group.open_groups(mesh, axis_name).name
     return Link(
-        shape=ExchangeShape.of(cfg, num_ranks, num_tokens),
+        shape=ExchangeShape.of(cfg, mesh.shape[axis_name], num_tokens),
         transport=transport,
         axis_name=axis_name,
         group=group_name,
         config=cfg.describe(),
+        platform=platform,
     )
 
 
@@ -162,20 +176,7 @@ def link_in_shard_map(
         raise ConfigError(rule("ids.dtype", str(ids.dtype), "be int32", "cast them"))
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ConfigError(rule("weights.dtype", str(weights.dtype), "be floating", "cast them to float32"))
-    mesh = group.mesh_in_shard_map(axis_name)
-    transport, name = transport_for(cfg, mesh, axis_name)
-    return make_link(cfg, x.shape[0], mesh.shape[axis_name], axis_name, transport, name)
-
-
-def transport_for(cfg: MoEConfig, mesh: Any, axis_name: str) -> tuple[str, str]:
-    """The transport that cfg asks for on a mesh, and the name of its groups, which are opened for it."""
-    if isinstance(mesh, jax.sharding.AbstractMesh):
-        transport = choose(cfg.transport, None)
-        return transport, group.abstract_name(mesh, axis_name) if transport == "native" else ""
-    groups = group.groups_of(mesh, axis_name)
-    asked = cfg.transport in ("auto", "native")
-    transport = choose(cfg.transport, groups.platform, one_machine=asked and group.one_machine(groups))
-    return transport, group.open_groups(mesh, axis_name).name if transport == "native" else ""
+    return make_link(cfg, group.mesh_in_shard_map(axis_name), x.shape[0], axis_name)
 
 
 def check_tokens(x: jax.Array, cfg: MoEConfig) -> None:

@@ -84,9 +84,7 @@ def ep_moe(
         split = NamedSharding(mesh, x_spec)
         operands.append(jax.sharding.reshard(token_mask, split) if layout.explicit else token_mask)
 
-    transport, group_name = exchange.transport_for(cfg, mesh, ep_axis)
-    num_tokens = math.prod(x.shape[:-1]) // layout.num_shards
-    link = exchange.make_link(cfg, num_tokens, layout.num_ranks, ep_axis, transport, group_name)
+    link = exchange.make_link(cfg, mesh, math.prod(x.shape[:-1]) // layout.num_shards, ep_axis)
 
     mapped = _mapped(mesh, cfg, link, layout, x_spec, token_mask is not None)
     if not any(map(compat.is_tracer, jax.tree.leaves(operands))):

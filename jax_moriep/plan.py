@@ -131,6 +131,7 @@ class Link:
       group: name of the table that maps devices to groups and ranks (``runtime.group``); empty on the
         transports that need none.
       config: the layer's config in words, compared between the ranks at run time.
+      platform: of the mesh's devices; None for a mesh without devices, on which programs are only lowered.
     """
 
     shape: ExchangeShape
@@ -138,6 +139,7 @@ class Link:
     axis_name: str
     group: str
     config: str
+    platform: str | None
 
 
 @jax.tree_util.register_dataclass

@@ -111,7 +111,7 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
     """
     check_operands(disp, params, cfg)
     biases = (params.b1, params.b2) if cfg.expert_bias else (None, None)
-    implementation = IMPLEMENTATIONS[choose(cfg.experts, jax.default_backend())]
+    implementation = IMPLEMENTATIONS[choose(cfg.experts, disp.plan.link.platform)]
     return implementation.expert_mlp(
         disp.rows, disp.row_weights, disp.group_sizes, params.w1, params.w2, *biases, _spec(disp, cfg)
     )

@@ -356,7 +356,7 @@ def test_tile_sizes(block, capacity):
 
 def make_dispatched(case, **changes):
     shape = ExchangeShape(1, 16, 2, H, L, L, BLOCK, C)
-    plan = Plan(None, None, None, Link(shape, "none", "ep", "", ""))
+    plan = Plan(None, None, None, Link(shape, "none", "ep", "", "", jax.default_backend()))
     rows, weights = case.operands[:2]
     given = {"rows": rows, "row_weights": weights, "group_sizes": case.sizes, "plan": plan, "block": BLOCK}
     return Dispatched(**(given | changes))
