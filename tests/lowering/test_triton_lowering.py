@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+import jax_moriep as jm
 from jax_moriep.experts import ExpertSpec, triton
 
 L, C = 4, 1024
@@ -89,3 +90,16 @@ def test_backward_with_biases_and_rows_computed_again(platform):
     assert names.count("moriep_gate_up") == 2
     assert names.count("moriep_row_sums") == 2
     assert names.count("moriep_rows_times_bias") == 1
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+def test_the_layer(platform):
+    """What the experts run on is the mesh's devices, and not those of the process that lowers."""
+    mesh = mesh_of(platform)
+    cfg = jm.MoEConfig(8, 2, 32, 16, transport="native", experts="triton", block=16)
+    x = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16)
+    params = jax.eval_shape(lambda: jm.init_params(jax.random.key(0), cfg, jnp.bfloat16))
+    layer = jax.jit(lambda x, params: jm.ep_moe(x, params, cfg, mesh=mesh)[0])
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = layer.trace(x, params).lower(lowering_platforms=(platform,)).as_text()
+    assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == FORWARD
