@@ -4,6 +4,8 @@ import ctypes
 import functools
 from ctypes import byref, c_char, c_float, c_int, c_size_t, c_uint, c_void_p
 
+import numpy as np
+
 # Error codes and flags of hip_runtime_api.h.
 SUCCESS = 0
 INVALID_VALUE = 1
@@ -88,6 +90,13 @@ def write(address: c_void_p, data: bytes) -> None:
     check("hipMemcpy", address, ctypes.c_char_p(data), c_size_t(len(data)), c_int(H2D))
 
 
+def array(data: np.ndarray) -> c_void_p:
+    """Device memory with the values of an array."""
+    address = malloc(data.nbytes)
+    write(address, data.tobytes())
+    return address
+
+
 def load(path: str) -> c_void_p:
     out = c_void_p()
     check("hipModuleLoad", byref(out), path.encode())
@@ -100,9 +109,17 @@ def function(module: c_void_p, name: str) -> c_void_p:
     return out
 
 
-def launch(kernel: c_void_p, grid: int, block: int, arguments: bytes, on: c_void_p | None = None) -> int:
+def launch(
+    kernel: c_void_p,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    arguments: bytes,
+    on: c_void_p | None = None,
+    lds: int = 0,
+) -> int:
+    """The error code of a launch of ``grid`` workgroups."""
     buffer = LaunchBuffer(arguments)
-    sizes = [c_uint(n) for n in (grid, 1, 1, block, 1, 1, 0)]
+    sizes = [c_uint(n) for n in (*grid, *block, lds)]
     return library().hipModuleLaunchKernel(kernel, *sizes, on, None, buffer.extra)
 
 

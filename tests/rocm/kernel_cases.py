@@ -4,20 +4,14 @@ import ctypes
 import struct
 import sys
 import threading
-from ctypes import byref, c_int, c_size_t, c_uint, c_void_p
+from ctypes import byref, c_int, c_size_t, c_void_p
 
 import numpy as np
 
 from tests.rocm import hip
+from tests.rocm.hip import array, launch
 
 LAUNCH_TIMEOUT = 702
-
-
-def array(data):
-    """Device memory with the values of a NumPy array."""
-    address = hip.malloc(data.nbytes)
-    hip.write(address, data.tobytes())
-    return address
 
 
 def ints(address, count):
@@ -26,12 +20,6 @@ def ints(address, count):
 
 def pointers(*addresses):
     return b"".join(struct.pack("<Q", address.value) for address in addresses)
-
-
-def launch(kernel, grid, block, arguments, stream=None, lds=0):
-    buffer = hip.LaunchBuffer(arguments)
-    sizes = [c_uint(n) for n in (*grid, *block, lds)]
-    return hip.library().hipModuleLaunchKernel(kernel, *sizes, stream, None, buffer.extra)
 
 
 def run(path, name, grid, block, arguments, lds=0):

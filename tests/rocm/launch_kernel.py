@@ -6,7 +6,6 @@ the output array.
 
 import pickle
 import sys
-from ctypes import c_uint
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +28,10 @@ class Launch:
 
 def run(launch: Launch) -> bytes:
     (kernel,) = code_object.kernels(launch.code)
-    arrays = {name: hip.malloc(array.nbytes) for name, array in launch.arrays.items()}
-    for name, address in arrays.items():
-        hip.write(address, launch.arrays[name].tobytes())
-    block = kernel.pack(launch.values | {name: address.value or 0 for name, address in arrays.items()})
+    arrays = {name: hip.array(array) for name, array in launch.arrays.items()}
+    arguments = kernel.pack(launch.values | {name: address.value or 0 for name, address in arrays.items()})
     function = hip.function(hip.load(str(launch.code)), kernel.name)
-    buffer = hip.LaunchBuffer(block)
-    sizes = [c_uint(n) for n in (*launch.grid, launch.block, 1, 1, 0)]
-    hip.check("hipModuleLaunchKernel", function, *sizes, None, None, buffer.extra)
+    assert hip.launch(function, launch.grid, (launch.block, 1, 1), arguments) == hip.SUCCESS
     hip.check("hipDeviceSynchronize")
     return hip.read(arrays[launch.output], launch.arrays[launch.output].nbytes)
 
