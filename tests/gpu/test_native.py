@@ -141,10 +141,10 @@ def test_replayed_steps_give_the_same_bits(num_ranks):
     np.testing.assert_array_equal(np.asarray(y.astype(jnp.float32)), want)
     handled = runs() - before
     print(f"{num_ranks} ranks: {calls * 20} exchanges a rank, {handled} handler runs")
-    # The first calls are not recorded yet. With several devices XLA's buffers move between calls, and it
-    # records anew, or does not record at all.
-    if num_ranks == 1:
-        assert handled <= 3 * 20 + 0.1 * calls * 20
+    # The first calls are not recorded yet, and few steps are mostly those. With several devices XLA's buffers
+    # move more between calls, and it records anew; on ROCm jax 0.10.2 then records nothing.
+    if STEPS >= 1000 and (num_ranks == 1 or compat.gpu_backend() == "cuda"):
+        assert handled < num_ranks * calls * 20 * (0.1 if num_ranks == 1 else 0.9)
 
 
 @pytest.mark.parametrize("num_devices", RANKS)
