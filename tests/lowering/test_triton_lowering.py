@@ -13,8 +13,6 @@ from jax_moriep.experts import ExpertSpec, triton
 
 L, C = 4, 1024
 FORWARD = ["moriep_down", "moriep_gate_up"]
-# Newer releases say so at every Pallas-Triton kernel.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
 def mesh_of(platform):

@@ -12,7 +12,7 @@ from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
 from jax_moriep.experts.triton import hopper, mlp, tuning
 from jax_moriep.experts.triton.launch import Tile
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep.experts.triton.tiles import position, real_rows, row_tiles
 
 
 @pytest.mark.parametrize("saved_rows", [1, 128])
@@ -39,23 +39,46 @@ def test_tiles(first_row, size, block):
     sizes = np.array([13, 0, 70, 1, 0, 200, 0], np.int32)
     aligned = -(-sizes // block) * block
     capacity = int(aligned.sum()) + 2 * block
-    tiles = row_tiles(jnp.asarray(sizes), block, capacity, size, first_row)
+    tiles = row_tiles(jnp.asarray(sizes), block, capacity, size, first_row, group=4)
     want, start = [], 0
     for expert, (real, rows) in enumerate(zip(sizes, aligned, strict=True)):
         for first in range(start, start + rows, size):
             want.append((expert, first, start + real, start + rows))
         start += rows
+    want, groups = np.array(want), np.asarray(tiles.table)[4:, : len(want)].T
     table = np.asarray(tiles.table)
     assert len(want) <= tiles.max_tiles
-    np.testing.assert_array_equal(table[:, : len(want)].T, want)
+    np.testing.assert_array_equal(table[:4, : len(want)].T, want)
+    # Groups follow each other and hold one expert's tiles, at most four; a run's differ by one at most.
+    for tile, (first, end) in enumerate(groups):
+        assert first <= tile < end <= first + 4
+        assert (groups[first:end] == (first, end)).all()
+        assert len(set(want[first:end, 0])) == 1
+    for expert in set(want[:, 0]):
+        of_run = groups[want[:, 0] == expert]
+        heights = {tuple(group): group[1] - group[0] for group in of_run}
+        assert len(heights) == -(-len(of_run) // 4)
+        assert max(heights.values()) - min(heights.values()) <= 1
     left_out = sum(first + size <= first_row for _, first, _, _ in want)
-    np.testing.assert_array_equal(table[:, -1], [len(want), start, left_out, 0])
+    np.testing.assert_array_equal(table[:3, -1], [len(want), start, left_out])
     got = np.asarray(real_rows(jnp.asarray(sizes), block, capacity))
     starts = np.cumsum(aligned) - aligned
     row = np.arange(capacity)
     np.testing.assert_array_equal(
         got, [any(s <= r < s + n for s, n in zip(starts, sizes, strict=True)) for r in row]
     )
+
+
+@pytest.mark.parametrize("col_tiles", [1, 3])
+@pytest.mark.parametrize("first_row", [0, 100])
+def test_every_tile_has_one_turn(first_row, col_tiles):
+    sizes = jnp.array([13, 0, 70, 1, 0, 200, 0], jnp.int32)
+    tiles = row_tiles(sizes, 8, 400, 16, first_row, group=4)
+    used, _, first_tile = (int(n) for n in tiles.table[:3, -1])
+    turns = range((used - first_tile) * col_tiles)
+    seen = [tuple(map(int, position(tiles.table, jnp.int32(t), first_tile, col_tiles))) for t in turns]
+    assert set(seen) == {(row, col) for row in range(first_tile, used) for col in range(col_tiles)}
+    assert len(seen) == len(turns)
 
 
 # --- Tuning -------------------------------------------------------------------------------------------------
@@ -82,13 +105,22 @@ def test_class_of(block, name):
 def test_lookup():
     table = tuning.shipped()
     kind = "NVIDIA H100 80GB HBM3"
-    of_h100 = tuning.lookup(table, kind, "cuda", "down", 128, 2)
+    of_h100 = tuning.lookup(table, kind, "down", 128, 2)
     assert of_h100 == Tile(**table[kind]["down"]["many"])
-    assert tuning.lookup(table, "a GPU nobody measured", "cuda", "down", 128, 2) == of_h100
-    assert tuning.lookup(table, "", "rocm", "down", 8, 2) == Tile(
-        **table["AMD Instinct MI300X"]["down"]["few"]
-    )
-    assert tuning.lookup(table, kind, "cuda", "down", 128, 4).rows == 64
+    assert tuning.lookup(table, "NVIDIA H200", "down", 128, 2) == of_h100
+    for other in ("", "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300A"):
+        small = tuning.lookup(table, other, "down", 8, 2)
+        assert small == Tile(**table["AMD Instinct MI300X"]["down"]["few"])
+    assert tuning.lookup(table, kind, "down", 128, 4).rows == 64
+
+
+def test_the_smallest_tiles_fit_everywhere():
+    """Both operands of a step in 16 bits, as often as there are stages; gate_up has twice the columns."""
+    for kernel, classes in tuning.shipped()[tuning.SMALLEST].items():
+        for entry in classes.values():
+            tile = Tile(**entry)
+            cols = tile.cols * (2 if kernel == "gate_up" else 1)
+            assert (tile.rows + cols) * tile.depth * 2 * tile.stages <= 65536
 
 
 def test_a_table_of_ones_own(tmp_path, monkeypatch):

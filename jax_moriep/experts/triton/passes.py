@@ -83,7 +83,7 @@ def down(
     return rows_times_weights(
         act,
         w2,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
         epilogue,
         (row_weights, *_given(b2)),
@@ -132,7 +132,7 @@ def gate_up(
     return rows_times_weights(
         rows,
         w1,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0, tile.group),
         tile,
         epilogue,
         (row_weights, *_given(b1)),
@@ -219,7 +219,7 @@ def d_rows(
     return rows_times_weights(
         d_pre,
         w1,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
         epilogue,
         (row_weights, rows) if spec.weight_input else (),
@@ -277,7 +277,7 @@ def d_activations(
     return rows_times_weights(
         d_out,
         w2,
-        row_tiles(group_sizes, spec.block, capacity, tile.rows),
+        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
         epilogue,
         (row_weights, *pre),

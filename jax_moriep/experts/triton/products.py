@@ -105,8 +105,7 @@ def rows_times_weights(
         num_tiles = num_tiles - first_tile
 
         def product(turn: Any) -> None:
-            row_tile, col_tile = _position(turn, num_tiles, col_tiles, tile.group)
-            row_tile = first_tile + row_tile
+            row_tile, col_tile = rows_of.position(table_ref, turn, first_tile, col_tiles)
             expert, first, stop, end = (table_ref[line, row_tile] for line in range(4))
             at = At(
                 expert,

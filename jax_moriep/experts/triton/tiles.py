@@ -7,14 +7,23 @@ whatever ``block`` is. The table is short, has a static length and costs the hos
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_moriep.plan import run_starts
 
-EXPERT, FIRST, STOP, END = range(4)
-"""Lines of the table: the expert, the tile's first row, the end of its run's real rows and of its blocks."""
+GROUP = 16
+"""The most tiles of rows that take their turn at one tile of columns before the next.
+
+With tiles of 128 rows and 256 columns, 132 programs then read the least: as many rows as columns at a time.
+"""
+
+EXPERT, FIRST, STOP, END, GROUP_FIRST, GROUP_END = range(6)
+"""Lines of the table: the expert, the tile's first row, the end of its run's real rows and of its blocks, and
+the first tile of its group and of the next."""
 NUM_TILES, USED_ROWS, FIRST_TILE = range(3)
 """Lines of the table's last column: tiles in use, the end of the last run's blocks, the first tile to do."""
 
@@ -24,7 +33,7 @@ class RowTiles:
     """The tiles of one call.
 
     Attributes:
-      table: i32[4, max_tiles + 1].
+      table: i32[6, max_tiles + 1].
       size: rows per tile, a power of two.
       max_tiles: the most tiles that any ``group_sizes`` can need.
       capacity: C.
@@ -39,9 +48,16 @@ class RowTiles:
 
 
 def row_tiles(
-    group_sizes: jax.Array, block: int, capacity: int, size: int, first_row: int | jax.Array = 0
+    group_sizes: jax.Array,
+    block: int,
+    capacity: int,
+    size: int,
+    first_row: int | jax.Array = 0,
+    group: int = GROUP,
 ) -> RowTiles:
-    """Cuts every run into tiles.
+    """Cuts every run into tiles, and the tiles of a run into groups of equal size.
+
+    A group is one expert's alone: for one of several experts, the weights of all would be read at a time.
 
     Args:
       group_sizes: i32[L].
@@ -49,6 +65,7 @@ def row_tiles(
       capacity: C.
       size: rows per tile.
       first_row: tiles that end at or before this row are left out.
+      group: the most tiles of a group.
 
     Returns:
       The tiles, sorted by row.
@@ -63,12 +80,44 @@ def row_tiles(
     # A comparison with every end: one small fused kernel, where a search would be a loop of several.
     expert = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
     expert = jnp.minimum(expert, group_sizes.size - 1)
-    first = starts[expert] + (tile - (ends - counts)[expert]) * size
-    lines = (expert, first, (starts + group_sizes)[expert], (starts + aligned)[expert])
-    left_out = jnp.sum((first + size <= first_row) & (tile < ends[-1]), dtype=jnp.int32)
-    last = jnp.stack([ends[-1], (starts + aligned)[-1], left_out, jnp.zeros_like(left_out)])
+    first_of_run, count = (ends - counts)[expert], counts[expert]
+    in_run = tile - first_of_run
+    first = starts[expert] + in_run * size
+    num_groups = jnp.maximum(1, (count + group - 1) // group)
+    # Group n of a run begins at its tile count * n // num_groups, so this is the group of tile in_run.
+    in_group = ((in_run + 1) * num_groups - 1) // jnp.maximum(1, count)
+    lines = (
+        expert,
+        first,
+        (starts + group_sizes)[expert],
+        (starts + aligned)[expert],
+        first_of_run + count * in_group // num_groups,
+        first_of_run + count * (in_group + 1) // num_groups,
+    )
+    # From the runs, which are few: a sum over the tiles is done by one thread, for longer than a product.
+    left_out = jnp.sum(jnp.clip((first_row - starts) // size, 0, counts), dtype=jnp.int32)
+    last = jnp.stack([ends[-1], (starts + aligned)[-1], left_out, *[jnp.zeros_like(left_out)] * 3])
     table = jnp.concatenate([jnp.stack(lines), last[:, None]], axis=1).astype(jnp.int32)
     return RowTiles(table, size, most, capacity, block % size != 0)
+
+
+def position(table: Any, turn: Any, first_tile: Any, col_tiles: int) -> tuple[Any, Any]:
+    """(tile of rows, tile of columns) of a turn, inside a kernel.
+
+    A group has the turns that its tiles would have if each took all its columns at once, so the group of a
+    turn is that of the tile that would be there.
+
+    Args:
+      table: the reference to ``RowTiles.table``.
+      turn: from 0 to the number of tiles in use times ``col_tiles``.
+      first_tile: the first tile to do.
+      col_tiles: tiles of columns.
+    """
+    there = first_tile + lax.div(turn, jnp.int32(col_tiles))
+    group_first = jnp.maximum(table[GROUP_FIRST, there], first_tile)
+    height = table[GROUP_END, there] - group_first
+    in_group = turn - (group_first - first_tile) * col_tiles
+    return group_first + lax.rem(in_group, height), lax.div(in_group, height)
 
 
 def real_rows(group_sizes: jax.Array, block: int, capacity: int) -> jax.Array:

@@ -1,0 +1,188 @@
+"""How operands come to a Hopper GPU's matrix units: one warpgroup copies blocks, two multiply them.
+
+A program's tiles are one stream. While the results of a tile leave the registers, the blocks of the next one
+arrive already; with a short contraction that is a good part of a tile's time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mg
+
+PROGRAMS = 132
+SLOTS = 4
+"""Steps of the stream that have a place in shared memory at the same time."""
+PIECE = 64
+"""Rows and columns that leave a warpgroup's registers at a time."""
+PIECES = 2
+"""How many of them have a place in shared memory; with ``SLOTS`` steps that is all there is."""
+_MULTIPLIERS = 2
+_COPIER = _MULTIPLIERS
+_COPIER_REGISTERS = 40
+_MULTIPLIER_REGISTERS = 232
+"""The most that 64K registers leave for each thread of both when the copier's have 40."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a step reads of an operand: [rows, cols], and the next step further along ``dim``."""
+
+    rows: int
+    cols: int
+    dim: int
+
+    def at(self, source: Any, step: Any) -> Any:
+        """The block of a step."""
+        size = (self.rows, self.cols)[self.dim]
+        along = pl.ds(pl.multiple_of(step * size, size), size)
+        return source.at[along, :] if self.dim == 0 else source.at[:, along]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One tile of a result.
+
+    Attributes:
+      steps: how many blocks of each operand there are; may be 0.
+      sources: the operands; the blocks begin at their first row and column.
+      sums: shapes of one warpgroup's sums, f32.
+      multiply: multiply(step, blocks, sums) enqueues one product into each of the sums.
+      finish: finish(values of the sums) stores them, by ``Lanes.leave``.
+    """
+
+    steps: Any
+    sources: tuple[Any, ...]
+    sums: tuple[tuple[int, int], ...]
+    multiply: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
+    finish: Callable[[tuple[Any, ...]], None]
+
+
+def swizzled(dtype: Any) -> tuple[Any, ...]:
+    """How a 16-bit operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
+    elements = 128 // jnp.dtype(dtype).itemsize
+    return mg.TilingTransform((8, elements)), mg.SwizzleTransform(128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """What a warpgroup that multiplies has for its results.
+
+    Attributes:
+      me: its number, 0 or 1.
+      pieces: places in shared memory.
+    """
+
+    me: Any
+    pieces: Any
+
+    def leave(self, parts: list[tuple[Any, Any]]) -> None:
+        """Stores each (values, target) through shared memory, by turns; the copies run on."""
+        mg.wait_smem_to_gmem(0, wait_read_only=True)
+        turn = 0
+        for values, target in parts:
+            values = values.astype(target.dtype)
+            for row in range(0, values.shape[0], PIECE):
+                for col in range(0, values.shape[1], PIECE):
+                    at = (slice(row, row + PIECE), slice(col, col + PIECE))
+                    if turn >= PIECES:
+                        mg.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
+                    place = self.pieces.at[self.me, turn % PIECES]
+                    place[...] = values[at]
+                    mg.commit_smem()
+                    mg.copy_smem_to_gmem(place, target.at[at])
+                    turn += 1
+
+
+def run(
+    blocks: tuple[Block, ...], dtype: Any, turns: tuple[Any, ...], work: Callable[[Lanes, Any], Work]
+) -> None:
+    """Does all turns of a program.
+
+    Args:
+      blocks: of each operand.
+      dtype: of the operands and the results.
+      turns: how many turns there are in each dimension of ``work``'s index; the programs share them.
+      work: work(lanes, index), the tile of a turn.
+    """
+
+    def scoped(slots: Any, produced: Any, consumed: Any, pieces: Any) -> None:
+        me = lax.axis_index("wg")
+        lanes = Lanes(me, pieces)
+        pl.when(me == _COPIER)(
+            functools.partial(_copy, blocks, turns, work, lanes, slots, produced, consumed)
+        )
+        pl.when(me != _COPIER)(functools.partial(_multiply, turns, work, lanes, slots, produced, consumed))
+        mg.wait_smem_to_gmem(0, wait_read_only=True)
+
+    transforms = swizzled(dtype)
+    pl.run_scoped(
+        scoped,
+        slots=tuple(
+            mg.SMEM((SLOTS, block.rows, block.cols), dtype, transforms=transforms) for block in blocks
+        ),
+        produced=mg.Barrier(num_arrivals=len(blocks), num_barriers=SLOTS),
+        consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=SLOTS),
+        pieces=mg.SMEM((_MULTIPLIERS, PIECES, PIECE, PIECE), dtype, transforms=transforms),
+        collective_axes="wg",
+    )
+
+
+def _copy(
+    blocks: tuple[Block, ...], turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any
+) -> None:
+    mg.set_max_registers(_COPIER_REGISTERS, action="decrease")
+
+    def one(info: Any, carry: Any) -> Any:
+        tile = work(lanes, info.index)
+
+        def step(k: Any, done: Any) -> Any:
+            slot = lax.rem(done, jnp.int32(SLOTS))
+            pl.when(done >= SLOTS)(lambda: mg.barrier_wait(consumed.at[slot]))
+            for block, source, places in zip(blocks, tile.sources, slots, strict=True):
+                mg.copy_gmem_to_smem(block.at(source, k), places.at[slot], produced.at[slot])
+            return done + 1
+
+        return lax.fori_loop(0, tile.steps, step, carry)
+
+    done: Any = mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))(one)
+
+    # No barrier is left with an arrival that nobody waited for.
+    @pl.loop(jnp.maximum(done - SLOTS, 0), done)
+    def _(step: Any) -> None:
+        mg.barrier_wait(consumed.at[lax.rem(step, jnp.int32(SLOTS))])
+
+
+def _multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any) -> None:
+    mg.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+
+    @mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))
+    def _(info: Any, carry: Any) -> Any:
+        tile = work(lanes, info.index)
+
+        def summed(*sums: Any) -> None:
+            def step(k: Any, nothing: Any) -> Any:
+                slot = lax.rem(carry + k, jnp.int32(SLOTS))
+                mg.barrier_wait(produced.at[slot])
+                tile.multiply(k, tuple(places.at[slot] for places in slots), sums)
+                # The products of this step may run on; those before it are done with their blocks.
+                mg.wgmma_wait(len(sums))
+                before = lax.rem(carry + k + (SLOTS - 1), jnp.int32(SLOTS))
+                pl.when(k > 0)(lambda: mg.barrier_arrive(consumed.at[before]))
+                return nothing
+
+            lax.fori_loop(0, tile.steps, step, ())
+            mg.wgmma_wait(0)
+            last = lax.rem(carry + tile.steps + (SLOTS - 1), jnp.int32(SLOTS))
+            pl.when(tile.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
+            tile.finish(tuple(total[...] for total in sums))
+
+        acc = mg.ACC  # pyright: ignore[reportPrivateImportUsage]
+        pl.run_scoped(summed, *(acc(shape, jnp.float32) for shape in tile.sums))
+        return carry + tile.steps
