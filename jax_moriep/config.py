@@ -34,7 +34,7 @@ SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
 ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
 TRANSPORTS = ("native", "mori", "collective", "reference")
 # In the order in which "auto" tries them; "triton" behind "blocked" until a GPU has checked all its values.
-EXPERTS = ("blocked", "triton", "aiter", "reference")
+EXPERTS = ("triton", "blocked", "aiter", "reference")
 
 
 @dataclasses.dataclass(frozen=True)

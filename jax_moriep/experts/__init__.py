@@ -81,9 +81,11 @@ def choose(name: str, platform: str | None) -> str:
     Raises:
       TransportError: the named one cannot run here; the text says why and what to do.
     """
-    found = reasons(platform)
     if name == "auto":
+        # A program that is only lowered may be for any platform: what runs on a CPU runs on all.
+        found = reasons(platform or "cpu")
         return next(candidate for candidate, why in found.items() if why is None)
+    found = reasons(platform)
     if found[name] is not None:
         raise TransportError(f"experts={name!r} cannot run on platform {platform!r}: {found[name]}")
     return name

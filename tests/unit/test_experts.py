@@ -386,14 +386,18 @@ def test_config_decides(activation, router, weight_input, name):
 def test_auto_takes_the_first_that_can_run():
     assert experts.choose("auto", "cpu") == "blocked"
     assert list(experts.reasons("cpu")) == list(EXPERTS)
-    assert [name for name, why in experts.reasons(None).items() if why is None] == NAMES
+    assert experts.choose("auto", "tpu") == "blocked"
+    assert {name for name, why in experts.reasons(None).items() if why is None} == set(NAMES)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda", "rocm"])
-def test_triton_is_taken_on_gpus_by_name_only(platform):
-    """Until a GPU has checked the values of all its paths."""
-    assert experts.choose("triton", platform) == "triton"
-    assert experts.choose("auto", platform) == "blocked"
+def test_auto_takes_triton_on_gpus(platform):
+    assert experts.choose("auto", platform) == experts.choose("triton", platform) == "triton"
+
+
+def test_auto_takes_what_runs_everywhere_where_there_is_no_device():
+    assert experts.choose("auto", None) == "blocked"
+    assert experts.choose("triton", None) == "triton"
 
 
 def test_triton_by_name_on_a_cpu():

@@ -67,7 +67,7 @@ def _on_platform(name: str, spec: ExpertSpec, rows: jax.Array, kept: int, *array
         table = tuning.table()
 
         def tile_of(kernel: str) -> Tile:
-            return tuning.lookup(table, kind, platform, kernel, spec.block, rows.dtype.itemsize)
+            return tuning.lookup(table, kind, kernel, spec.block, rows.dtype.itemsize)
 
         return functools.partial(getattr(passes, name), spec, tile_of, kept, False)
 

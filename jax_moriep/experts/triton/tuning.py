@@ -23,8 +23,11 @@ KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
 CLASSES = ("few", "some", "many")
 """Rows of an expert: below 64, below 256, more."""
 VARIABLE = "JAX_MORIEP_TUNING"
-FALLBACK = {"cuda": "NVIDIA H100 80GB HBM3", "rocm": "AMD Instinct MI300X"}
-"""The device whose entries serve every device of a platform that has none of its own."""
+HOPPER = "NVIDIA H100 80GB HBM3"
+_HOPPER_KINDS = ("NVIDIA H", "NVIDIA GH")
+"""How the kinds of NVIDIA's GPUs of that chip begin: the same shared memory, and the same multiprocessors."""
+SMALLEST = "AMD Instinct MI300X"
+"""Serves every device that has no entries: what fits its 64 KiB of local memory fits everywhere."""
 
 # Small enough for every GPU's local memory; f32 products use no matrix unit that bf16 would.
 _F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
@@ -42,13 +45,12 @@ def class_of(block: int) -> str:
     return "few" if block < 16 else "some" if block < 64 else "many"
 
 
-def lookup(table: Table, device_kind: str, platform: str, kernel: str, block: int, itemsize: int) -> Tile:
+def lookup(table: Table, device_kind: str, kernel: str, block: int, itemsize: int) -> Tile:
     """The tile of a kernel.
 
     Args:
       table: see ``Table``.
-      device_kind: as jax names the device.
-      platform: "cuda" or "rocm"; says whose entries serve a device that has none.
+      device_kind: as jax names the device; one that has no entries gets those of ``HOPPER`` or ``SMALLEST``.
       kernel: a name in ``KERNELS``.
       block: rows per block.
       itemsize: bytes of one value of rows.
@@ -58,7 +60,8 @@ def lookup(table: Table, device_kind: str, platform: str, kernel: str, block: in
     """
     if itemsize > 2:
         return _F32
-    of_device = table.get(device_kind) or table[FALLBACK[platform]]
+    other = HOPPER if device_kind.startswith(_HOPPER_KINDS) else SMALLEST
+    of_device = table.get(device_kind) or table[other]
     return Tile(**of_device[kernel][class_of(block)])
 
 
