@@ -45,15 +45,17 @@ test-gpu: build
 	$(BIN)/cmake -S . -B build/test-$(GPU) -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
 	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=$(if $(filter cuda,$(GPU)),ON,OFF) \
 	  -DMORIEP_BUILD_ROCM=$(if $(filter rocm,$(GPU)),ON,OFF) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-	$(BIN)/cmake --build build/test-$(GPU) --target $(GPU)_exchange_test $(GPU)_speed
+	$(BIN)/cmake --build build/test-$(GPU) --target $(GPU)_exchange_test $(GPU)_speed $(GPU)_peer
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_exchange_test
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
+	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
 	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu
 
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.
 NEWEST_TESTS := tests/contract/test_order.py tests/contract/test_transforms.py tests/lowering \
-  tests/multiprocess/test_launch.py tests/unit/test_doctor.py tests/unit/test_flax.py tests/unit/test_interop.py
+  tests/multiprocess/test_launch.py tests/unit/test_doctor.py tests/unit/test_flax.py tests/unit/test_hopper.py \
+  tests/unit/test_interop.py
 ifeq ($(NEWEST_PYTHON),)
 test-newest:
 	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"

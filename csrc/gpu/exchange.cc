@@ -11,14 +11,11 @@
 namespace moriep::gpu {
 namespace {
 
-// Blocks that move rows: enough to fill the device, and no more, because each looks for its peers.
-constexpr int kBlocksPerProcessor = 8;
-
-int num_blocks(const LocalRank& me, int64_t num_items) {
+// Blocks that move rows: a wave for each item, within the kernel's limit.
+int num_blocks(int32_t max_blocks, int64_t num_items) {
   constexpr int64_t kWavesPerBlock = kThreads / kWave;
   const int64_t wanted = (num_items + kWavesPerBlock - 1) / kWavesPerBlock;
-  return static_cast<int>(
-      std::clamp<int64_t>(wanted, 1, int64_t{me.num_processors} * kBlocksPerProcessor));
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, max_blocks));
 }
 
 Status launched(gpuError_t error) {
@@ -79,7 +76,8 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   const int64_t all_tokens = shape.num_ranks * shape.num_tokens;
   if (shape.num_local_experts > kMaxLocalExperts || shape.top_k > kMaxTopK ||
       all_tokens * shape.top_k > kMaxItems || all_tokens * parts > kMaxItems ||
-      (shape.capacity / 32 + 1) * parts > kMaxItems || shape.num_tokens > kMaxItems / kMaxRanks) {
+      (shape.capacity / kClearRows + 1) * parts > kMaxItems ||
+      shape.num_tokens > kMaxItems / kMaxRanks) {
     return Status(Code::kInvalidArgument,
                   "num_local_experts=" + std::to_string(shape.num_local_experts) + ", top_k=" +
                       std::to_string(shape.top_k) + ", capacity=" + std::to_string(shape.capacity) +
@@ -131,7 +129,7 @@ gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const std::byte
                          const int32_t* ids, const float* weights) {
   const StageArgs args{p.team, p.sizes, p.step, staged_of(p.layout), x, ids, weights};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
-  return launch_stage(p.stream, num_blocks(me, p.sizes.num_tokens * parts), args);
+  return launch_stage(p.stream, num_blocks(me.max_blocks.stage, p.sizes.num_tokens * parts), args);
 }
 
 gpuError_t enqueue_pull(const LocalRank& me, const Prepared& p, const std::byte* x,
@@ -140,7 +138,8 @@ gpuError_t enqueue_pull(const LocalRank& me, const Prepared& p, const std::byte*
                       routes, p.written, rows,   row_weights};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
   const int64_t pulls = int64_t{p.sizes.num_ranks} * p.sizes.num_tokens;
-  return launch_pull(p.stream, num_blocks(me, (pulls + p.sizes.capacity / 32 + 1) * parts), args);
+  const int64_t items = (pulls + p.sizes.capacity / kClearRows + 1) * parts;
+  return launch_pull(p.stream, num_blocks(me.max_blocks.pull, items), args);
 }
 
 }  // namespace
@@ -212,21 +211,34 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, 1);
   const int64_t items = p.sizes.num_tokens * parts;
   if (first(call)) {
-    const int blocks = num_blocks(me, items * (p.sizes.num_ranks - 1));
+    const int blocks = num_blocks(me.max_blocks.push, items * (p.sizes.num_ranks - 1));
     if (Status status = launched(launch_push(p.stream, blocks, call.type, args)); !status.ok())
       return status;
   }
   if (!second(call)) return Status();
-  return launched(launch_reduce(p.stream, num_blocks(me, items), call.type, args));
+  return launched(
+      launch_reduce(p.stream, num_blocks(me.max_blocks.reduce, items), call.type, args));
 }
 
-Status preload_kernels() {
+Status preload_kernels(LocalRank& me) {
+  constexpr int32_t kNoLimit = std::numeric_limits<int32_t>::max();
+  BlockLimits resident{kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  int processors = 0;
   for (const gpuError_t error :
-       {preload_stage(), preload_plan(), preload_pull(), preload_push(), preload_reduce()}) {
+       {gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, me.device),
+        preload_stage(&resident.stage), preload_plan(), preload_pull(&resident.pull),
+        preload_push(&resident.push), preload_reduce(&resident.reduce)}) {
     if (error != gpuSuccess) {
       return Status(Code::kFailedPrecondition,
                     std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));
     }
+  }
+  me.max_blocks = {kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  if (me.group->num_ranks() > 1) {
+    // Each block looks for its peers and fences its own writes: no more of them than run at once.
+    me.max_blocks = {
+        processors * std::max(1, resident.stage), processors * std::max(1, resident.pull),
+        processors * std::max(1, resident.push), processors * std::max(1, resident.reduce)};
   }
   return Status();
 }

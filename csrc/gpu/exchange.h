@@ -33,7 +33,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at);
 Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at);
 Status combine(LocalRank& me, const Call& call, const CombineBuffers& at);
 
-// Loads all kernels on the current device.
-Status preload_kernels();
+// Loads all kernels on a rank's device, which is the current one, and sets how many blocks of them
+// run.
+Status preload_kernels(LocalRank& me);
 
 }  // namespace moriep::gpu

@@ -41,6 +41,17 @@ using gpuIpcHandle_t = hipIpcMemHandle_t;
 inline gpuError_t gpu_malloc_shared(void** data, size_t bytes) {
   return hipExtMallocWithFlags(data, bytes, hipDeviceMallocUncached);
 }
+// Blocks of a kernel that a processor holds at once: on the MI300 series four vector units, each
+// with 512 registers a lane and room for eight waves.
+inline gpuError_t gpu_resident_blocks(int* blocks, const void* kernel, int threads) {
+  hipFuncAttributes found;
+  const gpuError_t error = hipFuncGetAttributes(&found, kernel);
+  if (error != hipSuccess) return error;
+  const int registers = (found.numRegs + 8) / 8 * 8;
+  const int waves = registers > 64 ? 512 / registers : 8;
+  *blocks = waves * 4 * 64 / threads;
+  return hipSuccess;
+}
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -76,6 +87,10 @@ using gpuIpcHandle_t = cudaIpcMemHandle_t;
 // A kernel's argument is read where it lies, also by reference.
 #define MORIEP_KERNEL_ARGUMENT __grid_constant__
 inline gpuError_t gpu_malloc_shared(void** data, size_t bytes) { return cudaMalloc(data, bytes); }
+// Blocks of a kernel that a processor holds at once.
+inline gpuError_t gpu_resident_blocks(int* blocks, const void* kernel, int threads) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, 0);
+}
 #endif
 
 namespace moriep::gpu {

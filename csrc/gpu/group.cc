@@ -109,10 +109,7 @@ Status Group::add_local(int32_t rank, int32_t device) {
   MORIEP_GPU_TRY(name, gpuHostGetDevicePointer(&on_device, report, 0));
   local->report = static_cast<FaultReport*>(report);
   local->report_on_device = static_cast<FaultReport*>(on_device);
-  int processors = 0;
-  MORIEP_GPU_TRY(name, gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, device));
-  local->num_processors = processors;
-  if (Status status = preload_kernels(); !status.ok()) return status;
+  if (Status status = preload_kernels(*local); !status.ok()) return status;
   MORIEP_GPU_TRY(name, gpuDeviceSynchronize());
   local->arenas[static_cast<size_t>(rank)] = local->arena;
   locals_[static_cast<size_t>(rank)] = std::move(local);

@@ -22,12 +22,20 @@ inline constexpr int kAddressWords = 12;
 
 class Group;
 
+// The most blocks of each kernel that moves rows.
+struct BlockLimits {
+  int32_t stage = 0;
+  int32_t pull = 0;
+  int32_t push = 0;
+  int32_t reduce = 0;
+};
+
 // A rank whose device this process drives.
 struct LocalRank {
   Group* group = nullptr;
   int32_t rank = 0;
   int32_t device = 0;
-  int32_t num_processors = 0;
+  BlockLimits max_blocks;
   std::byte* arena = nullptr;
   FaultReport* report = nullptr;            // in host memory
   FaultReport* report_on_device = nullptr;  // the same, as the device addresses it

@@ -94,12 +94,26 @@ struct CombineArgs {
 gpuError_t launch_push(gpuStream_t stream, int num_blocks, RowType type, const CombineArgs& args);
 gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type, const CombineArgs& args);
 
-// Loads every kernel on the current device, so that none is loaded inside a recording.
-gpuError_t preload_stage();
+// Load every kernel on the current device, so that none is loaded inside a recording. `resident` is
+// lowered to the blocks of the kernel, in any of its forms, that a processor holds at once.
+gpuError_t preload_stage(int* resident);
 gpuError_t preload_plan();
-gpuError_t preload_pull();
-gpuError_t preload_push();
-gpuError_t preload_reduce();
+gpuError_t preload_pull(int* resident);
+gpuError_t preload_push(int* resident);
+gpuError_t preload_reduce(int* resident);
+
+// The same for one form of a kernel that moves rows.
+template <typename Kernel>
+gpuError_t preload_rows(Kernel* kernel, int threads, int* resident) {
+  const auto* entry = reinterpret_cast<const void*>(kernel);
+  gpuFuncAttributes found;
+  gpuError_t error = gpuFuncGetAttributes(&found, entry);
+  if (error != gpuSuccess) return error;
+  int blocks = 0;
+  error = gpu_resident_blocks(&blocks, entry, threads);
+  if (error == gpuSuccess && blocks < *resident) *resident = blocks;
+  return error;
+}
 
 // Whether rows of these sizes at these addresses can be moved in words of so many bytes.
 inline bool fits_words(int word_bytes, int64_t row_bytes, const void* a, const void* b) {

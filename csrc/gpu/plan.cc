@@ -98,15 +98,19 @@ __device__ void start_runs(const Sizes& sizes, const int32_t* totals, int32_t* s
   }
 }
 
-// Marks the rows of some experts' runs. Runs that share a word of the marks belong to one block or
-// several: hence the atomic, whose order does not matter.
+// Marks the rows of the experts' runs, one or more waves for each. Runs that share a word of the
+// marks belong to several waves: hence the atomic, whose order does not matter.
 __device__ void mark_runs(const PlanArgs& args, const int32_t* totals, const int32_t* starts) {
   const Sizes& sizes = args.sizes;
-  for (int32_t e = blockIdx.x; e < sizes.num_local_experts; e += gridDim.x) {
+  const auto waves = static_cast<int32_t>(num_waves());
+  const int32_t pieces = max(1, waves / sizes.num_local_experts);
+  for (auto i = static_cast<int32_t>(wave_index()); i < sizes.num_local_experts * pieces;
+       i += waves) {
+    const int32_t e = i / pieces;
     const int32_t first = starts[e];
     const int32_t end = min(first + totals[e], sizes.capacity);
-    for (int32_t w = first / 32 + static_cast<int32_t>(threadIdx.x); w * 32 < end;
-         w += blockDim.x) {
+    for (int32_t w = first / 32 + i % pieces * kWave + lane_id(); w * 32 < end;
+         w += pieces * kWave) {
       const int32_t low = max(first - w * 32, 0);
       const int32_t high = min(end - w * 32, 32);
       const uint32_t below_high = high == 32 ? ~0u : (1u << high) - 1;

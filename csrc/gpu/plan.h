@@ -21,4 +21,19 @@ __device__ inline uint64_t ranks_of(const Sizes& sizes, const int32_t* ids) {
   return ranks;
 }
 
+// The same for a whole wave that asks for one token: each lane looks at one route.
+__device__ inline uint64_t ranks_of_wave(const Sizes& sizes, const int32_t* ids) {
+  uint64_t ranks = 0;
+  for (int k0 = 0; k0 < sizes.top_k; k0 += kWave) {
+    const int k = k0 + lane_id();
+    const int32_t rank = k < sizes.top_k ? rank_of(sizes, ids[k]) : -1;
+    const int num_routes = min(kWave, sizes.top_k - k0);
+    for (int j = 0; j < num_routes; ++j) {
+      const int32_t one = from_lane(rank, j);
+      if (one >= 0) ranks |= uint64_t{1} << one;
+    }
+  }
+  return ranks;
+}
+
 }  // namespace moriep::gpu

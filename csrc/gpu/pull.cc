@@ -16,10 +16,11 @@ __device__ Word filled(bool poison) {
   }
 }
 
-// One part of one token: read once, written to all rows that the token has here.
+// One part of one token: read once, written to all rows that the token has here, unless this rank
+// has failed. Its routes are read before that is known.
 template <typename Word>
 __device__ void pull_part(const PullArgs& args, const std::byte* from, const int32_t* routes,
-                          int64_t first) {
+                          int64_t first, bool good) {
   const Sizes& sizes = args.sizes;
   const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
   Word words[kCopyWords];
@@ -27,7 +28,7 @@ __device__ void pull_part(const PullArgs& args, const std::byte* from, const int
   for (int k0 = 0; k0 < sizes.top_k; k0 += kWave) {
     int32_t route = k0 + lane_id() < sizes.top_k ? routes[k0 + lane_id()] : -1;
     if (route >= sizes.capacity) route = -1;
-    if (ballot(route >= 0) == 0) continue;
+    if (ballot(good && route >= 0) == 0) continue;
     if (!read) {
       read = true;
 #pragma unroll
@@ -50,22 +51,25 @@ __device__ void pull_part(const PullArgs& args, const std::byte* from, const int
   }
 }
 
-// One part of 32 rows: those without an owner are cleared; all are poisoned once this rank has
-// failed.
+// One part of kClearRows rows: those without an owner are cleared; all are poisoned once this rank
+// has failed.
 template <typename Word>
 __device__ void clear_part(const PullArgs& args, int32_t group, int64_t first, bool good) {
   const Sizes& sizes = args.sizes;
   const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
-  const uint32_t written = good ? args.written[group] : 0;
+  constexpr uint32_t kAll = (1u << kClearRows) - 1;
+  const int32_t first_row = group * kClearRows;
+  const uint32_t marks = args.written[first_row / 32] >> (first_row % 32);
+  const uint32_t written = good ? marks & kAll : 0;
   const int lane = lane_id();
-  const int32_t own = group * 32 + lane;
-  if (args.row_weights != nullptr && first == lane && lane < 32 && own < sizes.capacity &&
+  const int32_t own = first_row + lane;
+  if (args.row_weights != nullptr && first == lane && lane < kClearRows && own < sizes.capacity &&
       (written >> lane & 1) == 0) {
     args.row_weights[own] = good ? 0.0f : __uint_as_float(0x7fffffffu);
   }
   const Word word = filled<Word>(!good);
-  for (uint32_t left = ~written; left != 0; left &= left - 1) {
-    const int32_t row = group * 32 + __ffs(static_cast<int>(left)) - 1;
+  for (uint32_t left = ~written & kAll; left != 0; left &= left - 1) {
+    const int32_t row = first_row + __ffs(static_cast<int>(left)) - 1;
     if (row >= sizes.capacity) break;
     auto* to = reinterpret_cast<Word*>(args.rows + row * sizes.row_bytes);
 #pragma unroll
@@ -84,10 +88,13 @@ __global__ void __launch_bounds__(kThreads)
   const auto ranks = static_cast<uint32_t>(sizes.num_ranks);
   const uint32_t parts = num_parts(sizes.row_bytes, sizeof(Word), kCopyWords);
   const uint32_t num_pulls = ranks * static_cast<uint32_t>(sizes.num_tokens) * parts;
-  const uint32_t num_clears = static_cast<uint32_t>((sizes.capacity + 31) / 32) * parts;
-  const int64_t begin = good ? 0 : num_pulls;
-  for (int64_t item = begin + wave_index(); item < int64_t{num_pulls} + num_clears;
-       item += num_waves()) {
+  const uint32_t num_clears =
+      static_cast<uint32_t>((sizes.capacity + kClearRows - 1) / kClearRows) * parts;
+  // Neighbours in the order of items go to different blocks: rows that nobody owns lie together,
+  // and one block alone would clear them long after the others have ended.
+  const int64_t first_item =
+      static_cast<int64_t>(threadIdx.x / kWave) * gridDim.x + static_cast<int64_t>(blockIdx.x);
+  for (int64_t item = first_item; item < int64_t{num_pulls} + num_clears; item += num_waves()) {
     const auto index = static_cast<uint32_t>(item < num_pulls ? item : item - num_pulls);
     const int64_t first = static_cast<int64_t>(index % parts) * kCopyWords * kWave + lane_id();
     const uint32_t place = index / parts;
@@ -103,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
                                 : slot_of(args.team, static_cast<int32_t>(source), step) +
                                       args.staged.rows + token * args.staged.row_stride;
     pull_part<Word>(args, from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k,
-                    first);
+                    first, good);
   }
   leave_step(args.team, args.step);
 }
@@ -122,10 +129,9 @@ gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args)
   return gpuGetLastError();
 }
 
-gpuError_t preload_pull() {
-  gpuFuncAttributes found;
+gpuError_t preload_pull(int* resident) {
   for (const auto kernel : {pull_kernel<uint4>, pull_kernel<uint16_t>, pull_kernel<uint8_t>}) {
-    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    const gpuError_t error = preload_rows(kernel, kThreads, resident);
     if (error != gpuSuccess) return error;
   }
   return gpuSuccess;

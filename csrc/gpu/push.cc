@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 struct Preload {
+  int* resident;
   template <typename Word>
   gpuError_t operator()() const {
-    gpuFuncAttributes found;
-    return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(push_kernel<Word>));
+    return preload_rows(push_kernel<Word>, kThreads, resident);
   }
 };
 
@@ -85,6 +85,6 @@ gpuError_t launch_push(gpuStream_t stream, int num_blocks, RowType type, const C
   return gpuGetLastError();
 }
 
-gpuError_t preload_push() { return for_all_words(Preload()); }
+gpuError_t preload_push(int* resident) { return for_all_words(Preload{resident}); }
 
 }  // namespace moriep::gpu

@@ -7,10 +7,13 @@
 namespace moriep::gpu {
 namespace {
 
+// Rows of other ranks that a lane reads at once.
+constexpr int kSumRanks = 4;
+
 // One part of one token of this rank.
 template <typename Word, bool kAlone>
-__device__ void reduce_part(const CombineArgs& args, const std::byte* received, int64_t token,
-                            int64_t word, bool inside) {
+__device__ typename Word::Type reduce_part(const CombineArgs& args, const std::byte* received,
+                                           int64_t token, int64_t word, bool inside) {
   using Type = typename Word::Type;
   const Sizes& sizes = args.sizes;
   const int32_t me = args.team.rank;
@@ -20,28 +23,49 @@ __device__ void reduce_part(const CombineArgs& args, const std::byte* received, 
   if constexpr (kAlone) {
     add_routes<Word>(routes, sizes, args.rows, word, inside, sum);
   } else {
-    uint64_t ranks = ranks_of(sizes, args.ids + token * sizes.top_k);
-    for (int64_t slot = token * sizes.fanout; ranks != 0; ranks &= ranks - 1, ++slot) {
-      const int32_t rank = __ffsll(static_cast<long long>(ranks)) - 1;
-      if (rank == me) {
-        // Rounded to the row type, as it would have been on the way from another rank.
-        Sum<Word> own;
-        add_routes<Word>(routes, sizes, args.rows, word, inside, own);
-        if (inside) sum.add(own.rounded());
-      } else if (inside) {
-        sum.add(reinterpret_cast<const Type*>(received + args.pushed_rows +
-                                              slot * args.row_stride)[word]);
+    const uint64_t ranks = ranks_of_wave(sizes, args.ids + token * sizes.top_k);
+    const int num_ranks = count_bits(ranks);
+    const bool here = (ranks >> me & 1) != 0;
+    const int own_place = here ? count_bits(ranks & lanes_below(me)) : -1;
+    const std::byte* from = received + args.pushed_rows + token * sizes.fanout * args.row_stride;
+    Type own;
+    for (int first = 0; first < num_ranks; first += kSumRanks) {
+      Type read[kSumRanks];
+#pragma unroll
+      for (int j = 0; j < kSumRanks; ++j) {
+        const int place = first + j;
+        if (place < num_ranks && place != own_place && inside) {
+          read[j] = reinterpret_cast<const Type*>(from + place * args.row_stride)[word];
+        }
+      }
+      if (first == 0 && here) {
+        // Rounded to the row type, as it would have been on the way from another rank. Read while
+        // the others' rows are on their way, whatever its place among them.
+        Sum<Word> own_sum;
+        add_routes<Word>(routes, sizes, args.rows, word, inside, own_sum);
+        own = own_sum.rounded();
+      }
+#pragma unroll
+      for (int j = 0; j < kSumRanks; ++j) {
+        const int place = first + j;
+        if (place < num_ranks && inside) sum.add(place == own_place ? own : read[j]);
       }
     }
   }
-  if (inside) {
-    store_streamed(reinterpret_cast<Type*>(args.y + token * sizes.row_bytes) + word, sum.rounded());
-  }
+  return sum.rounded();
 }
 
-// kAlone: there is one rank. Its own kernel needs half the registers.
+template <typename Word>
+__device__ typename Word::Type poison() {
+  float values[Word::kElements];
+#pragma unroll
+  for (int i = 0; i < Word::kElements; ++i) values[i] = __uint_as_float(0x7fffffffu);
+  return Word::pack(values);
+}
+
+// kAlone: there is one rank, so there is nothing to wait for and fewer registers are needed.
 template <typename Word, bool kAlone>
-__global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kAlone ? 4 : 2)
     reduce_kernel(const MORIEP_KERNEL_ARGUMENT CombineArgs args) {
   using Type = typename Word::Type;
   const Sizes& sizes = args.sizes;
@@ -53,17 +77,19 @@ __global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
   const uint32_t parts = num_parts(sizes.row_bytes, kBytes, 1);
   const int64_t row_words = sizes.row_bytes / kBytes;
   const uint32_t num_items = static_cast<uint32_t>(sizes.num_tokens) * parts;
-  for (int64_t item = wave_index(); item < num_items; item += num_waves()) {
-    const uint32_t token = static_cast<uint32_t>(item) / parts;
-    const int64_t word =
-        static_cast<int64_t>(static_cast<uint32_t>(item) % parts) * kWave + lane_id();
+  // No sum overflows: there are no more waves than items, but for a block's, and 2^31 items at
+  // most.
+  const auto waves = static_cast<uint32_t>(num_waves());
+  for (auto item = static_cast<uint32_t>(wave_index()); item < num_items; item += waves) {
+    const uint32_t token = item / parts;
+    const int64_t word = static_cast<int64_t>(item % parts) * kWave + lane_id();
     const bool inside = word < row_words;
-    if (good) {
-      reduce_part<Word, kAlone>(args, received, token, word, inside);
-    } else if (inside) {
-      float poison[Word::kElements];
-      for (int i = 0; i < Word::kElements; ++i) poison[i] = __uint_as_float(0x7fffffffu);
-      reinterpret_cast<Type*>(args.y + token * sizes.row_bytes)[word] = Word::pack(poison);
+    Type value = poison<Word>();
+    // Alone, the rows are read before it is known whether this rank has failed.
+    if (kAlone || good) value = reduce_part<Word, kAlone>(args, received, token, word, inside);
+    if (kAlone && !good) value = poison<Word>();
+    if (inside) {
+      store_streamed(reinterpret_cast<Type*>(args.y + token * sizes.row_bytes) + word, value);
     }
   }
 
@@ -93,13 +119,14 @@ __global__ void __launch_bounds__(kThreads, kAlone ? 3 : 2)
 }
 
 struct Preload {
+  int* resident;
   template <typename Word>
   gpuError_t operator()() const {
-    gpuFuncAttributes found;
-    const gpuError_t error =
-        gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, true>));
+    // The other form waits for nobody, so nothing limits its blocks.
+    int alone = *resident;
+    const gpuError_t error = preload_rows(reduce_kernel<Word, true>, kThreads, &alone);
     if (error != gpuSuccess) return error;
-    return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(reduce_kernel<Word, false>));
+    return preload_rows(reduce_kernel<Word, false>, kThreads, resident);
   }
 };
 
@@ -129,6 +156,6 @@ gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type,
   return gpuGetLastError();
 }
 
-gpuError_t preload_reduce() { return for_all_words(Preload()); }
+gpuError_t preload_reduce(int* resident) { return for_all_words(Preload{resident}); }
 
 }  // namespace moriep::gpu

@@ -11,6 +11,9 @@ inline constexpr int kThreads = 256;  // of a block that moves rows
 
 // Words that a lane has on the way at once while it copies.
 inline constexpr int kCopyWords = 4;
+// Rows among which a wave looks for those to clear. With fewer most waves find none; with more the
+// waves whose rows all have no owner write far longer than the others.
+inline constexpr int kClearRows = 16;
 // Rows that a lane reads at once while it adds.
 inline constexpr int kSumRows = 8;
 
@@ -136,18 +139,18 @@ __device__ inline void add_routes(const int32_t* routes, const Sizes& sizes, con
     const bool named = lane < kSumRows && k0 + lane < sizes.top_k;
     int32_t route = named ? routes[k0 + lane] : -1;
     if (route >= sizes.capacity) route = -1;
-    int32_t row[kSumRows];
+    const auto here = static_cast<uint32_t>(ballot(route >= 0));
     Type read[kSumRows];
 #pragma unroll
     for (int j = 0; j < kSumRows; ++j) {
-      row[j] = from_lane(route, j);
-      if (row[j] >= 0 && inside) {
-        read[j] = reinterpret_cast<const Type*>(rows + row[j] * sizes.row_bytes)[word];
+      const int32_t row = from_lane(route, j);
+      if (row >= 0 && inside) {
+        read[j] = reinterpret_cast<const Type*>(rows + row * sizes.row_bytes)[word];
       }
     }
 #pragma unroll
     for (int j = 0; j < kSumRows; ++j) {
-      if (row[j] >= 0 && inside) sum.add(read[j]);
+      if ((here >> j & 1) != 0 && inside) sum.add(read[j]);
     }
   }
 }

@@ -69,10 +69,9 @@ gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& arg
   return gpuGetLastError();
 }
 
-gpuError_t preload_stage() {
-  gpuFuncAttributes found;
+gpuError_t preload_stage(int* resident) {
   for (const auto kernel : {stage_kernel<uint4>, stage_kernel<uint16_t>, stage_kernel<uint8_t>}) {
-    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+    const gpuError_t error = preload_rows(kernel, kThreads, resident);
     if (error != gpuSuccess) return error;
   }
   return gpuSuccess;

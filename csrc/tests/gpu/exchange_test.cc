@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -14,6 +15,20 @@ namespace moriep::gpu {
 namespace {
 
 constexpr int64_t kSlotBytes = int64_t{8} << 20;
+
+// JAX_MORIEP_TEST_STEPS: few where a GPU is simulated, many in a soak.
+int num_steps(int by_default) {
+  const char* text = std::getenv("JAX_MORIEP_TEST_STEPS");
+  return text == nullptr ? by_default : std::max(1, std::atoi(text));
+}
+
+// Seconds that a test of so many steps may take.
+unsigned deadline(unsigned seconds, int by_default, unsigned milliseconds_per_step) {
+  return seconds + static_cast<unsigned>(num_steps(by_default)) * milliseconds_per_step / 1000;
+}
+
+// How many steps lie between two looks at the results.
+int look_every(int steps) { return std::max(1, steps / 10); }
 
 // What the processes of a test share.
 struct Shared {
@@ -68,37 +83,56 @@ void expect_success(const std::vector<pid_t>& children) {
   }
 }
 
-void check_processes(int32_t num_ranks, int num_steps) {
+// Steps of processes that share a device take turns, which costs milliseconds each.
+constexpr int kProcessSteps = 60;
+constexpr unsigned kProcessStepMs = 20;
+
+// Dispatch, replay and combine in turn, with the scalars that a gradient needs; results are equal
+// to the oracle's and the same to the bit whenever they are looked at.
+void check_processes(int32_t num_ranks) {
   Shared* shared = share();
-  expect_success(fork_ranks(num_ranks, [&](int32_t me) {
+  const auto children = fork_ranks(num_ranks, [&](int32_t me) {
+    check::set_deadline(deadline(150, kProcessSteps, kProcessStepMs));
     const auto group = join(*shared, me, num_ranks, 60);
     for (const RowType type : {RowType::kF32, RowType::kBF16}) {
       Case test{shape_of(num_ranks, 33, 3, 72, 10, 4), type};
       test.with_scalars = true;
       const Oracle want(test);
       Exercise exercise(*group->local(me), test, want);
-      for (int i = 0; i < num_steps; ++i) {
-        exercise.poison_results();
+      std::vector<std::byte> dispatched, combined;
+      const int rounds = (num_steps(kProcessSteps) + 5) / 6;
+      for (int i = 0; i < rounds; ++i) {
+        const bool look = i % look_every(rounds) == 0 || i == rounds - 1;
+        if (look) exercise.poison_results();
         CHECK_OK(exercise.dispatch(Half::kBoth));
-        check_gpu(gpuDeviceSynchronize(), "dispatch");
-        CHECK_OK(group->failure());
-        exercise.check_dispatch();
+        if (look) {
+          check_gpu(gpuDeviceSynchronize(), "dispatch");
+          CHECK_OK(group->failure());
+          exercise.check_dispatch();
+          if (i == 0) dispatched = exercise.bits();
+          CHECK(exercise.bits() == dispatched);
+        }
         CHECK_OK(exercise.replay(Half::kBoth));
         CHECK_OK(exercise.combine(Half::kBoth));
-        check_gpu(gpuDeviceSynchronize(), "combine");
-        CHECK_OK(group->failure());
-        exercise.check_replay();
-        exercise.check_combine();
+        if (look) {
+          check_gpu(gpuDeviceSynchronize(), "combine");
+          CHECK_OK(group->failure());
+          exercise.check_replay();
+          exercise.check_combine();
+          if (i == 0) combined = exercise.bits();
+          CHECK(exercise.bits() == combined);
+        }
       }
     }
     // Nobody frees an arena that another still reads.
     ++shared->done;
     while (shared->done < num_ranks) usleep(1000);
-  }));
+  });
+  expect_success(children);
 }
 
-TEST(two_processes, 200) { check_processes(2, 10); }
-TEST(four_processes, 200) { check_processes(4, 5); }
+TEST(two_processes, deadline(200, kProcessSteps, kProcessStepMs)) { check_processes(2); }
+TEST(four_processes, deadline(200, kProcessSteps, kProcessStepMs)) { check_processes(4); }
 
 TEST(a_killed_process_is_a_deadline_error, 200) {
   Shared* shared = share();
@@ -199,33 +233,34 @@ TEST(ranks_on_one_stream, 300) {
   }
 }
 
-// JAX_MORIEP_TEST_STEPS, for where a GPU is simulated.
-int num_steps() {
-  const char* text = std::getenv("JAX_MORIEP_TEST_STEPS");
-  return text == nullptr ? 2000 : std::atoi(text);
-}
+constexpr int kStreamSteps = 2000;
 
-TEST(many_steps_give_the_same_bits, 120) {
+TEST(many_steps_give_the_same_bits, deadline(120, kStreamSteps, 10)) {
   const auto group = ranks_on_one_device(3);
   Case test{shape_of(3, 50, 4, 136, 12, 8), RowType::kBF16};
+  test.with_scalars = true;
   const Oracle want(test);
   Exercises all = exercises_of(*group, test, want);
-  std::vector<std::vector<std::byte>> rows, sums;
-  for (int i = 0, steps = num_steps(); i < steps; ++i) {
-    run(all, &Exercise::dispatch);
-    run(all, &Exercise::combine);
-    if (i % (steps / 10) != 0) continue;
+  std::vector<std::vector<std::byte>> dispatched, combined;
+  const auto look = [&](std::vector<std::vector<std::byte>>& first) {
     check_gpu(gpuDeviceSynchronize(), "steps");
     CHECK_OK(group->failure());
+    const bool taken = first.size() == all.size();
     for (size_t r = 0; r < all.size(); ++r) {
-      if (i == 0) {
-        rows.push_back(all[r]->rows());
-        sums.push_back(all[r]->y());
-      }
-      CHECK(all[r]->rows() == rows[r]);
-      CHECK(all[r]->y() == sums[r]);
-      all[r]->poison_results();
+      if (!taken) first.push_back(all[r]->bits());
+      CHECK(all[r]->bits() == first[r]);
     }
+  };
+  for (int i = 0, steps = num_steps(kStreamSteps); i < steps; ++i) {
+    const bool looked_at = i % look_every(steps) == 0;
+    if (looked_at) {
+      for (const auto& one : all) one->poison_results();
+    }
+    run(all, &Exercise::dispatch);
+    if (looked_at) look(dispatched);
+    run(all, &Exercise::replay);
+    run(all, &Exercise::combine);
+    if (looked_at) look(combined);
   }
 }
 

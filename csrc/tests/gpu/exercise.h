@@ -160,7 +160,20 @@ class Exercise {
 
   // Results as bytes, for comparison between runs.
   std::vector<std::byte> rows() const { return rows_.host(); }
-  std::vector<std::byte> y() const { return y_.host(); }
+  std::vector<std::byte> bits() const {
+    std::vector<std::byte> all = rows_.host();
+    const auto append = [&all](const auto& values) {
+      const auto* begin = reinterpret_cast<const std::byte*>(values.data());
+      all.insert(all.end(), begin, begin + values.size() * sizeof(values[0]));
+    };
+    append(row_weights_.host());
+    append(group_sizes_.host());
+    append(routes_.host());
+    append(slots_.host());
+    append(y_.host());
+    append(token_scalars_.host());
+    return all;
+  }
 
  private:
   int64_t row_bytes() const { return test_.shape.hidden_size * element_bytes(test_.type); }

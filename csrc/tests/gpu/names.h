@@ -22,6 +22,11 @@ using gpuGraph_t = hipGraph_t;
 #define gpuStreamCaptureModeRelaxed hipStreamCaptureModeRelaxed
 #define gpuStreamCreate hipStreamCreate
 #define gpuStreamEndCapture hipStreamEndCapture
+using gpuDeviceProp_t = hipDeviceProp_t;
+#define gpuGetDeviceCount hipGetDeviceCount
+#define gpuGetDeviceProperties hipGetDeviceProperties
+#define gpuMemcpyPeerAsync hipMemcpyPeerAsync
+#define gpuStreamWaitEvent hipStreamWaitEvent
 #else
 #define gpuEventCreate cudaEventCreate
 #define gpuEventElapsedTime cudaEventElapsedTime
@@ -41,4 +46,9 @@ using gpuGraph_t = cudaGraph_t;
 #define gpuStreamCaptureModeRelaxed cudaStreamCaptureModeRelaxed
 #define gpuStreamCreate cudaStreamCreate
 #define gpuStreamEndCapture cudaStreamEndCapture
+using gpuDeviceProp_t = cudaDeviceProp;
+#define gpuGetDeviceCount cudaGetDeviceCount
+#define gpuGetDeviceProperties cudaGetDeviceProperties
+#define gpuMemcpyPeerAsync cudaMemcpyPeerAsync
+#define gpuStreamWaitEvent cudaStreamWaitEvent
 #endif

@@ -1,16 +1,21 @@
 // Times of the exchanges of one rank, R = 1, in recorded launches: H = 7168 in bfloat16, 8 of 32
 // experts. Prints bytes that had to move over time, and that as a share of what a copy reaches.
-#include <algorithm>
-#include <cstdio>
+// What was timed is checked after it: every value, against the routing sorted on the host.
 #include <cstdlib>
-#include <functional>
+#include <numeric>
 #include <random>
 
-#include "exercise.h"
 #include "gpu/kernels.h"
+#include "timing.h"
 
 namespace moriep::gpu {
 namespace {
+
+constexpr int64_t kHidden = 7168;
+constexpr int64_t kRowBytes = kHidden * 2;
+constexpr int32_t kExperts = 32;
+constexpr int32_t kTopK = 8;
+constexpr int kCheckThreads = 256;
 
 __global__ void copy_kernel(const uint4* from, uint4* to, int64_t size) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -20,136 +25,371 @@ __global__ void copy_kernel(const uint4* from, uint4* to, int64_t size) {
   }
 }
 
-float milliseconds(gpuStream_t stream, int repeats, const std::function<void()>& work) {
-  gpuGraph_t graph;
-  gpuGraphExec_t recorded;
-  check_gpu(gpuStreamBeginCapture(stream, gpuStreamCaptureModeRelaxed), "capture");
-  for (int i = 0; i < repeats; ++i) work();
-  check_gpu(gpuStreamEndCapture(stream, &graph), "capture");
-  check_gpu(gpuGraphInstantiate(&recorded, graph, 0), "instantiate");
-  gpuEvent_t begin, end;
-  check_gpu(gpuEventCreate(&begin), "event");
-  check_gpu(gpuEventCreate(&end), "event");
-  float best = 1e9;
-  for (int batch = 0; batch < 6; ++batch) {
-    check_gpu(gpuEventRecord(begin, stream), "event");
-    check_gpu(gpuGraphLaunch(recorded, stream), "launch");
-    check_gpu(gpuEventRecord(end, stream), "event");
-    check_gpu(gpuEventSynchronize(end), "wait");
-    float time = 0;
-    check_gpu(gpuEventElapsedTime(&time, begin, end), "time");
-    if (batch > 0) best = std::min(best, time / static_cast<float>(repeats));
-  }
-  check_gpu(gpuGraphExecDestroy(recorded), "destroy");
-  check_gpu(gpuGraphDestroy(graph), "destroy");
-  return best;
+// A whole number from -7 to 7, of which sums of eight are exact in bfloat16.
+__device__ float small(uint32_t seed, int64_t row, int64_t h) {
+  uint32_t bits = static_cast<uint32_t>(row * kHidden + h) * 2 + seed;
+  bits = (bits ^ bits >> 16) * 0x7feb352du;
+  bits = (bits ^ bits >> 15) * 0x846ca68bu;
+  return static_cast<float>((bits ^ bits >> 16) % 15) - 7.0f;
 }
 
-void run(int repeats, int64_t only_tokens, int num_processors) {
-  Group group(1, std::chrono::duration<double>(10), 0);
-  CHECK_OK(group.add_local(0, 0));
-  gpuStream_t stream;
-  check_gpu(gpuStreamCreate(&stream), "stream");
-  const int64_t copied = int64_t{1} << 30;
-  double copy_speed = 0;
-  {
-    Array<std::byte> from(copied), to(copied);
-    const float time = milliseconds(stream, 4, [&] {
-      check_gpu(gpuMemcpyAsync(to.data(), from.data(), copied, gpuMemcpyDeviceToDevice, stream),
-                "copy");
-    });
-    copy_speed = 2.0 * static_cast<double>(copied) / time * 1e-9;
-    std::printf("memcpyAsync of 1 GiB: %.2f TB/s read and written\n", copy_speed);
-    const auto words = copied / 16;
-    const float own = milliseconds(stream, 4, [&] {
-      copy_kernel<<<static_cast<int>(words / 1024), 1024, 0, stream>>>(
-          reinterpret_cast<const uint4*>(from.data()), reinterpret_cast<uint4*>(to.data()), words);
-    });
-    const double speed = 2.0 * static_cast<double>(copied) / own * 1e-9;
-    std::printf("a copy kernel over 1 GiB: %.2f TB/s\n", speed);
-    copy_speed = std::max(copy_speed, speed);
+__device__ float value_of(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+// Rows of small numbers; not numbers where nobody owns the row.
+__global__ void fill_kernel(uint16_t* rows, const int32_t* owners, uint32_t seed) {
+  const auto row = static_cast<int64_t>(blockIdx.x);
+  const bool owned = owners == nullptr || owners[row] >= 0;
+  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
+    const uint32_t bits = __float_as_uint(small(seed, row, h));
+    rows[row * kHidden + h] = owned ? static_cast<uint16_t>(bits >> 16) : 0xffff;
   }
-  std::mt19937 random(1);
-  for (const int64_t tokens : {128, 1024, 4096, 8192}) {
-    if (only_tokens > 0 && tokens != only_tokens) continue;
-    int64_t block = 8;
-    while (block < 128 && block * 2 <= tokens * 8 / 32 / 4) block *= 2;
-    const Shape shape = shape_of(1, tokens, 8, 7168, 32, block);
-    std::vector<int32_t> ids;
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::vector<int32_t> all(32);
-      for (int i = 0; i < 32; ++i) all[static_cast<size_t>(i)] = i;
-      std::shuffle(all.begin(), all.end(), random);
-      ids.insert(ids.end(), all.begin(), all.begin() + 8);
+}
+
+// Counts the numbers that are not those of the row's owner, or zero where it has none.
+__global__ void check_rows_kernel(const uint16_t* rows, const int32_t* owners, uint32_t seed,
+                                  uint32_t* wrong) {
+  const auto row = static_cast<int64_t>(blockIdx.x);
+  const int32_t owner = owners[row];
+  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
+    const float want = owner < 0 ? 0.0f : small(seed, owner, h);
+    if (value_of(rows[row * kHidden + h]) != want) atomicAdd(wrong, 1u);
+  }
+}
+
+// Counts the numbers that are not the sum over the token's rows.
+__global__ void check_sums_kernel(const uint16_t* y, const int32_t* routes, uint32_t seed,
+                                  uint32_t* wrong) {
+  const auto token = static_cast<int64_t>(blockIdx.x);
+  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
+    float want = 0;
+    for (int k = 0; k < kTopK; ++k) want += small(seed, routes[token * kTopK + k], h);
+    if (!(value_of(y[token * kHidden + h]) == want)) atomicAdd(wrong, 1u);
+  }
+}
+
+// A routing to 8 of 32 experts, and the plan that follows from it.
+struct Routes {
+  explicit Routes(int64_t num_tokens)
+      : shape(shape_of(1, num_tokens, kTopK, kHidden, kExperts, block_of(num_tokens))),
+        routes(static_cast<size_t>(num_tokens * kTopK)),
+        owners(static_cast<size_t>(shape.capacity), -1),
+        row_weights(static_cast<size_t>(shape.capacity), 0.0f),
+        sizes(kExperts, 0) {
+    std::mt19937 random(static_cast<uint32_t>(num_tokens));
+    std::vector<int32_t> experts(kExperts);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      std::iota(experts.begin(), experts.end(), 0);
+      std::shuffle(experts.begin(), experts.end(), random);
+      for (int k = 0; k < kTopK; ++k) {
+        ids.push_back(experts[static_cast<size_t>(k)]);
+        weights.push_back(static_cast<float>((t * kTopK + k) % 1021 + 1));
+      }
     }
-    const int64_t row_bytes = 7168 * 2;
-    Array<int32_t> rank(std::vector<int32_t>{0}), order(std::vector<int32_t>{0}), order_out(1);
-    Array<int32_t> device_ids(ids);
-    Array<float> weights(std::vector<float>(ids.size(), 0.5f)), row_weights(shape.capacity);
-    Array<std::byte> x(tokens * row_bytes), rows(shape.capacity * row_bytes), y(tokens * row_bytes);
-    Array<int32_t> sizes(32), routes(tokens * 8), slots(tokens);
-    const Call call{.shape = shape,
-                    .type = RowType::kBF16,
-                    .rank = rank.data(),
-                    .order = order.data(),
-                    .order_out = order_out.data(),
-                    .stream = stream};
-    LocalRank& me = *group.local(0);
-    me.num_processors = num_processors;
-    const auto dispatched = [&] {
-      CHECK_OK(dispatch(me, call,
-                        {x.data(), device_ids.data(), weights.data(), rows.data(),
-                         row_weights.data(), sizes.data(), routes.data(), slots.data()}));
+    size_t row = 0;
+    for (int32_t e = 0; e < kExperts; ++e) {
+      row = (row + static_cast<size_t>(shape.block) - 1) / static_cast<size_t>(shape.block) *
+            static_cast<size_t>(shape.block);
+      for (size_t route = 0; route < ids.size(); ++route) {
+        if (ids[route] != e) continue;
+        routes[route] = static_cast<int32_t>(row);
+        owners[row] = static_cast<int32_t>(route / kTopK);
+        row_weights[row] = weights[route];
+        ++sizes[static_cast<size_t>(e)];
+        ++row;
+      }
+    }
+  }
+
+  static int64_t block_of(int64_t num_tokens) {
+    int64_t block = 8;
+    while (block < 128 && block * 2 <= num_tokens * kTopK / kExperts / 4) block *= 2;
+    return block;
+  }
+
+  Shape shape;
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+  std::vector<int32_t> routes;     // the row of each
+  std::vector<int32_t> owners;     // the token of each row, or -1
+  std::vector<float> row_weights;  // 0 where nobody owns the row
+  std::vector<int32_t> sizes;
+};
+
+// The exchanges of so many tokens, and their results.
+class Exchanges {
+ public:
+  Exchanges(Group& group, int64_t num_tokens, gpuStream_t stream)
+      : me_(*group.local(0)),
+        host_(num_tokens),
+        owners_(host_.owners),
+        rank_(std::vector<int32_t>{0}),
+        order_(std::vector<int32_t>{0}),
+        order_out_(1),
+        ids_(host_.ids),
+        weights_(host_.weights),
+        x_(num_tokens * kHidden),
+        rows_(host_.shape.capacity * kHidden),
+        y_(num_tokens * kHidden),
+        row_weights_(host_.shape.capacity),
+        sizes_(kExperts),
+        routes_(num_tokens * kTopK),
+        slots_(num_tokens),
+        counts_(1 << 20),
+        marks_(host_.shape.capacity / 32 + 1),
+        wrong_(1),
+        call_{.shape = host_.shape,
+              .type = RowType::kBF16,
+              .config = "speed",
+              .rank = rank_.data(),
+              .order = order_.data(),
+              .order_out = order_out_.data(),
+              .half = Half::kBoth,
+              .stream = stream} {
+    fill_kernel<<<static_cast<int>(num_tokens), kCheckThreads>>>(x_.data(), nullptr, kSeedX);
+    check_gpu(gpuGetLastError(), "fill");
+    const int64_t chunk = plan_chunk_routes(kExperts) / kTopK;
+    plan_ = PlanArgs{.team = {},
+                     .sizes = {1, static_cast<int32_t>(num_tokens), kTopK, kExperts, kExperts,
+                               static_cast<int32_t>(host_.shape.block),
+                               static_cast<int32_t>(host_.shape.capacity), 1, kRowBytes},
+                     .step = {Kind::kDispatch, 0, rank_.data(), order_.data(), order_out_.data()},
+                     .staged = {},
+                     .ids = ids_.data(),
+                     .weights = weights_.data(),
+                     .tokens_per_chunk = static_cast<int32_t>(chunk),
+                     .chunks_per_rank = static_cast<int32_t>((num_tokens + chunk - 1) / chunk),
+                     .counts = counts_.data(),
+                     .written = marks_.data(),
+                     .routes = routes_.data(),
+                     .slots = slots_.data(),
+                     .group_sizes = sizes_.data(),
+                     .row_weights = row_weights_.data()};
+    CHECK_OK(group.team(me_, &plan_.team));
+  }
+
+  const Shape& shape() const { return host_.shape; }
+
+  void dispatch() {
+    CHECK_OK(gpu::dispatch(me_, call_,
+                           {bytes(x_), ids_.data(), weights_.data(), bytes(rows_),
+                            row_weights_.data(), sizes_.data(), routes_.data(), slots_.data()}));
+  }
+  void plan() { check_gpu(launch_plan(static_cast<gpuStream_t>(call_.stream), plan_), "plan"); }
+  void replay() {
+    CHECK_OK(gpu::replay(me_, call_, {bytes(x_), routes_.data(), ids_.data(), bytes(rows_)}));
+  }
+  void combine() {
+    CHECK_OK(gpu::combine(
+        me_, call_,
+        {bytes(rows_), nullptr, routes_.data(), slots_.data(), ids_.data(), bytes(y_), nullptr}));
+  }
+
+  // Before anything that makes a plan.
+  void poison_plan() {
+    routes_.poison();
+    slots_.poison();
+    sizes_.poison();
+    row_weights_.poison();
+  }
+  void poison_rows() { rows_.poison(); }
+  // Before combine: rows as experts would leave them.
+  void make_expert_rows() {
+    y_.poison();
+    fill_kernel<<<static_cast<int>(host_.shape.capacity), kCheckThreads>>>(
+        rows_.data(), owners_.data(), kSeedRows);
+    check_gpu(gpuGetLastError(), "fill");
+    check_gpu(gpuDeviceSynchronize(), "fill");
+  }
+
+  // Each says whether all that was written is right. A plan alone writes no weight of a row that
+  // nobody owns.
+  bool plan_is_right(bool whole) const {
+    const auto weights = row_weights_.host();
+    for (size_t row = 0; row < weights.size(); ++row) {
+      const bool seen = whole || host_.owners[row] >= 0;
+      if (seen && !(weights[row] == host_.row_weights[row])) return false;
+    }
+    for (const int32_t slot : slots_.host()) {
+      if (slot < 0) return false;
+    }
+    return routes_.host() == host_.routes && sizes_.host() == host_.sizes;
+  }
+  bool rows_are_right() {
+    return none_wrong([&](uint32_t* wrong) {
+      check_rows_kernel<<<static_cast<int>(host_.shape.capacity), kCheckThreads>>>(
+          rows_.data(), owners_.data(), kSeedX, wrong);
+    });
+  }
+  bool sums_are_right() {
+    const Array<int32_t> routes(host_.routes);
+    return none_wrong([&](uint32_t* wrong) {
+      check_sums_kernel<<<static_cast<int>(host_.shape.num_tokens), kCheckThreads>>>(
+          y_.data(), routes.data(), kSeedRows, wrong);
+    });
+  }
+
+  BlockLimits& limits() { return me_.max_blocks; }
+
+ private:
+  static constexpr uint32_t kSeedX = 0, kSeedRows = 1;
+
+  static std::byte* bytes(const Array<uint16_t>& array) {
+    return reinterpret_cast<std::byte*>(array.data());
+  }
+
+  template <typename F>
+  bool none_wrong(const F& count) {
+    check_gpu(gpuMemset(wrong_.data(), 0, sizeof(uint32_t)), "count");
+    count(wrong_.data());
+    check_gpu(gpuGetLastError(), "check");
+    check_gpu(gpuDeviceSynchronize(), "check");
+    return wrong_.host()[0] == 0;
+  }
+
+  LocalRank& me_;
+  const Routes host_;
+  const Array<int32_t> owners_, rank_, order_, order_out_;
+  const Array<int32_t> ids_;
+  const Array<float> weights_;
+  Array<uint16_t> x_, rows_, y_;
+  Array<float> row_weights_;
+  Array<int32_t> sizes_, routes_, slots_, counts_;
+  Array<uint32_t> marks_, wrong_;
+  const Call call_;
+  PlanArgs plan_;
+};
+
+class Bench {
+ public:
+  Bench(int repeats, const char* path)
+      : repeats_(repeats),
+        lanes_(1),
+        group_(1, std::chrono::duration<double>(10), 0),
+        report_(path, Fields()
+                          .text("program", "speed")
+                          .text("device", device_name())
+                          .integer("hidden_size", kHidden)
+                          .text("dtype", "bfloat16")
+                          .integer("num_experts", kExperts)
+                          .integer("top_k", kTopK)) {
+    CHECK_OK(group_.add_local(0, 0));
+    check_gpu(gpuDeviceGetAttribute(&num_processors_, gpuDevAttrMultiProcessorCount, 0),
+              "processors");
+  }
+
+  int run(int64_t only_tokens, const std::vector<int>& blocks_per_processor) {
+    copy();
+    for (const int64_t tokens : {128, 1024, 4096, 8192}) {
+      if (only_tokens > 0 && tokens != only_tokens) continue;
+      for (const int blocks : blocks_per_processor) exchanges(tokens, blocks);
+    }
+    return report_.finish();
+  }
+
+ private:
+  Time time(int repeats, const std::function<void()>& work) {
+    return lanes_.recorded(repeats, [&](int) { work(); });
+  }
+
+  void copy() {
+    const int64_t copied = int64_t{1} << 30;
+    const Array<std::byte> from(copied), to(copied);
+    const auto words = copied / 16;
+    const auto done = [&](const char* what, const Time& time) {
+      const double speed = 2.0 * static_cast<double>(copied) / time.best_us * 1e-6;
+      copy_speed_ = std::max(copy_speed_, speed);
+      const bool right = to.host() == from.host();
+      std::printf("%s over 1 GiB: %.2f TB/s read and written%s\n", what, speed,
+                  right ? "" : " WRONG");
+      report_.add(Fields().text("op", what).time(time).number("tb_s", speed), right);
     };
-    const auto replayed = [&] {
-      CHECK_OK(replay(me, call, {x.data(), routes.data(), device_ids.data(), rows.data()}));
-    };
-    const auto combined = [&] {
-      CHECK_OK(combine(me, call,
-                       {rows.data(), nullptr, routes.data(), slots.data(), device_ids.data(),
-                        y.data(), nullptr}));
-    };
-    const auto say = [&](const char* what, float time, int64_t moved) {
-      const double speed = static_cast<double>(moved * row_bytes) / time * 1e-9;
-      std::printf("T=%-5lld %-9s %8.1f us  %.2f TB/s  %.2f of copy\n",
-                  static_cast<long long>(tokens), what, time * 1e3, speed, speed / copy_speed);
+    for (const bool kernel : {false, true}) {
+      check_gpu(gpuMemset(from.data(), kernel ? 1 : 2, static_cast<size_t>(copied)), "fill");
+      done(kernel ? "copy kernel" : "memcpyAsync", time(4, [&] {
+             if (kernel) {
+               copy_kernel<<<static_cast<int>(words / 1024), 1024, 0, lanes_.stream(0)>>>(
+                   reinterpret_cast<const uint4*>(from.data()), reinterpret_cast<uint4*>(to.data()),
+                   words);
+             } else {
+               check_gpu(gpuMemcpyAsync(to.data(), from.data(), static_cast<size_t>(copied),
+                                        gpuMemcpyDeviceToDevice, lanes_.stream(0)),
+                         "copy");
+             }
+           }));
+    }
+  }
+
+  // With so many blocks a processor at most in pull and in reduce; 0 leaves what the library takes.
+  void exchanges(int64_t tokens, int blocks) {
+    Exchanges all(group_, tokens, lanes_.stream(0));
+    const BlockLimits usual = all.limits();
+    if (blocks > 0) all.limits().pull = all.limits().reduce = blocks * num_processors_;
+    const auto say = [&](const char* what, const Time& time, int64_t rows, bool right) {
+      const double speed = static_cast<double>(rows * kRowBytes) / time.best_us * 1e-6;
+      std::printf("T=%-5lld limit %-4d %-9s %8.1f us (median %.1f)", static_cast<long long>(tokens),
+                  blocks, what, time.best_us, time.median_us);
+      Fields fields = Fields()
+                          .integer("tokens", tokens)
+                          .integer("blocks_per_processor", blocks)
+                          .text("op", what)
+                          .time(time);
+      if (rows > 0) {
+        std::printf("  %.2f TB/s  %.2f of copy", speed, speed / copy_speed_);
+        fields.number("tb_s", speed).number("of_copy", speed / copy_speed_);
+      }
+      std::printf("%s\n", right ? "" : "  WRONG");
+      report_.add(fields, right);
     };
     // Every row of the capacity is written: with a token, or with zeros.
-    const float dispatch_time = milliseconds(stream, repeats, dispatched);
-    say("dispatch", dispatch_time, tokens + shape.capacity);
-    Array<int32_t> counts(1 << 20);
-    Array<uint32_t> written(shape.capacity / 32 + 1);
-    PlanArgs plan{.sizes = {1, static_cast<int32_t>(tokens), 8, 32, 32, static_cast<int32_t>(block),
-                            static_cast<int32_t>(shape.capacity), 1, row_bytes},
-                  .step = {Kind::kDispatch, 0, rank.data(), order.data(), order_out.data()},
-                  .ids = device_ids.data(),
-                  .weights = weights.data(),
-                  .tokens_per_chunk = plan_chunk_routes(32) / 8,
-                  .counts = counts.data(),
-                  .written = written.data(),
-                  .routes = routes.data(),
-                  .slots = slots.data(),
-                  .group_sizes = sizes.data(),
-                  .row_weights = row_weights.data()};
-    CHECK_OK(group.team(me, &plan.team));
-    plan.chunks_per_rank =
-        static_cast<int32_t>((tokens + plan.tokens_per_chunk - 1) / plan.tokens_per_chunk);
-    const float plan_time =
-        milliseconds(stream, repeats, [&] { check_gpu(launch_plan(stream, plan), "plan"); });
-    std::printf("T=%-5lld plan      %8.1f us\n", static_cast<long long>(tokens), plan_time * 1e3);
-    say("rows only", dispatch_time - plan_time, tokens + shape.capacity);
-    say("replay", milliseconds(stream, repeats, replayed), tokens + shape.capacity);
-    say("combine", milliseconds(stream, repeats, combined), 9 * tokens);
+    const int64_t dispatched = tokens + all.shape().capacity;
+    all.poison_plan();
+    all.poison_rows();
+    const Time whole = time(repeats_, [&] { all.dispatch(); });
+    const bool right = all.plan_is_right(true) && all.rows_are_right();
+    say("dispatch", whole, dispatched, right);
+    all.poison_plan();
+    const Time plan = time(repeats_, [&] { all.plan(); });
+    say("plan", plan, 0, all.plan_is_right(false));
+    say("rows only", {whole.best_us - plan.best_us, whole.median_us - plan.median_us}, dispatched,
+        right);
+    all.poison_rows();
+    const Time replay = time(repeats_, [&] { all.replay(); });
+    say("replay", replay, dispatched, all.rows_are_right());
+    all.make_expert_rows();
+    const Time combine = time(repeats_, [&] { all.combine(); });
+    say("combine", combine, 9 * tokens, all.sums_are_right());
+    CHECK_OK(group_.failure());
+    all.limits() = usual;
   }
+
+  const int repeats_;
+  int num_processors_ = 0;
+  double copy_speed_ = 0;
+  Lanes lanes_;
+  Group group_;
+  Report report_;
+};
+
+// "0,4,8" as numbers.
+std::vector<int> numbers_of(const char* text) {
+  std::vector<int> numbers;
+  for (char* end = nullptr; *text != '\0'; text = *end == ',' ? end + 1 : end) {
+    numbers.push_back(static_cast<int>(std::strtol(text, &end, 10)));
+    if (end == text) check::fail(__FILE__, __LINE__, std::string("no number: ") + text);
+  }
+  return numbers;
 }
 
 }  // namespace
 }  // namespace moriep::gpu
 
-// Arguments: launches in a recording, the only number of tokens to run (0: all), and the number of
-// processors to reckon with, which says how many blocks run.
+// Arguments: launches in a recording; the only number of tokens to run (0: all); the most blocks a
+// processor in pull and in reduce, each of a list like 0,4,8 in turn (0: as the library takes
+// them); and a file for the results as JSON.
 int main(int argc, char** argv) {
-  moriep::gpu::run(argc > 1 ? std::atoi(argv[1]) : 20, argc > 2 ? std::atoll(argv[2]) : 0,
-                   argc > 3 ? std::atoi(argv[3]) : 132);
-  return 0;
+  using namespace moriep::gpu;
+  Bench bench(argc > 1 ? std::atoi(argv[1]) : 20, argc > 4 ? argv[4] : nullptr);
+  return bench.run(argc > 2 ? std::atoll(argv[2]) : 0, numbers_of(argc > 3 ? argv[3] : "0"));
 }
