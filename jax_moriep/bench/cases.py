@@ -18,21 +18,38 @@ from jax_moriep.plan import ExchangeShape
 DTYPES = {"f32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
 
 TRANSPORTS = ("native", "collective", "reference")
-EXPERTS = ("blocked", "reference", "ragged_dot")
+EXPERTS = ("blocked", "triton", "reference", "ragged_dot")
+FP8 = "-fp8"
+"""Ends the name of an exchange whose tokens travel as float8."""
+PLAIN = ("plain", "plain_hopper")
+"""Layers written without this package, for one rank."""
+DENSE_COPY = "dense+copy"
+"""Floor under the layer of one rank: dense products of its FLOPs, and copies of the bytes that must move."""
+FLOORS = ("memcpy", "nccl", "copy", DENSE_COPY)
+"""What no implementation can be faster than, or hardly."""
 COMPARABLE = {
-    "exchange": TRANSPORTS,
+    "exchange": (*TRANSPORTS, *(name + FP8 for name in TRANSPORTS)),
     "experts": (*EXPERTS, "dense"),
-    "layer": tuple(f"{transport}+{experts}" for transport in TRANSPORTS for experts in EXPERTS),
+    "layer": (*(f"{transport}+{experts}" for transport in TRANSPORTS for experts in EXPERTS), *PLAIN),
+    "link": ("ppermute",),
+    "train": TRANSPORTS,
 }
 """What each kind of run can compare."""
 COMPARED = {
     "exchange": ("native", "collective"),
     "experts": ("blocked", "ragged_dot", "dense"),
     "layer": ("native+blocked", "collective+ragged_dot"),
+    "link": ("ppermute",),
+    "train": ("native", "collective"),
 }
 """What each kind of run compares unless told otherwise."""
-ITERATIONS = {"exchange": (20, 3), "experts": (7, 1), "layer": (7, 1)}
-"""Timed iterations and those before them, unless told otherwise; one of ``ragged_dot`` takes many seconds."""
+COMPARED_ON_GPUS = {**COMPARED, "layer": ("native+triton", "collective+triton")}
+"""The same on GPUs."""
+ITERATIONS = {"exchange": (20, 3), "experts": (7, 1), "layer": (7, 1), "link": (10, 2), "train": (5, 1)}
+"""Timed iterations and those before them, unless told otherwise; ``ragged_dot`` takes many seconds."""
+REPEATS_ON_GPUS = {"exchange": 20, "experts": 1, "layer": 3, "link": 5, "train": 5}
+"""How often one program does the work there, unless told otherwise; its start is paid once for all."""
+GPU_PLATFORMS = ("cuda", "rocm", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +57,7 @@ class Case:
     """One run of the bench.
 
     Args:
-      kind: "exchange", "experts" or "layer".
+      kind: "exchange", "experts", "layer", "link" (a copy to the next rank) or "train" (the demo's step).
       ranks: R.
       processes: how many processes hold the ranks; divides R.
       tokens: T, per rank.
@@ -56,6 +73,9 @@ class Case:
       seed: of the data.
       compare: the implementations; ratios are to the first one.
       memory: measure each implementation's peak memory in a run of its own.
+      repeats: how often one program does the work; times are those of one.
+      operations: which of the kind's operations; () for all.
+      floors: some of ``FLOORS``.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -77,6 +97,9 @@ class Case:
     seed: int = 0
     compare: tuple[str, ...] = ()
     memory: bool = False
+    repeats: int = 1
+    operations: tuple[str, ...] = ()
+    floors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -102,6 +125,15 @@ class Case:
                     "every process holds equally many ranks; use --processes 1 or as many as ranks",
                 )
             )
+        if self.kind == "experts" and self.repeats > 1:
+            raise ConfigError(
+                rule(
+                    "repeats",
+                    self.repeats,
+                    "be 1 for experts",
+                    "leave out --repeats; `bench kernels` repeats",
+                )
+            )
         if self.kind == "layer" and self.hidden < self.experts:
             raise ConfigError(
                 rule(
@@ -118,6 +150,14 @@ class Case:
                 raise ConfigError(
                     rule("compare", name, f"be one of {COMPARABLE[self.kind]}", "pick some of these")
                 )
+        for name in self.floors:
+            if name not in FLOORS:
+                raise ConfigError(rule("floors", name, f"be some of {FLOORS}", "pick some of these"))
+        alone = [name for name in (*self.compare, *self.floors) if name in (*PLAIN, "copy", DENSE_COPY)]
+        if alone and self.ranks > 1:
+            raise ConfigError(
+                rule("ranks", self.ranks, f"be 1 for {', '.join(alone)}", "drop these or use --ranks 1")
+            )
         self.config()  # checks what is left
 
     @property
@@ -135,7 +175,7 @@ class Case:
         """The sizes of the exchange."""
         return ExchangeShape.of(self.config(), self.ranks, self.tokens)
 
-    def config(self, transport: str = "auto", experts: str = "auto") -> MoEConfig:
+    def config(self, transport: str = "auto", experts: str = "auto", wire: str | None = None) -> MoEConfig:
         """The layer's config."""
         return MoEConfig(
             self.experts,
@@ -145,6 +185,7 @@ class Case:
             capacity_factor=self.capacity_factor,
             transport=transport,
             experts=experts,
+            wire_dtype=wire,
         )
 
     def title(self) -> str:
@@ -165,7 +206,13 @@ class Case:
     def from_json(cls, text: str) -> Case:
         """The case that ``to_json`` gave."""
         fields = json.loads(text)
-        return cls(**{**fields, "compare": tuple(fields["compare"])})
+        return cls.of_fields(fields)
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> Case:
+        """The case whose fields ``dataclasses.asdict`` and JSON gave."""
+        names = ("compare", "operations", "floors")
+        return cls(**{**fields, **{name: tuple(fields[name]) for name in names if name in fields}})
 
 
 _LEAST = {
@@ -178,6 +225,7 @@ _LEAST = {
     "top_k": 1,
     "iters": 1,
     "warmup": 1,
+    "repeats": 1,
 }
 
 
@@ -213,6 +261,12 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
     number("warmup", "iterations before them")
     number("seed", "of the data")
     parser.add_argument(
+        "--repeats",
+        type=int,
+        help="how often one program does the work, so that its start is paid once for all (default: 1, with "
+        f"--platform cuda or rocm {REPEATS_ON_GPUS[kind]})",
+    )
+    parser.add_argument(
         "--compare",
         *(["--transports"] if kind == "exchange" else []),
         type=lambda text: tuple(text.split(",")),
@@ -221,6 +275,10 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
         help=f"what to compare, ratios being to the first one (default: {','.join(COMPARED[kind])}; "
         f"there are: {', '.join(COMPARABLE[kind])})",
     )
+    if kind == "exchange":
+        parser.add_argument(
+            "--wire", choices=("fp8",), help="compare each of them with float8 on the wire as well"
+        )
     parser.add_argument(
         "--memory",
         action="store_true",
@@ -234,9 +292,26 @@ def of_arguments(kind: str, args: argparse.Namespace) -> Case:
     Raises:
       ConfigError: an option breaks its rule.
     """
+    on_gpus = getattr(args, "platform", None) in GPU_PLATFORMS
+    taken_apart = ("kind", "operations", "floors")
     given = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(Case) if field.name != "kind"
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Case)
+        if field.name not in taken_apart
     }
+    ranks = max(1, given["ranks"])
     if given["processes"] is None:
-        given["processes"] = max(1, given["ranks"])
-    return Case(kind, **given)
+        given["processes"] = ranks
+    if given["repeats"] is None:
+        given["repeats"] = REPEATS_ON_GPUS[kind] if on_gpus else 1
+    floors: tuple[str, ...] = ()
+    if kind == "exchange":
+        floors = ("memcpy",) if not on_gpus else ("nccl",) if ranks > 1 else ("copy",)
+    if kind == "layer" and on_gpus and ranks == 1:
+        floors = (DENSE_COPY,)
+    if not given["compare"]:
+        plain = PLAIN if floors == (DENSE_COPY,) else ()
+        given["compare"] = (COMPARED_ON_GPUS if on_gpus else COMPARED)[kind] + plain
+    if getattr(args, "wire", None) == "fp8":
+        given["compare"] += tuple(name + FP8 for name in given["compare"] if not name.endswith(FP8))
+    return Case(kind, floors=floors, **given)

@@ -1,20 +1,24 @@
-"""``bench exchange``: dispatch and combine over several transports, beside a memcpy of the same bytes."""
+"""``bench exchange``: dispatch and combine over several transports, beside a floor of the same bytes.
+
+The tokens are made and the results are checked on the devices, all of them, whatever their size.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jax_moriep import exchange
-from jax_moriep.bench import oracle, patterns, traffic
-from jax_moriep.bench.cases import Case
+from jax_moriep import exchange, quant
+from jax_moriep.bench import compiled, floors, formula, oracle, patterns, traffic
+from jax_moriep.bench.cases import FP8, Case
 from jax_moriep.bench.timing import Call, Check
 from jax_moriep.bench.world import AXIS, World
 from jax_moriep.plan import Dispatched
@@ -22,48 +26,84 @@ from jax_moriep.plan import Dispatched
 BOTH = "dispatch+combine"
 OPERATIONS = (BOTH, "dispatch", "combine")
 MEMORY_OPERATION = BOTH
-FLOOR = "memcpy"
+
+_LARGEST = 1.0
+"""Of the tokens' values."""
+_FP8_ERROR = 2.0**-4 * 1.01
+"""Of a value in float8_e4m3 beside the largest of its group: three bits of mantissa, rounded to nearest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The tokens of all ranks, on the host and on the devices."""
+    """The tokens of all ranks: x is a formula's, ids and weights are on the host and on the devices."""
 
-    x: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     placed: tuple[jax.Array, jax.Array, jax.Array]
 
 
+def routes_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """(ids i32[R*T, K], weights f32[R*T, K]), the same in every process."""
+    return _routes(case.seed, case.routing, case.ranks * case.tokens, case.experts, case.top_k)
+
+
+@functools.lru_cache(maxsize=4)
+def _routes(
+    seed: int, routing: str, num_tokens: int, num_experts: int, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ids = patterns.PATTERNS[routing](rng, num_tokens, num_experts, top_k)
+    return ids, rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
+
+
 def make_data(case: Case, world: World) -> Data:
-    """The tokens of all ranks; the same in every process."""
-    rng = np.random.default_rng(case.seed)
-    num_tokens = case.ranks * case.tokens
-    ids = patterns.PATTERNS[case.routing](rng, num_tokens, case.experts, case.top_k)
-    x = rng.standard_normal((num_tokens, case.hidden), np.float32).astype(case.numpy_dtype)
-    weights = rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
-    x_placed, ids_placed, weights_placed = (world.place(a, P(AXIS)) for a in (x, ids, weights))
-    return Data(x, ids, weights, (x_placed, ids_placed, weights_placed))
+    """The tokens of all ranks."""
+    ids, weights = routes_of(case)
+
+    def tokens() -> jax.Array:
+        row = _iota(case.tokens, 0) + lax.axis_index(AXIS).astype(jnp.uint32) * np.uint32(case.tokens)
+        return formula.values(formula.TOKENS, row, _iota(case.hidden, 1)).astype(case.numpy_dtype)
+
+    made = jax.jit(jax.shard_map(tokens, mesh=world.mesh, in_specs=(), out_specs=P(AXIS)))()
+    ids_placed, weights_placed = (world.place(a, P(AXIS)) for a in (ids, weights))
+    return Data(ids, weights, (made, ids_placed, weights_placed))
+
+
+def _iota(size: int, axis: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.uint32, (size, 1) if axis == 0 else (1, size), axis)
 
 
 def traffic_of(case: Case) -> traffic.Traffic:
-    """The bytes of one dispatch."""
-    rng = np.random.default_rng(case.seed)
-    ids = patterns.PATTERNS[case.routing](rng, case.ranks * case.tokens, case.experts, case.top_k)
+    """The bytes of one dispatch, in the tokens' own dtype."""
+    ids, _ = routes_of(case)
     return traffic.of_routes(ids, case.ranks, case.shape.num_local_experts, case.row_bytes)
+
+
+def wire_row_bytes(case: Case, name: str) -> int:
+    """Bytes of a token on the wire of an implementation's dispatch."""
+    return quant.packed_width(case.hidden) if name.endswith(FP8) else case.row_bytes
 
 
 def calls(case: Case, world: World, data: Data) -> list[Call]:
     """Dispatch and combine of each transport, together and alone, and the floor under each."""
-    expected = _Expected(case, data)
-    made = _floor(case, world)
+    operations = case.operations or OPERATIONS
+    expected = _Expected(case, world, data)
+    made = [
+        floors.of_exchange(name, operation, case, world, traffic_of(case))
+        for name in case.floors
+        for operation in operations
+    ]
     for name in case.compare:
-        made += _calls_of(name, case, world, data, expected)
+        # Combine keeps the rows' dtype, so alone it is no other with float8 than without.
+        of_name = [op for op in operations if not (op == "combine" and name.endswith(FP8))]
+        made += _calls_of(name, of_name, case, world, data, expected)
     return made
 
 
-def _calls_of(name: str, case: Case, world: World, data: Data, expected: _Expected) -> list[Call]:
-    cfg = case.config(transport=name)
+def _calls_of(
+    name: str, operations: list[str], case: Case, world: World, data: Data, expected: _Expected
+) -> list[Call]:
+    cfg = case.config(transport=name.removesuffix(FP8), wire="fp8" if name.endswith(FP8) else None)
 
     def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Dispatched:
         return exchange.dispatch(x, ids, weights, cfg, axis_name=AXIS)
@@ -74,100 +114,102 @@ def _calls_of(name: str, case: Case, world: World, data: Data, expected: _Expect
     def both(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         return combine(dispatch(x, ids, weights))
 
-    def weighted(disp: Dispatched) -> Dispatched:
+    def weighted(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Dispatched:
+        disp = dispatch(x, ids, weights)
         return dataclasses.replace(disp, rows=disp.rows * disp.row_weights[:, None].astype(disp.rows.dtype))
 
-    def on_mesh(fn: Any) -> Any:
-        return jax.jit(jax.shard_map(fn, mesh=world.mesh, in_specs=P(AXIS), out_specs=P(AXIS)))
-
-    run_dispatch, run_combine, run_both = on_mesh(dispatch), on_mesh(combine), on_mesh(both)
     # Combine alone takes rows that differ from expert to expert, so that a row that went astray shows.
-    combine_input = functools.cache(lambda: on_mesh(weighted)(run_dispatch(*data.placed)))
-    return [
-        Call(
-            name,
-            BOTH,
-            lambda: jax.block_until_ready(run_both(*data.placed)),
-            lambda y: expected.check_tokens(name, BOTH, world.shards(y), expected.sums),
-        ),
-        Call(
-            name,
-            "dispatch",
-            lambda: jax.block_until_ready(run_dispatch(*data.placed)),
-            lambda disp: expected.check_rows(name, world, disp),
-        ),
-        Call(
-            name,
-            "combine",
-            lambda: jax.block_until_ready(run_combine(combine_input())),
-            lambda y: expected.check_tokens(name, "combine", world.shards(y), expected.weighted_sums),
-        ),
-    ]
+    before_combine = compiled.local(weighted, world.mesh, data.placed, AXIS)
+    combine_input = functools.cache(lambda: (before_combine(*data.placed),))
+    made = []
+    for operation in operations:
+        fn: Callable[..., Any] = {BOTH: both, "dispatch": dispatch, "combine": combine}[operation]
+        if operation == "combine":
+            shapes, operands, others = (before_combine.out_shapes(),), combine_input, (before_combine,)
+        else:
+            shapes, operands, others = data.placed, lambda: data.placed, ()
+        made.append(
+            floors.local_call(
+                name,
+                operation,
+                case,
+                world,
+                fn,
+                shapes,
+                operands,
+                functools.partial(expected.check, name, operation),
+                others,
+            )
+        )
+    return made
 
 
 class _Expected:
     """What every rank must get."""
 
-    def __init__(self, case: Case, data: Data) -> None:
-        self.shape = case.shape
-        self.data = data
-        self.rows = oracle.place_routes(data.ids, self.shape)
-        kept = self.rows.row_of_route != oracle.DROPPED
-        x = data.x.astype(np.float64)
-        self.sums = x * kept.sum(axis=1, keepdims=True)
-        self.weighted_sums = x * (data.weights * kept).sum(axis=1, dtype=np.float64, keepdims=True)
+    def __init__(self, case: Case, world: World, data: Data) -> None:
+        self.world = world
+        self.shape = shape = case.shape
+        placed = oracle.place_routes(data.ids, shape)
+        kept = placed.row_of_route != oracle.DROPPED
+        token_of_row = np.full((shape.num_ranks, shape.capacity), -1, np.int32)
+        weights = np.zeros(token_of_row.shape, np.float32)
+        for rank in range(shape.num_ranks):
+            token, k, row = placed.on(rank, data.ids, shape)
+            token_of_row[rank, row] = token
+            weights[rank, row] = data.weights[token, k]
+        factors = {
+            BOTH: kept.sum(axis=1),
+            "combine": (data.weights * kept).sum(axis=1, dtype=np.float64),
+        }
+        split = P(AXIS)
+        self.of_rows = [
+            world.place(a.reshape(-1), split) for a in (token_of_row, weights, placed.counts.astype(np.int32))
+        ]
+        self.factors = {name: world.place(a.astype(np.float32), split) for name, a in factors.items()}
         # Each term is rounded to the rows' dtype when it is weighted and when a rank has summed its part, and
-        # the total once more; the sums themselves are in f32.
-        self.tolerance = (case.top_k + 3) * float(jnp.finfo(case.numpy_dtype).eps)
+        # the total once more; the sums themselves are in f32, and so is what they are compared with.
+        self.tolerance = (case.top_k + 5) * float(jnp.finfo(case.numpy_dtype).eps)
 
-    def check_rows(self, name: str, world: World, disp: Dispatched) -> list[Check]:
-        """Compares what dispatch gave; it moves values and does not change them."""
-        checks = []
-        got = [world.shards(array) for array in (disp.rows, disp.row_weights, disp.group_sizes)]
-        for rank in world.ranks:
-            token, k, row = self.rows.on(rank, self.data.ids, self.shape)
-            rows = np.zeros((self.shape.capacity, self.shape.hidden_size), self.data.x.dtype)
-            rows[row] = self.data.x[token]
-            weights = np.zeros(self.shape.capacity, np.float32)
-            weights[row] = self.data.weights[token, k]
-            sizes = self.rows.counts_on(rank, self.shape)
-            names = ("rows", "row_weights", "group_sizes")
-            for what, of_rank, want in zip(names, got, (rows, weights, sizes), strict=True):
-                error = oracle.largest_error(of_rank[rank], want.astype(np.float64))
-                checks.append(Check(name, "dispatch", f"{what} of rank {rank}", error, 0.0))
-        return checks
+        def on_mesh(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            return jax.jit(jax.shard_map(fn, mesh=world.mesh, in_specs=split, out_specs=split))
 
-    def check_tokens(
-        self, name: str, operation: str, got: dict[int, np.ndarray], want: np.ndarray
-    ) -> list[Check]:
-        """Compares what combine gave."""
+        self._row_errors, self._token_errors = on_mesh(self._compare_rows), on_mesh(self._compare_tokens)
+
+    def check(self, name: str, operation: str, result: Any) -> list[Check]:
+        """Compares what an operation gave: all of it."""
+        fp8 = _FP8_ERROR * _LARGEST if name.endswith(FP8) else 0.0
         checks = []
-        for rank, y in got.items():
-            mine = want[rank * self.shape.num_tokens :][: self.shape.num_tokens]
-            limit = self.tolerance * float(np.max(np.abs(mine)))
-            error = oracle.largest_error(y, mine)
+        if operation == "dispatch":
+            found = self._row_errors(result.rows, result.row_weights, result.group_sizes, *self.of_rows)
+            for rank, errors in self.world.shards(found).items():
+                limits = {"rows": fp8, "row_weights": 0.0, "group_sizes": 0.0}
+                for (what, limit), error in zip(limits.items(), errors.tolist(), strict=True):
+                    checks.append(Check(name, operation, f"{what} of rank {rank}", error, limit))
+            return checks
+        found = self._token_errors(result, self.factors[operation])
+        for rank, of_rank in self.world.shards(found).items():
+            error, largest, most = of_rank.tolist()
+            limit = self.tolerance * largest + fp8 * most
             checks.append(Check(name, operation, f"tokens of rank {rank}", error, limit))
         return checks
 
+    def _compare_rows(
+        self, rows: jax.Array, weights: jax.Array, sizes: jax.Array, token: jax.Array, *want: jax.Array
+    ) -> jax.Array:
+        """f32[3], the largest error of each of one rank's arrays; dispatch moves values and keeps them."""
+        values = formula.values(formula.TOKENS, token.astype(jnp.uint32)[:, None], _iota(rows.shape[1], 1))
+        right = jnp.where(token[:, None] < 0, 0.0, values)
+        pairs = ((rows, right), (weights, want[0]), (sizes, want[1]))
+        return jnp.stack([_largest(a.astype(jnp.float32) - b.astype(jnp.float32)) for a, b in pairs])
 
-def _floor(case: Case, world: World) -> list[Call]:
-    """One copy, by each rank at the same time, of as many bytes as it receives, between two warm buffers."""
-    received = traffic_of(case).received
-    buffers = [(np.ones(received[r], np.uint8), np.ones(received[r], np.uint8)) for r in world.ranks]
+    def _compare_tokens(self, y: jax.Array, factor: jax.Array) -> jax.Array:
+        """f32[3]: the largest error of one rank's sums, the largest sum and the largest factor."""
+        count, width = y.shape
+        row = _iota(count, 0) + lax.axis_index(AXIS).astype(jnp.uint32) * np.uint32(count)
+        right = formula.values(formula.TOKENS, row, _iota(width, 1)) * factor[:, None]
+        return jnp.stack([_largest(y.astype(jnp.float32) - right), _largest(right), _largest(factor)])
 
-    def copy(to: np.ndarray, source: np.ndarray) -> None:
-        ctypes.memmove(to.ctypes.data, source.ctypes.data, source.size)
 
-    def there(pair: tuple[np.ndarray, np.ndarray]) -> None:
-        copy(pair[0], pair[1])
-
-    def there_and_back(pair: tuple[np.ndarray, np.ndarray]) -> None:
-        copy(pair[0], pair[1])
-        copy(pair[1], pair[0])
-
-    jobs = {BOTH: there_and_back, "dispatch": there, "combine": there}
-    made = []
-    for operation, job in jobs.items():
-        of_rank = [functools.partial(job, pair) for pair in buffers]
-        made.append(Call(FLOOR, operation, functools.partial(world.together, of_rank)))
-    return made
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), initial=0.0)

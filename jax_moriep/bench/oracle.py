@@ -91,14 +91,25 @@ def mlp(x: np.ndarray, w1: np.ndarray, w2: np.ndarray, d_y: np.ndarray) -> Mlp:
       Its result and gradients.
     """
     x, w1, w2, d_y = (a.astype(np.float64) for a in (x, w1, w2, d_y))
-    gate, up = np.split(x @ w1.T, 2, axis=1)
+    d_hidden, inner = gated(x @ w1.T, d_y @ w2)
+    return Mlp(inner @ w2.T, d_hidden @ w1, d_hidden.T @ x, d_y.T @ inner)
+
+
+def gated(hidden: np.ndarray, d_inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is between the MLP's two products.
+
+    Args:
+      hidden: f64[N, 2*I], gates, then ups.
+      d_inner: f64[N, I], the gradient of the second product's operand.
+
+    Returns:
+      The gradient of ``hidden``, and the second product's operand f64[N, I].
+    """
+    gate, up = np.split(hidden, 2, axis=1)
     sigmoid = 1 / (1 + np.exp(-gate))
     silu = gate * sigmoid
-    inner = silu * up
-    d_inner = d_y @ w2
     d_gate = d_inner * up * (sigmoid + silu * (1 - sigmoid))
-    d_hidden = np.concatenate([d_gate, d_inner * silu], axis=1)
-    return Mlp(inner @ w2.T, d_hidden @ w1, d_hidden.T @ x, d_y.T @ inner)
+    return np.concatenate([d_gate, d_inner * silu], axis=1), silu * up
 
 
 def largest_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -35,7 +35,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     """Draws a row of panels for each result, one panel for each operation, and saves the picture.
 
     A bar is the median, its whisker reaches to the 90th percentile, the label has the time over that of the
-    first implementation, and the dashed line is a memcpy of the same bytes.
+    first implementation, and the dashed line is the floor: a copy of the same bytes, or the same products.
 
     Args:
       results: at least one, as ``read`` gives them.
@@ -88,7 +88,7 @@ def _draw_times(axis: Any, result: dict[str, Any], operation: str) -> None:
         axis.axhline(floor["p50"] * 1e3, linestyle="--", color="black", linewidth=1)
         reached = floor["p50"] / implementations[0]["p50"]
         first = implementations[0]["name"]
-        title += f"\n{first} has {reached:.0%} of memcpy's speed (dashed)"
+        title += f"\n{first} has {reached:.0%} of {floor['name']}'s speed (dashed)"
     axis.set_title(title, fontsize=9)
 
 

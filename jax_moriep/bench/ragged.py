@@ -46,9 +46,13 @@ def expert_mlp(
     row = jnp.where(index < ends[-1], row, capacity)  # out of bounds: reads as zero, is not written
 
     compact = rows.at[row].get(mode="fill", fill_value=0)
-    hidden = lax.ragged_dot_general(compact, w1, group_sizes, _ROWS_BY_EXPERT)
-    gate, up = jnp.split(hidden, 2, axis=1)
-    out = lax.ragged_dot_general(jax.nn.silu(gate) * up, w2, group_sizes, _ROWS_BY_EXPERT)
+    gate, up = jnp.split(product(compact, w1, group_sizes), 2, axis=1)
+    out = product(jax.nn.silu(gate) * up, w2, group_sizes)
     out = out * row_weights.at[row].get(mode="fill", fill_value=0)[:, None].astype(out.dtype)
     nothing = compat.zeros_like_varying(rows.shape, rows.dtype, rows, out)
     return nothing.at[row].set(out, mode="drop", unique_indices=True)
+
+
+def product(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """[N, in] by weights [L, out, in] of each row's expert: [N, out]."""
+    return lax.ragged_dot_general(rows, weights, group_sizes, _ROWS_BY_EXPERT)

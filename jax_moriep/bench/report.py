@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jax_moriep.bench import exchange
-from jax_moriep.bench.cases import Case
+from jax_moriep.bench.cases import FLOORS, Case
 from jax_moriep.bench.runner import failed_checks
 
 _MB = 1e6
@@ -27,12 +27,18 @@ def as_text(result: dict[str, Any]) -> str:
         f"{machine['cores']} cores of {machine['processor']}; jax {versions['jax']}, "
         f"jax_moriep {versions['jax_moriep']}; {case.iters} iterations by turns, the slowest rank counts",
     ]
+    if case.repeats > 1:
+        lines.append(f"an iteration is one program that does the work {case.repeats} times; times are of one")
     if result["bytes"] is not None:
         received, remote = (_mean(result["bytes"][key]) / _MB for key in ("received", "remote"))
         lines.append(
             f"a rank receives {received:.3g} MB by MORI's convention (distinct (token, rank) pairs, its own "
             f"included), {remote:.3g} MB of it from other ranks; combine moves the same back"
         )
+    if "link" in result:
+        link = result["link"]
+        size, speed = link["bytes"] / _MB, link["bytes"] / link["p50"] / 1e9
+        lines.append(f"a copy of {size:.0f} MB to the next rank runs at {speed:.3g} GB/s")
     for operation in operations(result):
         lines += ["", *_table(result, operation)]
     if "memory" in result:
@@ -43,7 +49,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 def case_of(result: dict[str, Any]) -> Case:
     """The case of a result."""
-    return Case(**{**result["case"], "compare": tuple(result["case"]["compare"])})
+    return Case.of_fields(result["case"])
 
 
 def operations(result: dict[str, Any]) -> list[str]:
@@ -54,10 +60,10 @@ def operations(result: dict[str, Any]) -> list[str]:
 def of_operation(
     result: dict[str, Any], operation: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The implementations' calls in the order of ``compare``, and the memcpy floor where there is one."""
+    """The implementations' calls in the order of ``compare``, and the floor where there is one."""
     by_name = {call["name"]: call for call in result["calls"] if call["operation"] == operation}
-    floor = by_name.pop(exchange.FLOOR, None)
-    return [by_name[name] for name in result["case"]["compare"]], floor
+    floor = next((by_name[name] for name in FLOORS if name in by_name), None)
+    return [by_name[name] for name in result["case"]["compare"] if name in by_name], floor
 
 
 def _mean(values: list[int]) -> float:
@@ -68,17 +74,43 @@ def _table(result: dict[str, Any], operation: str) -> list[str]:
     implementations, floor = of_operation(result, operation)
     first = implementations[0]
     header = f"{operation:<26}{'p50 ms':>10}{'p90 ms':>10}   {'time over ' + first['name']:<26}"
+    moves = floor is not None and result["bytes"] is not None
     if floor is not None:
-        header += f"{'GB/s a rank':>12}{'of memcpy speed':>17}"
+        header += f"{'GB/s a rank':>12}" if moves else ""
+        header += f"{'of ' + floor['name'] + ' speed':>17}"
+    link = result.get("link")
+    if link is not None:
+        header += f"{'on the wire':>14}{'of the link':>14}"
     lines = [header.rstrip()]
     for call in [*implementations, *([floor] if floor is not None else [])]:
-        line = f"  {call['name']:<24}{call['p50'] * 1e3:>10.2f}{call['p90'] * 1e3:>10.2f}   "
+        line = f"  {call['name']:<24}{_ms(call['p50']):>10}{_ms(call['p90']):>10}   "
         line += f"{call['p50'] / first['p50']:<26.2f}"
         if floor is not None:
-            moved = _mean(result["bytes"]["received"]) * (2 if operation == exchange.BOTH else 1)
-            line += f"{moved / call['p50'] / 1e9:>12.3g}{floor['p50'] / call['p50']:>16.0%}"
+            line += f"{rate(result, call, 'received') / 1e9:>12.3g}" if moves else ""
+            line += f"{floor['p50'] / call['p50']:>16.0%}"
+        if link is not None:
+            wire = rate(result, call, "remote")
+            line += f"{wire / 1e9:>14.3g}{wire * link['p50'] / link['bytes']:>14.0%}"
         lines.append(line.rstrip())
     return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds >= 1e-3 else f"{seconds * 1e3:.4f}"
+
+
+def rate(result: dict[str, Any], call: dict[str, Any], which: str) -> float:
+    """Bytes per second and rank of a call of the exchange.
+
+    Args:
+      result: with the case and its bytes.
+      call: one of its calls.
+      which: "received" for MORI's convention, "remote" for what crosses the links.
+    """
+    case = case_of(result)
+    there = exchange.wire_row_bytes(case, call["name"]) / case.row_bytes
+    times = {exchange.BOTH: there + 1, "dispatch": there, "combine": 1}[call["operation"]]
+    return _mean(result["bytes"][which]) * times / call["p50"]
 
 
 def _memory(result: dict[str, Any]) -> list[str]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_moriep.bench import exchange, worker
-from jax_moriep.bench.cases import Case
+from jax_moriep.bench.cases import GPU_PLATFORMS, ITERATIONS, Case
 from jax_moriep.bench.timing import percentile, slowest
-from jax_moriep.bench.world import Barrier
 from jax_moriep.cli.launch import launch
 from jax_moriep.errors import MoriepError
 from jax_moriep.version import __version__
@@ -24,6 +23,7 @@ from jax_moriep.version import __version__
 FORMAT = "jax-moriep bench 1"
 """Of the result; ``plot`` reads this one."""
 _SHOWN_LINES = 30
+_KEPT_LINES = 400
 
 
 def measure(
@@ -42,6 +42,7 @@ def measure(
 
       - format, command, versions, machine, case: what ran where.
       - bytes: for "exchange", by rank, received (MORI's convention) and remote; those of one dispatch.
+      - link: for an exchange beside "nccl", the bytes and times of a copy to the next rank.
       - calls: for each implementation and operation p50 and p90 in seconds, the seconds of each iteration,
         and spans, [start, end] of each process in each iteration.
       - checks: what was compared, its error and limit, and whether it is ok.
@@ -51,24 +52,27 @@ def measure(
     Raises:
       MoriepError: a process failed; the text has its last lines.
     """
-    found = _run(dataclasses.replace(case, memory=False), timeout, platform_name)
+    cases = [dataclasses.replace(case, memory=False)]
+    if "nccl" in case.floors:
+        cases.append(link_of(case))
+    found, *others = _run(cases, timeout, platform_name)
     result = {
         "format": FORMAT,
         "command": command,
-        "versions": _versions(),
-        "machine": _machine(),
+        "versions": versions(),
+        "machine": machine(),
         "case": dataclasses.asdict(case),
-        "bytes": _bytes(case) if case.kind == "exchange" else None,
-        "calls": [
-            _joined([of_process["calls"][i] for of_process in found]) for i in range(len(found[0]["calls"]))
-        ],
+        "bytes": moved_bytes(case) if case.kind == "exchange" else None,
+        "calls": joined(found),
         "checks": [check for of_process in found for check in of_process["checks"]],
         "capacity_bytes": case.shape.capacity * case.row_bytes,
         "all_routes_bytes": case.ranks * case.tokens * case.top_k * case.row_bytes,
     }
+    for of_link in others:
+        result["link"] = {**joined(of_link)[0], "bytes": cases[1].tokens * cases[1].row_bytes}
     if case.memory:
         result["memory"] = {
-            name: _run(dataclasses.replace(case, compare=(name,)), timeout, platform_name)
+            name: _run([dataclasses.replace(case, compare=(name,), floors=())], timeout, platform_name)[0]
             for name in case.compare
         }
     return result
@@ -79,33 +83,106 @@ def failed_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [check for check in result["checks"] if not check["ok"]]
 
 
-def _run(case: Case, timeout: float | None, platform_name: str | None) -> list[dict[str, Any]]:
-    """One set of processes; gives what each of them found."""
+def link_of(case: Case, mebibytes: int = 256) -> Case:
+    """The measure of the links that fits a case's processes."""
+    tokens = max(1, (mebibytes << 20) // case.row_bytes)
+    iters, warmup = ITERATIONS["link"]
+    return dataclasses.replace(
+        case,
+        kind="link",
+        tokens=tokens,
+        compare=(),
+        floors=(),
+        operations=(),
+        iters=iters,
+        warmup=warmup,
+        memory=False,
+        capacity_factor=None,
+    )
+
+
+def environment(cases: list[Case]) -> dict[str, str]:
+    """What processes on GPUs need: arenas that hold the largest step, and room for them beside XLA's pool."""
+    slots = [
+        case.tokens * min(case.top_k, case.ranks) * case.row_bytes for case in cases if case.kind != "link"
+    ]
+    megabytes = max(1024, int(2.1 * max(slots, default=0)) // (1 << 20) + 32)
+    wanted = {"JAX_MORIEP_ARENA_MB": str(megabytes), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def run_set(
+    job: worker.Job,
+    timeout: float | None,
+    platform_name: str | None,
+    env: dict[str, str] | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> tuple[list[list[Any] | None], str | None]:
+    """Runs a job on one set of processes.
+
+    Args:
+      job: the cases.
+      timeout: seconds after which the processes are ended; None for no limit.
+      platform_name: value for JAX_PLATFORMS; None leaves it as it is.
+      env: variables for the processes.
+      on_progress: takes the lines that the worker writes for people.
+
+    Returns:
+      For each case what each process found, None where one of them did not come so far; and None, or how the
+      set failed, with the last lines of the process that failed first.
+    """
+    first = job.cases[0]
+    lines: list[list[str]] = [[] for _ in range(first.processes)]
+
+    def on_line(process: int, line: str) -> None:
+        if line.startswith(worker.PROGRESS) and on_progress is not None:
+            on_progress(line.rstrip())
+        lines[process].append(line.rstrip("\n"))
+        del lines[process][:-_KEPT_LINES]
+
     with tempfile.TemporaryDirectory(prefix="jax-moriep-bench-") as folder:
-        Barrier.create(Path(folder, worker.BARRIER_FILE), case.processes)
+        job.write(Path(folder))
         ended = launch(
             worker.__name__,
-            case.processes,
-            case.ranks // case.processes,
-            args=[case.to_json(), folder],
+            first.processes,
+            first.ranks // first.processes,
+            args=[folder],
+            env=env,
             timeout=timeout,
-            capture=True,
             platform=platform_name,
             module=True,
+            on_line=on_line,
         )
+        said = None
         if ended.returncode:
             process = next((i for i, code in enumerate(ended.codes) if code == ended.returncode), 0)
-            said = "\n".join(ended.outputs[process].splitlines()[-_SHOWN_LINES:])
-            raise MoriepError(
-                f"process {process} of the bench ended with code {ended.returncode}; it said:\n{said}"
-            )
-        return [json.loads(Path(folder, f"{i}.json").read_text()) for i in range(case.processes)]
+            shown = "\n".join(lines[process][-_SHOWN_LINES:])
+            said = f"process {process} of the bench ended with code {ended.returncode}; it said:\n{shown}"
+        found: list[list[Any] | None] = []
+        for i in range(len(job.cases)):
+            of_case = [worker.found(Path(folder), i, process) for process in range(first.processes)]
+            found.append(None if any(seen is None for seen in of_case) else of_case)
+        return found, said
+
+
+def _run(cases: list[Case], timeout: float | None, platform_name: str | None) -> list[list[dict[str, Any]]]:
+    """One set of processes, in which nothing may fail; gives what each of them found about each case."""
+    env = environment(cases) if platform_name in GPU_PLATFORMS else None
+    found, said = run_set(worker.Job(cases), timeout, platform_name, env)
+    if said is not None:
+        raise MoriepError(said)
+    return [of_case for of_case in found if of_case is not None]
+
+
+def joined(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls of a case, as all processes saw them."""
+    return [_joined([of_process["calls"][i] for of_process in found]) for i in range(len(found[0]["calls"]))]
 
 
 def _joined(of_process: list[dict[str, Any]]) -> dict[str, Any]:
-    """One call, as all processes saw it."""
+    """One call, as all processes saw it; a time is that of one of its repeats."""
     spans = [call["spans"] for call in of_process]
-    seconds = slowest(spans)
+    seconds = slowest(spans) / of_process[0]["repeats"]
     return {
         "name": of_process[0]["name"],
         "operation": of_process[0]["operation"],
@@ -116,17 +193,20 @@ def _joined(of_process: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _bytes(case: Case) -> dict[str, list[int]]:
+def moved_bytes(case: Case) -> dict[str, list[int]]:
+    """Bytes of one dispatch, by rank: received (MORI's convention), and remote."""
     moved = exchange.traffic_of(case)
     return {"received": moved.received.tolist(), "remote": moved.remote.tolist()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
     installed = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {"jax_moriep": __version__, "python": platform.python_version(), **installed}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What this is run on; GPUs are the processes' matter."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

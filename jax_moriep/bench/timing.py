@@ -5,9 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from jax_moriep.runtime import compat
+
+if TYPE_CHECKING:
+    from jax_moriep.bench.compiled import Program
 
 Span = tuple[float, float]
 """Start and end of a call, in seconds of the clock that all processes of a machine share."""
@@ -46,12 +54,18 @@ class Call:
       operation: what it does here, such as "dispatch".
       run: does it, to its end; what it returns is released outside the timing.
       check: compares what ``run`` returned with an oracle.
+      repeats: how often ``run`` does it.
+      once: does it once, for ``check``, where ``run`` does it several times and keeps nothing.
+      programs: what ``run`` and ``once`` run, to be compiled ahead.
     """
 
     name: str
     operation: str
     run: Callable[[], Any]
     check: Callable[[Any], list[Check]] = lambda result: []
+    repeats: int = 1
+    once: Callable[[], Any] | None = None
+    programs: tuple[Program, ...] = ()
 
 
 def interleave(
@@ -80,9 +94,62 @@ def interleave(
             if iteration >= warmup:
                 of_call.append((start, end))
             if iteration in (0, last):
-                checks += call.check(result)
+                checks += call.check(result if call.once is None else call.once())
             del result
     return spans, checks
+
+
+def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
+    """fn(*operands) many times in one program, so that the host's part of a call is paid once for all.
+
+    An element of one operand takes its value from a choice that the run before decides, always the same way,
+    and each run takes its operands behind the one before; a value of each of its results is read. So XLA can
+    neither merge, move nor leave out a run. Choosing and reading are a few small kernels a run, and part of
+    its time; the operand, which is a small one, is copied once.
+
+    Args:
+      fn: of arrays, gives arrays; inside ``shard_map`` it sees one rank's.
+      times: how often.
+
+    Returns:
+      run(*operands) -> f32[1], a number that means nothing.
+    """
+
+    def run(*operands: Any) -> jax.Array:
+        leaves, tree = jax.tree.flatten(operands)
+        axes = frozenset().union(*(compat.varying_axes(leaf) for leaf in leaves))
+        place = _smallest(leaves, axes)
+
+        def once(_: jax.Array, carry: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
+            seen, chosen = carry
+            now = list(leaves)
+            if chosen is not None and place is not None:
+                first = (0,) * chosen.ndim
+                # No result is this number. XLA cannot know that, as it might of a barrier alone: on CPUs it
+                # drops barriers, and then takes what does not change out of the loop.
+                changed = seen[0] == -1.2345e37
+                value = jnp.where(changed, jnp.zeros_like(chosen[first]), chosen[first])
+                now[place] = chosen = chosen.at[first].set(value)
+            held, _ = lax.optimization_barrier((jax.tree.unflatten(tree, now), seen))
+            results = jax.tree.leaves(lax.optimization_barrier(fn(*held)))
+            read = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in results if leaf.size]
+            return compat.pcast_varying(sum(read, jnp.zeros(1, jnp.float32)), axes), chosen
+
+        start = compat.pcast_varying(jnp.zeros(1, jnp.float32), axes)
+        chosen = None if place is None else leaves[place]
+        return lax.fori_loop(0, times, once, (start, chosen))[0]
+
+    return run
+
+
+def _smallest(leaves: Sequence[Any], axes: frozenset[str]) -> int | None:
+    """The place of the smallest array of numbers that varies over all axes, or None."""
+    fit = [
+        (leaf.size, i)
+        for i, leaf in enumerate(leaves)
+        if leaf.size and compat.varying_axes(leaf) == axes and jnp.issubdtype(leaf.dtype, jnp.number)
+    ]
+    return min(fit)[1] if fit else None
 
 
 def slowest(spans: Sequence[Sequence[Span]]) -> np.ndarray:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep.bench.kernels import Data, Share, of_triton
+from jax_moriep.bench.products import of_triton
+from jax_moriep.bench.shares import Data, Share
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts.triton import tuning
 from jax_moriep.experts.triton.launch import Tile

@@ -1,45 +1,176 @@
-"""What each process of a run does: ``python -m jax_moriep.bench.worker CASE FOLDER``, under the launcher."""
+"""What each process of a run does: ``python -m jax_moriep.bench.worker FOLDER``, under the launcher.
+
+The folder holds the job. For each case a process writes what it saw to ``FOLDER/CASE-PROCESS.json`` as soon
+as the case is through.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jax_moriep.bench import memory
+from jax_moriep.bench import compiled, memory
 from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import interleave
-from jax_moriep.bench.world import World
+from jax_moriep.bench.timing import Call, interleave
+from jax_moriep.bench.world import Barrier, World
+from jax_moriep.runtime import group
 
-BARRIER_FILE = "barrier"
 _MEMORY_ITERATIONS = 3
+_JOB = "job.json"
+EVERYTHING = "everything"
+"""The name under which a failure of a whole case is noted."""
+PROGRESS = "bench: "
+"""Begins a line for people, from process 0."""
 
 
-def main(case_text: str, folder: str) -> None:
-    """Measures a case and writes what this process saw to ``FOLDER/PROCESS.json``."""
-    case = Case.from_json(case_text)
-    world = World(case.ranks, Path(folder, BARRIER_FILE))
-    found = (_memory if case.memory else _times)(case, world)
-    Path(folder, f"{jax.process_index()}.json").write_text(json.dumps(found))
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a set of processes does.
+
+    Args:
+      cases: of equally many ranks in equally many processes.
+      lenient: an entry that fails is recorded and the others go on; else it ends the process.
+      until: no case begins after this moment of the clock that all processes share; None for no limit.
+    """
+
+    cases: list[Case]
+    lenient: bool = False
+    until: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Puts the job and its barriers into a folder."""
+        text = {
+            "cases": [case.to_json() for case in self.cases],
+            "lenient": self.lenient,
+            "until": self.until,
+        }
+        Path(folder, _JOB).write_text(json.dumps(text))
+        for i in range(len(self.cases) + 1):
+            Barrier.create(_barrier(folder, i), self.cases[0].processes)
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """The job that ``write`` put there."""
+        fields = json.loads(Path(folder, _JOB).read_text())
+        return cls([Case.from_json(text) for text in fields["cases"]], fields["lenient"], fields["until"])
+
+
+def found(folder: Path, case: int, process: int) -> Any | None:
+    """What a process wrote about a case; None if it did not come so far."""
+    path = Path(folder, f"{case}-{process}.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _barrier(folder: Path, case: int) -> Path:
+    return Path(folder, f"barrier-{case}")
+
+
+def main(folder: str) -> None:
+    """Does the job in a folder."""
+    place = Path(folder)
+    job = Job.read(place)
+    world = World(job.cases[0].ranks, _barrier(place, 0))
+    for i, case in enumerate(job.cases):
+        world.use_barrier(_barrier(place, i))
+        began = time.monotonic()
+        seen: dict[str, Any]
+        if job.lenient:
+            seen = _leniently(case, world, job.until)
+        else:
+            seen = (_memory if case.memory else _times)(case, world)
+        if job.lenient:
+            seen["seconds"] = time.monotonic() - began
+            seen["device"] = world.mesh.devices.flat[0].device_kind
+        part = place / f"{i}-{jax.process_index()}.part"
+        part.write_text(json.dumps(seen))
+        part.rename(part.with_suffix(".json"))
+        if job.lenient:
+            _say(f"{case.title()}: {seen['seconds']:.1f} s, {len(seen['failed'])} failed")
+    world.use_barrier(_barrier(place, len(job.cases)))
     world.barrier()
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        sys.stdout.write(f"{PROGRESS}{text}\n")
+        sys.stdout.flush()
 
 
 def _times(case: Case, world: World) -> dict[str, Any]:
     kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
-    calls = kind.calls(case, world, kind.make_data(case, world))
+    return _measured(kind.calls(case, world, kind.make_data(case, world)), case, world)
+
+
+def _measured(calls: list[Call], case: Case, world: World) -> dict[str, Any]:
     spans, checks = interleave(calls, case.iters, case.warmup, world.barrier)
     return {
         "calls": [
-            {"name": call.name, "operation": call.operation, "spans": of_call}
+            {"name": call.name, "operation": call.operation, "repeats": call.repeats, "spans": of_call}
             for call, of_call in zip(calls, spans, strict=True)
         ],
         "checks": [{**dataclasses.asdict(check), "ok": check.ok} for check in checks],
     }
+
+
+def _leniently(case: Case, world: World, until: float | None) -> dict[str, Any]:
+    """As ``_times``, but what fails is recorded, in all processes alike."""
+    nothing: dict[str, Any] = {"calls": [], "checks": [], "failed": []}
+    if not all(world.agree([until is None or time.monotonic() < until])):
+        return {**nothing, "failed": [{**_failure(EVERYTHING, "", "no time was left"), "not_run": True}]}
+    failed: list[dict[str, Any]] = []
+    try:
+        kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+        calls = kind.calls(case, world, kind.make_data(case, world))
+        began = time.monotonic()
+        errors = compiled.prepare([call.programs for call in calls])
+        _say(f"{case.title()}: {len(calls)} entries compiled in {time.monotonic() - began:.1f} s")
+        calls = _agreed(calls, errors, world, failed)
+        seen = _measured(_tried(calls, world, failed), case, world)
+        group.check_failures()
+        return {**seen, "failed": failed}
+    except Exception as e:  # noqa: BLE001 - recorded, and the next case goes on
+        world.barrier.leave()
+        return {**nothing, "failed": [*failed, _failure(EVERYTHING, "", compiled.describe(e))]}
+    finally:
+        gc.collect()
+
+
+def _tried(calls: list[Call], world: World, failed: list[dict[str, Any]]) -> list[Call]:
+    """Those that run once without an error."""
+    good = []
+    for call in calls:
+        error = None
+        try:
+            for run in (call.once, call.run):
+                if run is not None:
+                    run()
+        except Exception as e:  # noqa: BLE001 - recorded, and the others go on
+            error = compiled.describe(e)
+        good += _agreed([call], [error], world, failed)
+    return good
+
+
+def _agreed(
+    calls: list[Call], errors: list[str | None], world: World, failed: list[dict[str, Any]]
+) -> list[Call]:
+    """The calls that met no error in any process; the others are noted."""
+    good = world.agree([error is None for error in errors])
+    for call, error, ok in zip(calls, errors, good, strict=True):
+        if not ok:
+            failed.append(_failure(call.name, call.operation, error or "it failed in another process"))
+    return [call for call, ok in zip(calls, good, strict=True) if ok]
+
+
+def _failure(name: str, operation: str, error: str) -> dict[str, Any]:
+    return {"name": name, "operation": operation, "error": error}
 
 
 def _memory(case: Case, world: World) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class Barrier:
     """
 
     def __init__(self, path: Path, num_processes: int, process: int) -> None:
+        self.place = path
         self._arrivals = np.memmap(path, np.int64, "r+", shape=(num_processes,))
         self._process = process
 
@@ -40,6 +42,10 @@ class Barrier:
         while self._arrivals.min() < mine:
             time.sleep(_POLL_SECONDS)
 
+    def leave(self) -> None:
+        """Lets the others pass from now on: this process comes no more."""
+        self._arrivals[self._process] = np.iinfo(np.int64).max - 1
+
 
 class World:
     """What a process knows of the run.
@@ -48,14 +54,36 @@ class World:
       mesh: all ranks, along one axis.
       ranks: those of this process.
       barrier: waits for all processes.
+      on_gpus: whether the devices are GPUs.
     """
 
     def __init__(self, num_ranks: int, barrier_file: Path) -> None:
         self.mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_ranks]), (AXIS,))
         mine = jax.process_index()
         self.ranks = [rank for rank, device in enumerate(self.mesh.devices) if device.process_index == mine]
-        self.barrier = Barrier(barrier_file, jax.process_count(), mine)
+        self.on_gpus = self.mesh.devices.flat[0].platform == "gpu"
+        self.use_barrier(barrier_file)
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self.ranks))
+
+    def use_barrier(self, barrier_file: Path) -> None:
+        """Takes another barrier, which counts from zero."""
+        self.barrier = Barrier(barrier_file, jax.process_count(), jax.process_index())
+        self._agreements = 0
+
+    def agree(self, flags: list[bool]) -> list[bool]:
+        """Which flags are true in all processes; none is where one process has left the barrier."""
+        self._agreements += 1
+        place = self.barrier.place
+        files = [
+            place.with_name(f"{place.name}-agreed-{self._agreements}-{i}.json")
+            for i in range(jax.process_count())
+        ]
+        part = files[jax.process_index()].with_suffix(".part")
+        part.write_text(json.dumps(flags))
+        part.rename(files[jax.process_index()])
+        self.barrier()
+        said = [json.loads(file.read_text()) if file.exists() else [False] * len(flags) for file in files]
+        return [all(of_flag) for of_flag in zip(*said, strict=True)]
 
     def place(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
         """The array over the mesh; every process has all of it."""
@@ -63,10 +91,18 @@ class World:
             array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
         )
 
+    def make(self, fn: Callable[[], Any], spec: PartitionSpec) -> Any:
+        """What a function gives, made on the devices and split over the mesh."""
+        return jax.block_until_ready(jax.jit(fn, out_shardings=NamedSharding(self.mesh, spec))())
+
     def shards(self, array: jax.Array) -> dict[int, np.ndarray]:
         """This process's part of an array, by rank."""
+        return {rank: np.asarray(part) for rank, part in self.parts(array).items()}
+
+    def parts(self, array: jax.Array) -> dict[int, jax.Array]:
+        """The same, left on the devices."""
         rank_of = {device: rank for rank, device in enumerate(self.mesh.devices)}
-        return {rank_of[shard.device]: np.asarray(shard.data) for shard in array.addressable_shards}
+        return {rank_of[shard.device]: shard.data for shard in array.addressable_shards}
 
     def together(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         """Runs one job for each rank of this process, all at the same time."""

@@ -1,4 +1,4 @@
-"""``jax-moriep bench``: measures the exchange, the experts or the layer, and checks the values."""
+"""``jax-moriep bench``: measures exchange, experts, layer or all of a host, and checks the values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench import cases, report, runner
+from jax_moriep.cli import bench_host
 from jax_moriep.errors import ConfigError, rule
 
 KINDS = {
-    "exchange": "dispatch and combine over several transports, beside a memcpy of the same bytes",
+    "exchange": "dispatch and combine over several transports, beside a floor of the same bytes",
     "experts": "the experts' MLP on each rank's rows, beside a dense matmul chain of the same FLOPs",
     "layer": "the whole layer, over pairs of a transport and experts",
 }
@@ -36,14 +37,30 @@ def add_parser(subparsers: Any) -> None:
         )
         of_kind.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
+    of_host = kinds.add_parser(
+        "host",
+        help="exchange, layer and training step at 1, 2, ... and all devices of this host, in one table",
+        description="Measures the exchange, the layer and a training step at 1, 2, ... and all devices of "
+        "this host, and writes one file.",
+        epilog="The exit code is 1 if any value was wrong or anything but a baseline failed.",
+    )
+    bench_host.add_arguments(of_host)
+
     of_kernels = kinds.add_parser(
         "kernels",
-        help="the experts' GPU kernels, beside a dense matmul by turns",
-        description="Measures the experts' kernels on one GPU, beside a dense matmul by turns.",
+        help="the experts' GPU kernels, beside dense matmuls and other libraries by turns",
+        description="Measures the experts' kernels on one GPU, by turns with the dense matmuls of their "
+        "shapes, and the whole MLP by turns with other libraries' grouped products.",
+        epilog="The exit code is 1 if any value was wrong or anything failed.",
     )
     of_kernels.add_argument("--shares", type=_names, help="which models' shares (default: all)")
     of_kernels.add_argument("--sizes", type=_names, help="uniform, zipf or both (default: both)")
     of_kernels.add_argument("--rounds", type=int, default=7, help="turns of each pair (default: 7)")
+    of_kernels.add_argument(
+        "--baselines",
+        type=_names,
+        help="torch, ragged_dot, jax_hopper, tokamax, several, or none (default: all that can run)",
+    )
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
@@ -53,19 +70,35 @@ def _names(text: str) -> list[str]:
 
 def _run_kernels(args: argparse.Namespace) -> int:
     # Imported here, because it needs Pallas, which takes its time to import.
-    from jax_moriep.bench import kernels
+    from jax_moriep.bench import grouped, kernels, shares
 
-    shares, sizes = args.shares or list(kernels.SHARES), args.sizes or list(kernels.SIZES)
-    found = kernels.run(shares, sizes, args.rounds, lambda line: print(line, flush=True))
-    print("wrong:", found["wrong"] or "nothing")
-    if args.json is not None:
-        command = shlex.join(["jax-moriep", *sys.argv[1:]])
-        args.json.write_text(json.dumps({"command": command, **found}, indent=1) + "\n")
-    return 1 if found["wrong"] else 0
+    command = shlex.join(["jax-moriep", *sys.argv[1:]])
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
+
+    baselines = args.baselines or list(grouped.BASELINES)
+    found = kernels.run(
+        args.shares or list(shares.SHARES),
+        args.sizes or list(shares.SIZES),
+        args.rounds,
+        [] if baselines == ["none"] else baselines,
+        lambda line: print(line, flush=True),
+        save,
+    )
+    for name, reason in found["unavailable"].items():
+        print(f"{name} did not run: {reason}")
+    for what in ("wrong", "failed"):
+        print(f"{what}:", found[what] or "nothing")
+    return 1 if found["wrong"] or found["failed"] else 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep bench``; returns 1 if a value was wrong, else 0."""
+    command = shlex.join(["jax-moriep", *sys.argv[1:]])
+    if args.kind == "host":
+        return bench_host.run(args, command)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ConfigError(
             rule("--json", str(args.json), "lie in an existing folder", "make the folder first")
@@ -73,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "kernels":
         return _run_kernels(args)
     case = cases.of_arguments(args.kind, args)
-    command = shlex.join(["jax-moriep", *sys.argv[1:]])
     result = runner.measure(case, command, timeout=args.timeout, platform_name=args.platform)
     print(report.as_text(result))
     if args.json is not None:

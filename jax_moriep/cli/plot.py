@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import picture
+from jax_moriep.bench import kernels_picture, picture
+from jax_moriep.errors import ConfigError, rule
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,6 +24,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep plot``; returns 0."""
-    picture.draw([picture.read(path) for path in args.files], args.out)
+    of_kernels = [result for result in map(kernels_picture.read, args.files) if result is not None]
+    if of_kernels and len(of_kernels) < len(args.files):
+        names = [str(path) for path in args.files]
+        cure = "draw those of `bench kernels` alone"
+        raise ConfigError(rule("FILE", names, "be all of `bench kernels` or all of others", cure))
+    if of_kernels:
+        kernels_picture.draw(of_kernels, args.out)
+    else:
+        picture.draw([picture.read(path) for path in args.files], args.out)
     print(f"wrote {args.out}")
     return 0

@@ -1,0 +1,341 @@
+"""``bench host``: one table for a whole host, of exchange, layer and training step at 1, 2, ... devices.
+
+Starting jax and compiling costs more than measuring, so there is one set of processes for each number of
+ranks, and it works through a list of cases. What fails is recorded and the rest goes on; each set has a
+deadline; the file is written after each set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moriep.bench import exchange, runner
+from jax_moriep.bench.cases import DENSE_COPY, FLOORS, FP8, PLAIN, REPEATS_ON_GPUS, Case
+from jax_moriep.bench.worker import EVERYTHING, Job
+from jax_moriep.errors import ConfigError, MoriepError, rule
+
+FORMAT = "jax-moriep bench host 1"
+"""Of the result."""
+ROUTINGS = ("uniform", "zipf")
+KINDS = ("exchange", "layer", "train")
+_PROBE = (
+    "import jax, json; found = jax.devices(); "
+    "print(json.dumps([found[0].platform, found[0].device_kind, len(found)]))"
+)
+_PROBE_SECONDS = 120
+_GRACE_SECONDS = 45
+"""What a set may take beyond the moment from which it begins no case."""
+_LEAST_SECONDS = 30
+"""With less than this left, a set is not begun."""
+_CAPACITY_STEPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Args:
+      ranks: how many ranks, one set of processes each; () for 1, 2, 4, ... and all devices.
+      tokens: per rank, of the exchange; the layer has the most of them.
+      hidden: H.
+      intermediate: I.
+      experts: E of the exchange.
+      experts_per_rank: L of the layer.
+      top_k: K.
+      train_tokens: per rank, of a training step.
+      link_mib: bytes of the link's measure, in MiB.
+      iters: timed iterations.
+      one_process: one process holds all devices of a set, instead of one each.
+      kinds: some of ``KINDS``.
+      minutes: after which no further case begins.
+      platform: value for JAX_PLATFORMS; None leaves it as it is.
+    """
+
+    ranks: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = (128, 1024, 4096)
+    hidden: int = 7168
+    intermediate: int = 2048
+    experts: int = 256
+    experts_per_rank: int = 32
+    top_k: int = 8
+    train_tokens: int = 8192
+    link_mib: int = 256
+    iters: int = 10
+    one_process: bool = False
+    kinds: tuple[str, ...] = KINDS
+    minutes: float = 9.0
+    platform: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "tokens"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ConfigError(
+                    rule(name, getattr(self, name), "be positive numbers", f"correct --{name}, as in 1,2,4")
+                )
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise ConfigError(rule("kinds", self.kinds, f"be some of {KINDS}", "correct --kinds"))
+        if not self.tokens:
+            raise ConfigError(
+                rule("tokens", self.tokens, "have at least one number", "pass --tokens 128,4096")
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What the host has."""
+
+    platform: str
+    kind: str
+    count: int
+
+    @property
+    def gpus(self) -> bool:
+        """Whether they are GPUs."""
+        return self.platform == "gpu"
+
+
+def devices_of(options: Options) -> Devices:
+    """The host's devices; asked of another process, for this one must not hold any.
+
+    Raises:
+      MoriepError: jax cannot start there, or has fewer devices than asked for.
+    """
+    if options.platform == "cpu":
+        return Devices("cpu", "cpu", max(options.ranks, default=2))
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if options.platform is not None:
+        env["JAX_PLATFORMS"] = options.platform
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+            check=True,
+        )
+        found = Devices(*json.loads(asked.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError) as e:
+        said = getattr(e, "stderr", None) or e
+        raise MoriepError(f"jax cannot say which devices there are: {str(said)[-2000:]}") from e
+    if found.gpus and max(options.ranks, default=1) > found.count:
+        raise MoriepError(
+            rule(
+                "ranks", options.ranks, f"be at most the {found.count} devices of this host", "lower --ranks"
+            )
+        )
+    return found
+
+
+def ranks_of(options: Options, devices: Devices) -> list[int]:
+    """The sets, the most telling first: all devices, then one, then those between."""
+    asked = options.ranks or tuple(
+        sorted({*(1 << i for i in range(devices.count.bit_length())), devices.count})
+    )
+    most, *others = sorted(set(asked), reverse=True)
+    return [most, *sorted(others)]
+
+
+def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
+    """What one set of processes works through."""
+    processes = 1 if options.one_process else ranks
+    gpus = devices.gpus
+
+    def case(kind: str, **fields: Any) -> Case:
+        repeats = REPEATS_ON_GPUS[kind] if gpus else 2
+        sizes = {"hidden": options.hidden, "intermediate": options.intermediate, "top_k": options.top_k}
+        made = Case(
+            kind, ranks=ranks, processes=processes, repeats=repeats, dtype="bf16", **{**sizes, **fields}
+        )
+        return _fitted(made) if kind in ("exchange", "layer") else made
+
+    cases = []
+    for tokens in sorted(options.tokens, reverse=True):
+        for routing in ROUTINGS:
+            if ranks == 1 or "exchange" not in options.kinds:
+                continue
+            cases.append(
+                case(
+                    "exchange",
+                    tokens=tokens,
+                    experts=options.experts,
+                    routing=routing,
+                    iters=options.iters,
+                    warmup=2,
+                    compare=("native", "native" + FP8, "collective"),
+                    operations=("dispatch", "combine"),
+                    floors=("nccl",),
+                )
+            )
+    if cases:
+        link = runner.link_of(cases[0], options.link_mib)
+        cases.insert(0, dataclasses.replace(link, repeats=REPEATS_ON_GPUS["link"] if gpus else 2))
+    cases.append(
+        case(
+            "layer",
+            tokens=max(options.tokens),
+            experts=options.experts_per_rank * ranks,
+            iters=max(2, options.iters // 2),
+            warmup=1,
+            compare=("native+triton" if gpus else "native+blocked", *_plain(ranks, gpus)),
+            floors=(DENSE_COPY,) if ranks == 1 else (),
+        )
+    )
+    few = max(2, options.iters // 2)
+    train = {"hidden": 128, "intermediate": 128, "experts": 8, "top_k": 2, "iters": few, "warmup": 1}
+    cases.append(case("train", tokens=options.train_tokens, **train))
+    return [made for made in cases if made.kind in (*options.kinds, "link")]
+
+
+def _plain(ranks: int, gpus: bool) -> tuple[str, ...]:
+    if ranks > 1:
+        return ()
+    return PLAIN if gpus else PLAIN[:1]
+
+
+def _fitted(case: Case) -> Case:
+    """With as little capacity as holds every route, so that none is dropped and few rows are padding."""
+    ids, _ = exchange.routes_of(case)
+    rows = np.bincount(ids.ravel() // case.shape.num_local_experts, minlength=case.ranks).max()
+    share = rows / (case.tokens * case.top_k)
+    return dataclasses.replace(case, capacity_factor=math.ceil(share * _CAPACITY_STEPS) / _CAPACITY_STEPS)
+
+
+def path_of(folder: Path, devices: Devices, count: int, ending: str) -> Path:
+    """``host-KIND-xN.ENDING``."""
+    kind = re.sub(r"[^a-z0-9]+", "-", devices.kind.lower()).strip("-")
+    return folder / f"host-{kind}-x{count}.{ending}"
+
+
+def run(options: Options, command: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """Measures, and writes the result after each set.
+
+    Args:
+      options: what.
+      command: the command line, kept in the result.
+      out: folder for the file.
+      say: takes lines that tell how it goes.
+
+    Returns:
+      The result and its file.
+
+    Raises:
+      MoriepError: see ``devices_of``.
+      ConfigError: the sizes break a rule.
+    """
+    deadline = time.monotonic() + 60 * options.minutes
+    devices = devices_of(options)
+    order = ranks_of(options, devices)
+    plans = [cases_of(ranks, options, devices) for ranks in order]
+    path = path_of(out, devices, max(order), "json")
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "command": command,
+        "versions": runner.versions(),
+        "machine": {**runner.machine(), "device": devices.kind, "devices": devices.count},
+        "options": dataclasses.asdict(options),
+        "sets": [],
+    }
+    for i, (ranks, cases) in enumerate(zip(order, plans, strict=True)):
+        left = deadline - time.monotonic()
+        # A set may take half as long again as its equal share, and leaves the rest to those behind it.
+        share = left * min(1.0, 1.5 / (len(order) - i))
+        if left < _LEAST_SECONDS or not cases:
+            result["sets"].append(
+                {"ranks": ranks, "seconds": 0.0, "error": None, "not_run": True, "cases": []}
+            )
+            say(f"{ranks} ranks: not run, for there is no time left or nothing to do")
+        else:
+            say(f"{ranks} ranks: {len(cases)} cases, at most {share + _GRACE_SECONDS:.0f} s")
+            result["sets"].append(_run_set(ranks, cases, share, options, devices, say))
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result, path
+
+
+def _run_set(
+    ranks: int,
+    cases: list[Case],
+    seconds: float,
+    options: Options,
+    devices: Devices,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    began = time.monotonic()
+    threads = max(1, len(os.sched_getaffinity(0)) // cases[0].processes)
+    env = {"JAX_MORIEP_TIMEOUT": "60", "OPENBLAS_NUM_THREADS": str(threads)}
+    env = {name: value for name, value in env.items() if name not in os.environ}
+    if devices.gpus:
+        env.update(runner.environment(cases))
+    job = Job(cases, lenient=True, until=began + seconds)
+    found, error = runner.run_set(job, seconds + _GRACE_SECONDS, options.platform, env, say)
+    if error is not None:
+        say(f"{ranks} ranks: the set failed: {error}")
+    return {
+        "ranks": ranks,
+        "processes": cases[0].processes,
+        "seconds": time.monotonic() - began,
+        "error": error,
+        "not_run": False,
+        "cases": [_entry(case, seen) for case, seen in zip(cases, found, strict=True)],
+    }
+
+
+def _entry(case: Case, seen: Sequence[Any] | None) -> dict[str, Any]:
+    """One case of the result."""
+    fields = {"case": dataclasses.asdict(case), "title": case.title()}
+    if seen is None:
+        lost = {"name": EVERYTHING, "operation": "", "error": "its processes ended before it was through"}
+        return {**fields, "calls": [], "checks": 0, "wrong": [], "failed": [lost]}
+    # A case that fell over in one process only has no numbers in it.
+    same = len({len(of_process["calls"]) for of_process in seen}) == 1
+    calls = runner.joined(list(seen)) if same else []
+    failed = [failure for of_process in seen for failure in of_process["failed"]]
+    checks = [check for of_process in seen for check in of_process["checks"]]
+    return {
+        **fields,
+        "device": seen[0]["device"],
+        "seconds": max(of_process["seconds"] for of_process in seen),
+        "bytes": runner.moved_bytes(case) if case.kind == "exchange" else None,
+        "calls": [{key: value for key, value in call.items() if key != "spans"} for call in calls],
+        "checks": len(checks),
+        "wrong": [check for check in checks if not check["ok"]],
+        "failed": list({(f["name"], f["operation"]): f for f in reversed(failed)}.values()),
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What makes the run a failed one: wrong values, failed sets and failed entries that are no baselines."""
+    lines = []
+    for of_set in result["sets"]:
+        if of_set["error"] is not None:
+            lines.append(f"the set of {of_set['ranks']} ranks failed: {of_set['error']}")
+        for entry in of_set["cases"]:
+            for check in entry["wrong"]:
+                lines.append(
+                    f"WRONG: {entry['title']}: {check['name']} {check['operation']}, {check['what']}: error "
+                    f"{check['error']:.3g}, at most {check['limit']:.3g} is right"
+                )
+            for failure in entry["failed"]:
+                if not (failure.get("not_run") or is_baseline(failure["name"])):
+                    lines.append(
+                        f"FAILED: {entry['title']}: {failure['name']} {failure['operation']}: "
+                        f"{failure['error']}"
+                    )
+    return lines
+
+
+def is_baseline(name: str) -> bool:
+    """Whether a name is of something that others have made."""
+    return name in (*PLAIN, *FLOORS, "ppermute")

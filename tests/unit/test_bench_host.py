@@ -1,0 +1,343 @@
+"""``bench host`` without processes: its plan, data by formula, repeats, report and verdict."""
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jax_moriep import cli, exchange
+from jax_moriep.bench import (
+    compiled,
+    formula,
+    host,
+    host_report,
+    layer_oracle,
+    oracle,
+    report,
+    runner,
+    worker,
+)
+from jax_moriep.bench.cases import Case
+from jax_moriep.bench.timing import Call, interleave
+from jax_moriep.bench.world import AXIS, Barrier, World
+from jax_moriep.errors import ConfigError
+from jax_moriep.transports import collective
+
+SMALL: dict[str, Any] = {
+    "tokens": 12,
+    "hidden": 16,
+    "intermediate": 8,
+    "experts": 6,
+    "top_k": 2,
+    "iters": 1,
+    "warmup": 1,
+    "processes": 1,
+    "dtype": "bf16",
+}
+GPUS = host.Devices("gpu", "NVIDIA H100 80GB HBM3", 4)
+
+
+def world_of(ranks, tmp_path):
+    Barrier.create(tmp_path / "barrier", 1)
+    return World(ranks, tmp_path / "barrier")
+
+
+def calls_of(case, world):
+    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    return kind.calls(case, world, kind.make_data(case, world))
+
+
+def test_formula_is_the_same_on_host_and_device_and_exact_in_every_dtype():
+    rows, columns = np.arange(50), 33
+    on_host = formula.matrix(formula.W1, rows, columns, -9)
+    row, column = jnp.arange(50, dtype=jnp.uint32)[:, None], jnp.arange(33, dtype=jnp.uint32)[None]
+    np.testing.assert_array_equal(
+        jax.jit(lambda a, b: formula.values(formula.W1, a, b, -9))(row, column), on_host
+    )
+    for dtype in (jnp.bfloat16, jnp.float16):
+        np.testing.assert_array_equal(on_host.astype(dtype).astype(np.float32), on_host)
+    assert np.abs(on_host).max() <= 2.0**-2
+    assert len(np.unique(on_host)) > 200
+    assert abs(on_host.mean()) < 0.05 * on_host.std()
+    assert not np.array_equal(on_host, formula.matrix(formula.W2, rows, columns, -9))
+
+
+def test_layer_oracle_is_an_mlp_for_each_expert():
+    case = Case("layer", ranks=1, **SMALL)
+    rng = np.random.default_rng(0)
+    ids = rng.permuted(np.tile(np.arange(6), (12, 1)), axis=1)[:, :2].astype(np.int32)
+    problem = layer_oracle.Problem(case, ids)
+
+    def weights(expert):
+        turned = [(problem.w1, formula.W1), (problem.w2, formula.W2)]
+        return [np.roll(w, expert * formula.STEPS[what], axis=0) for w, what in turned]
+
+    tokens = np.arange(12)
+    x, d_y = problem.x(tokens), problem.d_y(tokens)
+    y, d_x = problem.of_tokens(tokens)
+    for token in (0, 7):
+        shares = np.exp(x[token, ids[token]])
+        shares /= shares.sum()
+        outs = [oracle.mlp(x[[token]], *weights(e), d_y[[token]]) for e in ids[token]]
+        np.testing.assert_allclose(
+            y[token], np.sum([s * o.y[0] for s, o in zip(shares, outs, strict=True)], axis=0)
+        )
+        want = np.sum([s * o.d_x[0] for s, o in zip(shares, outs, strict=True)], axis=0)
+        d_shares = np.array([d_y[token] @ o.y[0] for o in outs])
+        want[ids[token]] += shares * (d_shares - shares @ d_shares)
+        np.testing.assert_allclose(d_x[token], want, atol=1e-12)
+    token, k = np.nonzero(ids == 4)
+    want = oracle.mlp(x[token], *weights(4), problem.weights[k, None] * d_y[token])
+    columns1, columns2 = np.array([0, 9]), np.array([3])
+    d_w1, d_w2 = problem.weight_gradients(4, columns1, columns2)
+    np.testing.assert_allclose(d_w1, want.d_w1[:, columns1], atol=1e-12)
+    np.testing.assert_allclose(d_w2, want.d_w2[:, columns2], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "compare", "floors"),
+    [
+        ("exchange", 2, ("native", "native-fp8", "collective-fp8"), ("nccl",)),
+        ("exchange", 1, ("native",), ("copy",)),
+        ("link", 2, (), ()),
+        ("layer", 2, ("native+blocked",), ()),
+        ("layer", 1, ("native+blocked", "plain"), ("dense+copy",)),
+        ("train", 2, ("native", "collective"), ()),
+    ],
+)
+def test_repeated_work_is_right(kind, ranks, compare, floors, tmp_path):
+    case = Case(kind, ranks=ranks, compare=compare, floors=floors, repeats=3, **SMALL)
+    calls = calls_of(case, world_of(ranks, tmp_path))
+    assert compiled.prepare([call.programs for call in calls]) == [None] * len(calls)
+    _, checks = interleave(calls, 1, 1, lambda: None)
+    assert [check for check in checks if not check.ok] == []
+    assert {call.repeats for call in calls} == {3}
+    assert {check.name for check in checks} == set(case.compare)
+    assert {call.name for call in calls} == {*case.compare, *floors}
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_repeated_over_runs_as_often_as_it_says(times, tmp_path):
+    world, seen = world_of(2, tmp_path), []
+
+    def work(x):
+        jax.debug.callback(lambda: seen.append(1))
+        return x * 2, jnp.ones((3, 2), x.dtype)
+
+    run = compiled.repeated_over(work, times, world.mesh, AXIS, (P(AXIS), P()))
+    x = world.place(np.ones((4, 2), np.float32), P(AXIS))
+    assert compiled.over(run, world.mesh, (x,), (P(AXIS),), P(AXIS))(x).shape == (2,)
+    jax.effects_barrier()
+    assert len(seen) == times
+
+
+def test_wrong_rows_and_nan_are_noticed_where_work_is_repeated(tmp_path, monkeypatch):
+    right = collective.dispatch
+    case = Case("exchange", ranks=2, compare=("collective",), operations=("dispatch",), repeats=2, **SMALL)
+    world = world_of(2, tmp_path)
+    for spoil in (lambda rows: rows.at[0].set(rows[1]), lambda rows: rows.at[2, 3].set(jnp.nan)):
+
+        def wrong(*args, spoil=spoil, **kwargs):
+            rows, *others = right(*args, **kwargs)
+            return spoil(rows), *others
+
+        monkeypatch.setattr(collective, "dispatch", wrong)
+        _, checks = interleave(calls_of(case, world), 1, 1, lambda: None)
+        bad = [check for check in checks if not check.ok]
+        assert {check.what for check in bad} == {"rows of rank 0", "rows of rank 1"}
+
+
+def test_a_float8_wire_changes_rows_and_is_told_from_a_wrong_row(tmp_path, monkeypatch):
+    case = Case(
+        "exchange", ranks=2, compare=("collective-fp8",), operations=("dispatch",), **{**SMALL, "hidden": 256}
+    )
+    world = world_of(2, tmp_path)
+    _, checks = interleave(calls_of(case, world), 1, 1, lambda: None)
+    errors = {check.what: check.error for check in checks}
+    assert 0 < errors["rows of rank 0"] <= 2.0**-4
+    right = exchange.quant.unpack
+    monkeypatch.setattr(exchange.quant, "unpack", lambda *args: jnp.roll(right(*args), 1, axis=0))
+    _, checks = interleave(calls_of(case, world), 1, 1, lambda: None)
+    assert {check.what for check in checks if not check.ok} == {"rows of rank 0", "rows of rank 1"}
+
+
+def test_what_does_not_compile_or_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    case = Case(
+        "layer", ranks=1, compare=("native+triton", "native+blocked"), operations=("forward",), **SMALL
+    )
+    seen = worker._leniently(case, world_of(1, tmp_path), None)
+    assert [(f["name"], f["operation"]) for f in seen["failed"]] == [("native+triton", "forward")]
+    assert "it needs a GPU" in seen["failed"][0]["error"]
+    assert [call["name"] for call in seen["calls"]] == ["native+blocked"]
+    assert seen["checks"]
+    assert all(check["ok"] for check in seen["checks"])
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    failed = []
+    world = world_of(1, tmp_path)
+    good = worker._tried([Call("a", "op", broken), Call("b", "op", lambda: 1)], world, failed)
+    assert [call.name for call in good] == ["b"]
+    assert failed == [{"name": "a", "operation": "op", "error": "RuntimeError: out of memory"}]
+    late = worker._leniently(case, world_of(1, tmp_path), 0.0)
+    assert late["failed"][0]["not_run"]
+
+
+def test_the_plan_for_gpus():
+    options = host.Options()
+    assert host.ranks_of(options, GPUS) == [4, 1, 2]
+    assert host.ranks_of(options, dataclasses.replace(GPUS, count=6)) == [6, 1, 2, 4]
+    four = host.cases_of(4, options, GPUS)
+    assert [case.kind for case in four] == ["link", *["exchange"] * 6, "layer", "train"]
+    assert four[0].tokens * four[0].row_bytes == pytest.approx(256 << 20, rel=1e-3)
+    assert {(case.tokens, case.routing) for case in four[1:7]} == {
+        (tokens, routing) for tokens in (128, 1024, 4096) for routing in ("uniform", "zipf")
+    }
+    assert all((case.processes, case.repeats, case.experts) == (4, 20, 256) for case in four[1:7])
+    layer = four[7]
+    assert (layer.experts, layer.tokens, layer.compare) == (128, 4096, ("native+triton",))
+    alone = host.cases_of(1, dataclasses.replace(options, one_process=True), GPUS)
+    assert [case.kind for case in alone] == ["layer", "train"]
+    assert alone[0].compare == ("native+triton", "plain", "plain_hopper")
+    assert alone[0].floors == ("dense+copy",)
+    # A combine pushes up to min(K, R) rows for each token, into one of an arena's two halves.
+    megabytes = int(runner.environment(four)["JAX_MORIEP_ARENA_MB"])
+    assert megabytes << 20 > 2 * 4096 * 4 * 7168 * 2
+    assert host.path_of(host.Path("x"), GPUS, 4, "json").name == "host-nvidia-h100-80gb-hbm3-x4.json"
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one-hot"])
+def test_fitted_capacity_drops_nothing(routing):
+    case = host._fitted(Case("exchange", ranks=4, routing=routing, **{**SMALL, "experts": 10}))
+    ids, _ = host.exchange.routes_of(case)
+    assert (oracle.place_routes(ids, case.shape).row_of_route != oracle.DROPPED).all()
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--tokens", "0,4"], "tokens=(0, 4) must be positive numbers"),
+        (["--kinds", "exchange,tea"], "must be some of"),
+        (["--out", "/no/such/folder"], "must be an existing folder"),
+    ],
+)
+def test_bad_options_are_refused(argv, text, capsys):
+    assert cli.main(["bench", "host", "--platform", "cpu", *argv]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_experts_are_not_repeated():
+    with pytest.raises(ConfigError, match=r"repeats=2 must be 1 for experts"):
+        Case("experts", ranks=2, repeats=2, **SMALL)
+
+
+def test_processes_that_disagree_give_no_numbers():
+    case = Case("link", ranks=2, **SMALL)
+    call = {"name": "ppermute", "operation": "ppermute", "repeats": 1, "spans": [[0.0, 1.0]]}
+    one = {"calls": [call], "checks": [], "failed": [], "seconds": 1.0, "device": "x"}
+    lost = {"name": "everything", "operation": "", "error": "it fell over"}
+    entry = host._entry(case, [one, {**one, "calls": [], "failed": [lost]}])
+    assert entry["calls"] == []
+    assert entry["failed"] == [lost]
+    assert host._entry(case, [one, one])["calls"][0]["p50"] == 1.0
+    assert host._entry(case, None)["failed"]
+
+
+def test_alone_means_one_rank():
+    with pytest.raises(ConfigError, match=r"ranks=2 must be 1 for plain"):
+        Case("layer", ranks=2, compare=("plain",), **SMALL)
+
+
+def made_up(*, error=None, wrong=(), failed=()):
+    """A result of two sets: 4 ranks take 2 ms where one takes 1 ms."""
+    options = host.Options(tokens=(128,))
+    sets = []
+    for ranks in (4, 1):
+        entries = []
+        for case in host.cases_of(ranks, options, GPUS):
+            kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+            calls = [
+                {"name": name, "operation": operation, "p50": seconds, "p90": seconds, "seconds": [seconds]}
+                for operation in case.operations or kind.OPERATIONS
+                for name, seconds in {
+                    **dict.fromkeys(case.compare, 2e-3 if ranks == 4 else 1e-3),
+                    **dict.fromkeys(case.floors, 5e-4),
+                }.items()
+            ]
+            moved = {"received": [4_000_000] * 4, "remote": [3_000_000] * 4}
+            entries.append(
+                {"case": dataclasses.asdict(case), "title": case.title(), "bytes": moved, "calls": calls}
+                | {"checks": 8, "wrong": list(wrong), "failed": list(failed)}
+            )
+        sets.append({"ranks": ranks, "seconds": 1.0, "error": error, "not_run": False, "cases": entries})
+    machine = {"device": "some GPU", "devices": 4, "cores": 2}
+    result = {
+        "format": host.FORMAT,
+        "versions": {"jax": "0", "jax_moriep": "0"},
+        "machine": machine,
+        "sets": sets,
+    }
+    return json.loads(json.dumps(result))
+
+
+def test_rows_have_rates_and_efficiency(tmp_path):
+    result = made_up()
+    rows = host_report.exchange_rows(result)
+    native = next(row for row in rows if (row["name"], row["operation"]) == ("native", "dispatch"))
+    assert native["gb_per_s"] == pytest.approx(2.0)
+    assert native["wire_gb_per_s"] == pytest.approx(1.5)
+    assert native["of_nccl"] == pytest.approx(0.25)
+    assert native["of_link"] == pytest.approx(1.5e9 / ((256 << 20) / 2e-3), rel=1e-3)
+    fp8 = next(row for row in rows if row["name"] == "native-fp8")
+    assert fp8["wire_gb_per_s"] == pytest.approx(1.5 * 56 * 132 / (7168 * 2))
+    layer = {
+        (row["name"], row["operation"], row["ranks"]): row
+        for row in host_report.scaling_rows(result, "layer")
+    }
+    assert layer["native+triton", "forward", 4]["efficiency"] == pytest.approx(0.5)
+    assert layer["native+triton", "forward+backward", 1]["of_floor"] == pytest.approx(0.5)
+    text = host_report.as_text(result)
+    assert "R=4 T=128 uniform dispatch" in text
+    assert host.failures(result) == []
+    assert host_report.draw(result, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 20_000
+
+
+def test_failures_count_but_baselines_do_not():
+    check = {"name": "native", "operation": "dispatch", "what": "rows of rank 0", "error": 1.0, "limit": 0.0}
+    assert any("WRONG" in line for line in host.failures(made_up(wrong=[check])))
+    assert any("died" in line for line in host.failures(made_up(error="it died")))
+    own = {"name": "native+triton", "operation": "forward", "error": "no"}
+    assert any("FAILED" in line for line in host.failures(made_up(failed=[own])))
+    other = made_up(failed=[{**own, "name": "plain"}, {**own, "name": "everything", "not_run": True}])
+    assert host.failures(other) == []
+    assert "not measured" in host_report.as_text(other)
+
+
+def test_report_of_an_exchange_beside_a_collective():
+    case = Case(
+        "exchange", ranks=2, compare=("native", "native-fp8"), floors=("nccl",), **{**SMALL, "hidden": 128}
+    )
+    entry = {
+        "case": json.loads(case.to_json()),
+        "bytes": {"received": [4_000_000] * 2, "remote": [3_000_000] * 2},
+        "link": {"p50": 1e-3, "bytes": 6_000_000},
+        "calls": [
+            {"name": name, "operation": op, "p50": 1e-3, "p90": 1e-3}
+            for op in ("dispatch", "combine")
+            for name in ("nccl", "native", "native-fp8")
+            if (name, op) != ("native-fp8", "combine")
+        ],
+    }
+    lines = report._table(entry, "dispatch")
+    assert lines[0].endswith("of the link")
+    assert lines[1].split() == ["native", "1.00", "1.00", "1.00", "4", "100%", "3", "50%"]
+    assert lines[2].split()[-1] == f"{132 / 256 / 2:.0%}"
+    assert [line.split()[0] for line in report._table(entry, "combine")] == ["combine", "native", "nccl"]
