@@ -73,9 +73,10 @@ rocm-sim:
 	@test -n "$(PYTHON)"
 	JOBS=$(JOBS) tests/rocm/simulator/tools/build $(PYTHON)
 
+# A simulated device takes one core. The tests of a file share what they compile, so they stay together.
 test-rocm: rocm-sim
 	.venv-rocm/bin/ctest --test-dir build/rocm-sim --output-on-failure
-	.venv-rocm/bin/pytest tests/rocm $(ARGS)
+	.venv-rocm/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/rocm $(ARGS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

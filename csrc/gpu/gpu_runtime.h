@@ -47,7 +47,7 @@ inline gpuError_t gpu_resident_blocks(int* blocks, const void* kernel, int threa
   hipFuncAttributes found;
   const gpuError_t error = hipFuncGetAttributes(&found, kernel);
   if (error != hipSuccess) return error;
-  const int registers = (found.numRegs + 8) / 8 * 8;
+  const int registers = (found.numRegs + 7) / 8 * 8;
   const int waves = registers > 64 ? 512 / registers : 8;
   *blocks = waves * 4 * 64 / threads;
   return hipSuccess;

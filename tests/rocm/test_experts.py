@@ -20,10 +20,10 @@ def test_the_suite_of_all_experts():
     )
 
 
-@pytest.mark.parametrize("block", [8, 128])
+@pytest.mark.parametrize("block", [8, 32, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_tiles_of_full_size(on_rocm, dtype, block):
-    """The tiles that the table gives an MI300X, with whole ones and with parts of them in every axis."""
+    """All tiles that the table gives an MI300X, with whole ones and with parts of them in every axis."""
     sizes = np.array([130, 0, 1, 256], np.int32)
     as_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     operands = cases.draw(as_dtype, sizes, hidden=320, inner=192, block=block)

@@ -180,6 +180,12 @@ hipError_t hipGraphInstantiate(hipGraphExec_t* out, hipGraph_t handle, hipGraphN
   return hipSuccess;
 }
 
+hipError_t hipGraphInstantiateWithFlags(hipGraphExec_t* out, hipGraph_t handle,
+                                        unsigned long long flags) {
+  if (flags != 0) return not_simulated(__func__, "a flag");
+  return hipGraphInstantiate(out, handle, nullptr, nullptr, 0);
+}
+
 hipError_t hipGraphExecDestroy(hipGraphExec_t exec) {
   return remember(handles<GraphExec>().take(exec) == nullptr ? hipErrorInvalidValue : hipSuccess);
 }

@@ -28,6 +28,8 @@ hipError_t create_stream(hipStream_t* out, unsigned int flags) {
 
 extern "C" {
 
+hipError_t hipStreamCreate(hipStream_t* out) { return create_stream(out, hipStreamDefault); }
+
 hipError_t hipStreamCreateWithFlags(hipStream_t* out, unsigned int flags) {
   return create_stream(out, flags);
 }
@@ -94,6 +96,8 @@ hipError_t hipEventCreateWithFlags(hipEvent_t* out, unsigned int flags) {
   *out = reinterpret_cast<hipEvent_t>(handles<Event>().add(std::make_shared<Event>(flags)));
   return hipSuccess;
 }
+
+hipError_t hipEventCreate(hipEvent_t* out) { return hipEventCreateWithFlags(out, hipEventDefault); }
 
 hipError_t hipEventDestroy(hipEvent_t handle) {
   return remember(handles<Event>().take(handle) == nullptr ? hipErrorInvalidHandle : hipSuccess);
