@@ -33,7 +33,7 @@ GROUPED_ROUTERS = ("deepseek_v3", "deepseek_v2")
 SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
 ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
 TRANSPORTS = ("native", "mori", "collective", "reference")
-# In the order in which "auto" tries them; "triton" behind "blocked" until a GPU has checked all its values.
+# In the order in which "auto" tries them.
 EXPERTS = ("triton", "blocked", "aiter", "reference")
 
 

@@ -215,6 +215,11 @@ class Case:
         return cls(**{**fields, **{name: tuple(fields[name]) for name in names if name in fields}})
 
 
+def is_baseline(name: str) -> bool:
+    """Whether a name is of something that others have made: its errors are not the package's."""
+    return name in (*PLAIN, *FLOORS, "ppermute")
+
+
 _LEAST = {
     "ranks": 1,
     "processes": 1,

@@ -136,19 +136,14 @@ def repeated_over(
     split = PartitionSpec(axis)
     look = jax.shard_map(peek, mesh=mesh, in_specs=(out_specs,), out_specs=split)
 
-    def nudge(x: jax.Array, seen: jax.Array) -> jax.Array:
-        # No result is this number, but XLA cannot know: see ``timing.repeated``.
-        first = (0,) * x.ndim
-        return x.at[first].set(jnp.where(seen[0] == -1.2345e37, jnp.zeros_like(x[first]), x[first]))
-
-    follow = jax.shard_map(nudge, mesh=mesh, in_specs=(split, split), out_specs=split)
+    follow = jax.shard_map(timing.nudged, mesh=mesh, in_specs=(split, split), out_specs=split)
 
     def run(*operands: Any) -> jax.Array:
         def once(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             seen, x = carry
-            x = follow(x, seen)
-            held, _ = lax.optimization_barrier(((x, *operands[1:]), seen))
-            return look(lax.optimization_barrier(fn(*held))), x
+            x = x if timing.barriers_hold() else follow(x, seen)
+            held, before = lax.optimization_barrier(((x, *operands[1:]), seen))
+            return timing.behind(before, look(lax.optimization_barrier(fn(*held)))), x
 
         start = jnp.zeros(mesh.size, jnp.float32)
         start = lax.with_sharding_constraint(start, NamedSharding(mesh, split))

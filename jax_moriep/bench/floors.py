@@ -112,15 +112,20 @@ def _all_to_all(operation: str, times: int, case: Case, world: World, moved: Tra
 
 def _copy(operation: str, times: int, case: Case, world: World) -> Call:
     """An elementwise pass that reads and writes as many bytes as the rows that must be read and written."""
-    make = _rows_that_move(case)
+    make_rows = _rows_that_move(case)
 
-    def copy(x: jax.Array) -> jax.Array:
-        for _ in range(times):
-            x = lax.optimization_barrier(-x)
-        return x
+    def make() -> tuple[jax.Array, jax.Array]:
+        return make_rows(), jnp.full(1, -1, case.numpy_dtype)
 
-    placed = functools.cache(lambda: (world.make(make, P(AXIS)),))
-    return local_call("copy", operation, case, world, copy, (jax.eval_shape(make),), placed)
+    placed = functools.cache(lambda: world.make(make, P(AXIS)))
+    copy = functools.partial(_passes, times)
+    return local_call("copy", operation, case, world, copy, jax.eval_shape(make), placed)
+
+
+def _passes(times: int, x: jax.Array, factor: jax.Array) -> jax.Array:
+    for _ in range(times):
+        x = lax.optimization_barrier(x * factor)
+    return x
 
 
 def _rows_that_move(case: Case) -> Callable[[], jax.Array]:
@@ -148,7 +153,7 @@ def dense_copy(operation: str, case: Case, world: World) -> Call:
             name: jax.random.normal(key, size, case.numpy_dtype)
             for key, (name, size) in zip(keys, sizes.items(), strict=True)
         }
-        return {**made, "moved": make_moved()}
+        return {**made, "moved": make_moved(), "factor": jnp.full(1, -1, case.numpy_dtype)}
 
     def work(given: dict[str, jax.Array]) -> list[jax.Array]:
         results = [given["x"] @ given["w1"].T, given["act"] @ given["w2"].T]
@@ -160,10 +165,7 @@ def dense_copy(operation: str, case: Case, world: World) -> Call:
                 d_pre.T @ given["x"],
                 d_out.T @ given["act"],
             ]
-        moved = given["moved"]
-        for _ in range(4 if backward else 2):
-            moved = lax.optimization_barrier(-moved)
-        return [*results, moved]
+        return [*results, _passes(4 if backward else 2, given["moved"], given["factor"])]
 
     placed = functools.cache(lambda: (world.make(make, P(AXIS)),))
     shapes = (jax.eval_shape(make),)

@@ -81,7 +81,10 @@ def _of_jax(
     return Ready(
         lambda backward: programs.get(start(backward, None))(*operands),
         results,
-        lambda backward, times: bound(programs.get(start(backward, times)), operands, times),
+        # Once is what was compiled for the check.
+        lambda backward, times: bound(
+            programs.get(start(backward, times if times > 1 else None)), operands, times
+        ),
         settings,
     )
 
@@ -112,14 +115,14 @@ def torch(name: str, data: Data, compact: Compact, programs: Programs) -> Ready:
 
 
 # Rows and columns of a tile, depth, steps in flight, and tiles of columns before the next of rows.
-_HOPPER_MANY = ((128, 128, 64, 4, 8), (128, 128, 64, 4, 1), (128, 128, 64, 5, 8), (64, 256, 64, 4, 4))
+HOPPER_MANY = ((128, 128, 64, 4, 8), (128, 128, 64, 5, 8))
 _HOPPER_FEW = ((64, 128, 64, 6, 8), (64, 128, 128, 4, 8), (64, 256, 64, 4, 4), (128, 128, 64, 4, 8))
-_HOPPER_DW = ((128, 128, 64, 4, 8), (128, 128, 64, 5, 1), (128, 128, 128, 2, 8))
+HOPPER_DW = ((128, 128, 64, 4, 8), (128, 128, 64, 5, 1))
 
 
 def jax_hopper(name: str, data: Data, compact: Compact, programs: Programs) -> Ready:
     """The grouped products that jax ships as examples for Hopper; the fastest of some tiles."""
-    dot, dot_transposed = _hopper_module()
+    dot, dot_transposed = hopper_dots()
     operands = _operands(data, compact)
     sizes, w1 = operands[3:5]
     pre = jax.random.normal(jax.random.key(4), (data.share.rows, w1.shape[1]), w1.dtype)
@@ -127,7 +130,7 @@ def jax_hopper(name: str, data: Data, compact: Compact, programs: Programs) -> R
     def products(rows: Any, dw: Any) -> Product:
         return hopper_product(dot, dot_transposed, rows, dw)
 
-    candidates = _HOPPER_FEW if data.share.decode else _HOPPER_MANY
+    candidates = _HOPPER_FEW if data.share.decode else HOPPER_MANY
     rows, tried = _fastest(
         (name, "jax_hopper rows"),
         candidates,
@@ -140,7 +143,7 @@ def jax_hopper(name: str, data: Data, compact: Compact, programs: Programs) -> R
     if not data.share.decode:
         dw, settings["dw_tried_ms"] = _fastest(
             (name, "jax_hopper dw"),
-            _HOPPER_DW,
+            HOPPER_DW,
             lambda c: lambda d, x, s: dot_transposed(d, x, group_sizes=s, **_tiles(c, x.shape[1])),
             (pre, compact.rows, sizes),
             programs,
@@ -149,7 +152,12 @@ def jax_hopper(name: str, data: Data, compact: Compact, programs: Programs) -> R
     return _of_jax((name, "jax_hopper"), products(rows, dw), operands, programs, settings)
 
 
-def _hopper_module() -> tuple[Any, Any]:
+def hopper_dots() -> tuple[Any, Any]:
+    """jax's two kernels: of rows, and of a weight gradient.
+
+    Raises:
+      Unavailable: they are not there, or cannot run.
+    """
     if not compat.has_hopper_kernels():
         raise Unavailable("it needs a Hopper GPU and jax 0.11")
     package = "jax.experimental.pallas.ops.gpu"

@@ -1,8 +1,8 @@
 """``bench host``: one table for a whole host, of exchange, layer and training step at 1, 2, ... devices.
 
 Starting jax and compiling costs more than measuring, so there is one set of processes for each number of
-ranks, and it works through a list of cases. What fails is recorded and the rest goes on; each set has a
-deadline; the file is written after each set.
+ranks, and it works through a list of cases. What fails is recorded and the rest goes on, in new processes if
+one has died or hangs; each case and each set has a deadline; the file is written after each case.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from jax_moriep.bench import exchange, runner
-from jax_moriep.bench.cases import DENSE_COPY, FLOORS, FP8, PLAIN, REPEATS_ON_GPUS, Case
+from jax_moriep.bench import exchange, patterns, runner
+from jax_moriep.bench.cases import DENSE_COPY, FP8, REPEATS_ON_GPUS, Case, is_baseline
 from jax_moriep.bench.worker import EVERYTHING, Job
 from jax_moriep.errors import ConfigError, MoriepError, rule
 
-FORMAT = "jax-moriep bench host 1"
+FORMAT = "jax-moriep bench host 2"
 """Of the result."""
 ROUTINGS = ("uniform", "zipf")
 KINDS = ("exchange", "layer", "train")
@@ -39,6 +39,8 @@ _GRACE_SECONDS = 45
 """What a set may take beyond the moment from which it begins no case."""
 _LEAST_SECONDS = 30
 """With less than this left, a set is not begun."""
+_FIRST_SHARE = 0.6
+"""Of the time, for the set with the most ranks."""
 _CAPACITY_STEPS = 64
 
 
@@ -49,6 +51,7 @@ class Options:
     Args:
       ranks: how many ranks, one set of processes each; () for 1, 2, 4, ... and all devices.
       tokens: per rank, of the exchange; the layer has the most of them.
+      routings: of the exchange, names in ``patterns.PATTERNS``.
       hidden: H.
       intermediate: I.
       experts: E of the exchange.
@@ -60,11 +63,13 @@ class Options:
       one_process: one process holds all devices of a set, instead of one each.
       kinds: some of ``KINDS``.
       minutes: after which no further case begins.
+      case_seconds: after which a case counts as hanging; on GPUs one takes a third of it, compiling included.
       platform: value for JAX_PLATFORMS; None leaves it as it is.
     """
 
     ranks: tuple[int, ...] = ()
     tokens: tuple[int, ...] = (128, 1024, 4096)
+    routings: tuple[str, ...] = ROUTINGS
     hidden: int = 7168
     intermediate: int = 2048
     experts: int = 256
@@ -76,6 +81,7 @@ class Options:
     one_process: bool = False
     kinds: tuple[str, ...] = KINDS
     minutes: float = 9.0
+    case_seconds: float = 120.0
     platform: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +92,12 @@ class Options:
                 )
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise ConfigError(rule("kinds", self.kinds, f"be some of {KINDS}", "correct --kinds"))
+        if not self.routings or set(self.routings) - set(patterns.PATTERNS):
+            raise ConfigError(
+                rule(
+                    "routings", self.routings, f"be some of {tuple(patterns.PATTERNS)}", "correct --routings"
+                )
+            )
         if not self.tokens:
             raise ConfigError(
                 rule("tokens", self.tokens, "have at least one number", "pass --tokens 128,4096")
@@ -152,6 +164,7 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
     """What one set of processes works through."""
     processes = 1 if options.one_process else ranks
     gpus = devices.gpus
+    most = ranks == max(ranks_of(options, devices))
 
     def case(kind: str, **fields: Any) -> Case:
         repeats = REPEATS_ON_GPUS[kind] if gpus else 2
@@ -161,12 +174,12 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
         )
         return _fitted(made) if kind in ("exchange", "layer") else made
 
-    cases = []
+    of_exchange: list[Case] = []
     for tokens in sorted(options.tokens, reverse=True):
-        for routing in ROUTINGS:
+        for routing in options.routings:
             if ranks == 1 or "exchange" not in options.kinds:
                 continue
-            cases.append(
+            of_exchange.append(
                 case(
                     "exchange",
                     tokens=tokens,
@@ -179,30 +192,24 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
                     floors=("nccl",),
                 )
             )
-    if cases:
-        link = runner.link_of(cases[0], options.link_mib)
-        cases.insert(0, dataclasses.replace(link, repeats=REPEATS_ON_GPUS["link"] if gpus else 2))
-    cases.append(
-        case(
-            "layer",
-            tokens=max(options.tokens),
-            experts=options.experts_per_rank * ranks,
-            iters=max(2, options.iters // 2),
-            warmup=1,
-            compare=("native+triton" if gpus else "native+blocked", *_plain(ranks, gpus)),
-            floors=(DENSE_COPY,) if ranks == 1 else (),
-        )
-    )
+    if of_exchange:
+        link = runner.link_of(of_exchange[0], options.link_mib)
+        of_exchange.insert(0, dataclasses.replace(link, repeats=REPEATS_ON_GPUS["link"] if gpus else 2))
     few = max(2, options.iters // 2)
+    layer = case(
+        "layer",
+        tokens=max(options.tokens),
+        experts=options.experts_per_rank * ranks,
+        iters=few,
+        warmup=1,
+        compare=("native+triton" if gpus else "native+blocked",),
+        floors=(DENSE_COPY,) if ranks == 1 else (),
+    )
     train = {"hidden": 128, "intermediate": 128, "experts": 8, "top_k": 2, "iters": few, "warmup": 1}
-    cases.append(case("train", tokens=options.train_tokens, **train))
+    whole = [layer, case("train", tokens=options.train_tokens, **train)]
+    # The exchange of fewer ranks is the least telling of all.
+    cases = [*of_exchange, *whole] if most else [*whole, *of_exchange]
     return [made for made in cases if made.kind in (*options.kinds, "link")]
-
-
-def _plain(ranks: int, gpus: bool) -> tuple[str, ...]:
-    if ranks > 1:
-        return ()
-    return PLAIN if gpus else PLAIN[:1]
 
 
 def _fitted(case: Case) -> Case:
@@ -220,7 +227,7 @@ def path_of(folder: Path, devices: Devices, count: int, ending: str) -> Path:
 
 
 def run(options: Options, command: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
-    """Measures, and writes the result after each set.
+    """Measures, and writes the result after each case.
 
     Args:
       options: what.
@@ -248,19 +255,24 @@ def run(options: Options, command: str, out: Path, say: Callable[[str], None]) -
         "options": dataclasses.asdict(options),
         "sets": [],
     }
+
+    def save(of_set: dict[str, Any]) -> None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({**result, "sets": [*result["sets"], of_set]}, indent=1) + "\n")
+        part.replace(path)
+
     for i, (ranks, cases) in enumerate(zip(order, plans, strict=True)):
         left = deadline - time.monotonic()
-        # A set may take half as long again as its equal share, and leaves the rest to those behind it.
-        share = left * min(1.0, 1.5 / (len(order) - i))
+        # A set may take longer than its equal share, and leaves the rest to those behind it.
+        share = left if i == len(order) - 1 else left * (_FIRST_SHARE if i == 0 else 0.75)
         if left < _LEAST_SECONDS or not cases:
-            result["sets"].append(
-                {"ranks": ranks, "seconds": 0.0, "error": None, "not_run": True, "cases": []}
-            )
+            of_set = {"ranks": ranks, "seconds": 0.0, "errors": [], "not_run": True, "cases": []}
             say(f"{ranks} ranks: not run, for there is no time left or nothing to do")
         else:
             say(f"{ranks} ranks: {len(cases)} cases, at most {share + _GRACE_SECONDS:.0f} s")
-            result["sets"].append(_run_set(ranks, cases, share, options, devices, say))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+            of_set = _run_set(ranks, cases, share, options, devices, say, save)
+        save(of_set)
+        result["sets"].append(of_set)
     return result, path
 
 
@@ -271,25 +283,46 @@ def _run_set(
     options: Options,
     devices: Devices,
     say: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
+    """Runs the cases; when the processes end too early, new ones go on behind the case that ended them."""
     began = time.monotonic()
+    until = began + seconds
     threads = max(1, len(os.sched_getaffinity(0)) // cases[0].processes)
     env = {"JAX_MORIEP_TIMEOUT": "60", "OPENBLAS_NUM_THREADS": str(threads)}
     env = {name: value for name, value in env.items() if name not in os.environ}
     if devices.gpus:
         env.update(runner.environment(cases))
-    job = Job(cases, lenient=True, until=began + seconds)
-    found, error = runner.run_set(job, seconds + _GRACE_SECONDS, options.platform, env, say)
-    if error is not None:
-        say(f"{ranks} ranks: the set failed: {error}")
-    return {
-        "ranks": ranks,
-        "processes": cases[0].processes,
-        "seconds": time.monotonic() - began,
-        "error": error,
-        "not_run": False,
-        "cases": [_entry(case, seen) for case, seen in zip(cases, found, strict=True)],
-    }
+    found: list[list[Any] | None] = []
+    errors: list[str] = []
+
+    def of_set(seen: list[list[Any] | None]) -> dict[str, Any]:
+        entries = [_entry(case, of_case) for case, of_case in zip(cases, seen, strict=False)]
+        return {
+            "ranks": ranks,
+            "processes": cases[0].processes,
+            "seconds": time.monotonic() - began,
+            "errors": errors,
+            "not_run": False,
+            "cases": entries,
+        }
+
+    def progress(line: str, seen: list[list[Any] | None]) -> None:
+        say(line)
+        through = next((i for i, of_case in enumerate(seen) if of_case is None), len(seen))
+        save(of_set([*found, *seen[:through]]))
+
+    while len(found) < len(cases):
+        job = Job(cases[len(found) :], lenient=True, until=until, case_seconds=options.case_seconds)
+        left = until + _GRACE_SECONDS - time.monotonic()
+        seen, begun, error = runner.run_set(job, left, options.platform, env, progress)
+        if error is not None:
+            errors.append(error)
+            say(f"{ranks} ranks: processes failed: {error}")
+        # Without time for more, or where not even a case could begin, what was not reached is lost.
+        again = error is not None and begun > 0 and until - time.monotonic() > _LEAST_SECONDS
+        found += seen[:begun] if again else seen
+    return of_set(found)
 
 
 def _entry(case: Case, seen: Sequence[Any] | None) -> dict[str, Any]:
@@ -319,14 +352,12 @@ def failures(result: dict[str, Any]) -> list[str]:
     """What makes the run a failed one: wrong values, failed sets and failed entries that are no baselines."""
     lines = []
     for of_set in result["sets"]:
-        if of_set["error"] is not None:
-            lines.append(f"the set of {of_set['ranks']} ranks failed: {of_set['error']}")
+        for error in of_set["errors"]:
+            lines.append(f"processes of {of_set['ranks']} ranks failed: {error}")
         for entry in of_set["cases"]:
             for check in entry["wrong"]:
-                lines.append(
-                    f"WRONG: {entry['title']}: {check['name']} {check['operation']}, {check['what']}: error "
-                    f"{check['error']:.3g}, at most {check['limit']:.3g} is right"
-                )
+                if not is_baseline(check["name"]):
+                    lines.append(f"WRONG: {entry['title']}: {describe(check)}")
             for failure in entry["failed"]:
                 if not (failure.get("not_run") or is_baseline(failure["name"])):
                     lines.append(
@@ -336,6 +367,9 @@ def failures(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def is_baseline(name: str) -> bool:
-    """Whether a name is of something that others have made."""
-    return name in (*PLAIN, *FLOORS, "ppermute")
+def describe(check: dict[str, Any]) -> str:
+    """A wrong value in a line."""
+    return (
+        f"{check['name']} {check['operation']}, {check['what']}: error {check['error']:.3g}, at most "
+        f"{check['limit']:.3g} is right"
+    )

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench import host, report
-from jax_moriep.bench.cases import DENSE_COPY
+from jax_moriep.bench.cases import DENSE_COPY, is_baseline
+
+_COLORS = {"nccl": "#7a7a7a", "native": "#2a6f97", "native-fp8": "#6a994e", "collective": "#e07a3f"}
+"""The same in every panel."""
 
 
 def exchange_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,8 +127,11 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     wrong = sum(len(entry["wrong"]) for entry in entries)
     lines = [f"{count - wrong} of {count} comparisons with the oracles are right"]
     for entry in entries:
+        for check in entry["wrong"]:
+            if is_baseline(check["name"]):
+                lines.append(f"inaccurate baseline: {entry['title']}: {host.describe(check)}")
         for failure in entry["failed"]:
-            if failure.get("not_run") or host.is_baseline(failure["name"]):
+            if failure.get("not_run") or is_baseline(failure["name"]):
                 error = failure["error"].splitlines()[0]
                 lines.append(
                     f"not measured: {entry['title']}: {failure['name']} {failure['operation']}: {error}"
@@ -191,7 +197,8 @@ def _draw_exchange(axis: Any, rows: list[dict[str, Any]], ranks: int, operation:
         at = {(row["tokens"], row["routing"]): row["seconds"] * 1e6 for row in rows if row["name"] == name}
         width = 0.8 / len(names)
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
-        axis.bar(places, [at.get(group, 0.0) for group in groups], width, label=name)
+        heights = [at.get(group, 0.0) for group in groups]
+        axis.bar(places, heights, width, label=name, color=_COLORS.get(name))
     labels = [f"{tokens}\n{routing}" for tokens, routing in groups]
     axis.set_xticks(range(len(groups)), labels, fontsize=8)
     axis.set_yscale("log")

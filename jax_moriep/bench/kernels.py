@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,42 @@ from jax_moriep.bench.shares import SHARES, SIZES, Data
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.runtime import compat
 
-BASELINE_RUNS = (*((share, "uniform") for share in SHARES), ("deepseek-v3-ep8", "zipf"))
-"""What the others run on."""
 _COPY_BYTES = 1 << 30
-_SLOW_SECONDS = 3.0
-"""About how long all rounds of a slow baseline may take."""
+_BASELINE_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Baselines that run on a share with one kind of sizes.
+
+    Attributes:
+      names: of the baselines.
+      share: name in ``SHARES``.
+      kind: of sizes.
+      passes: some of ``PASSES``.
+    """
+
+    names: tuple[str, ...]
+    share: str
+    kind: str
+    passes: tuple[str, ...] = tuple(PASSES)
+
+
+_BASELINE_RUNS = (
+    ("deepseek-v3-ep8-decode", "uniform"),
+    ("deepseek-v3-ep8", "zipf"),
+    ("deepseek-v3-ep8", "uniform"),
+    ("mixtral-8x7b", "uniform"),
+    ("qwen3-30b-a3b-ep8", "uniform"),
+)
+# The fast ones first, so that no limit of time costs them; ``ragged_dot`` takes long to compile.
+STEPS = (
+    *(Step(("torch", "jax_hopper"), *on) for on in _BASELINE_RUNS),
+    Step(("ragged_dot",), "deepseek-v3-ep8", "uniform"),
+    *(Step(("ragged_dot",), *on, ("forward",)) for on in _BASELINE_RUNS if on[1] == "uniform"),
+    *(Step(("tokamax",), share, "uniform") for share in ("deepseek-v3-ep8", "mixtral-8x7b")),
+)
+"""What the others run on, in this order; what was measured in an earlier step is not measured again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +116,11 @@ class Bench:
         *,
         seconds: float = 0.02,
         copy_bytes: int = _COPY_BYTES,
+        minutes: float = math.inf,
     ) -> None:
         """``seconds`` is how long a program takes at each turn; see ``run`` for the others."""
         self._rounds, self._say, self._save, self._seconds = rounds, say, save, seconds
+        self._until = time.perf_counter() + 60 * minutes
         self._copy_bytes = copy_bytes
         self._on_gpu = jax.default_backend() == "gpu"
         self._programs = Programs()
@@ -101,7 +135,9 @@ class Bench:
             "limit": shares.LIMIT,
             "rounds": rounds,
             "wrong": [],
+            "inaccurate": [],
             "failed": [],
+            "not_run": [],
             "unavailable": {},
             "runs": [],
         }
@@ -114,10 +150,11 @@ class Bench:
                     with self._guard(f"{name} {kind}"):
                         self._own(self._case(name, kind))
                     self._save(self.result)
-            for name, kind in BASELINE_RUNS if baselines else ():
-                if (name, kind) in self._runs:
-                    with self._guard(f"{name} {kind} baselines"):
-                        self._others(self._case(name, kind), baselines)
+            for step in STEPS:
+                asked = [name for name in step.names if name in baselines]
+                if asked and (step.share, step.kind) in self._runs:
+                    with self._guard(f"{step.share} {step.kind} {', '.join(asked)}"):
+                        self._others(self._case(step.share, step.kind), asked, step.passes)
                     self._save(self.result)
 
     @contextlib.contextmanager
@@ -158,7 +195,8 @@ class Bench:
 
     def _start(self, name: str, label: str, work: Work, seconds: float, *, on_gpu: bool = False) -> _Program:
         times = times_for(seconds, self._seconds)
-        self._programs.start((name, label), work.fn, work.operands, times, on_gpu=on_gpu)
+        given = times if times > 1 else None
+        self._programs.start((name, label), work.fn, work.operands, given, on_gpu=on_gpu)
         return _Program((name, label), work, times)
 
     def _timed(self, program: _Program) -> Timed:
@@ -175,8 +213,11 @@ class Bench:
             for label, work in {**works, **passes}.items()
             if label in case.references
         }
+        once = {
+            label: (name, label, "once") if started[label].times > 1 else (name, label) for label in passes
+        }
         for label, work in passes.items():
-            self._programs.start((name, label, "once"), work.fn, work.operands, None)
+            self._programs.start(once[label], work.fn, work.operands, None)
         self._programs.wait()
         concurrent.futures.wait([self._wanted[name, case.kind]])
         self._say(f"{case.title}: compiled after {time.perf_counter() - began:.0f} s")
@@ -184,8 +225,9 @@ class Bench:
             entries, key = (run["mlp"], f"triton {label}") if label in PASSES else (run["kernels"], label)
             with self._guard(f"{case.title} {key}", entries, key):
                 if label in PASSES:
-                    once = self._programs.get((name, label, "once"))
-                    self._check(case, key, once(*program.work.operands))
+                    result = self._programs.get(once[label])(*program.work.operands)
+                    self._check(case, key, result)
+                    del result
                 calls = {"reference": self._timed(case.references[label]), key: self._timed(program)}
                 seconds = by_turns(calls, self._rounds)
                 entries[key] = entry(data, label, seconds[key], seconds["reference"], self._copy_bytes)
@@ -194,19 +236,25 @@ class Bench:
                     check_chain(run, label, entries[key])
         run["seconds"] = time.perf_counter() - began
 
-    def _others(self, case: _Case, baselines: Sequence[str]) -> None:
-        """Each other implementation, by turns with the package's and the reference."""
+    def _others(self, case: _Case, baselines: Sequence[str], passes: Sequence[str]) -> None:
+        """Some other implementations, by turns with the package's and the reference."""
         compact = case.data.compact()
         own = {
             p: self._start(case.name, p, products.mlp(case.data, backward), estimate(case.data.share, p))
             for p, backward in PASSES.items()
-            if p in case.references
+            if p in case.references and p in passes
         }
         for baseline in baselines:
             began = time.perf_counter()
+            entries: dict[str, Any] = case.run["baselines"].setdefault(baseline, {})
+            new = {label: program for label, program in own.items() if label not in entries}
+            if not new:
+                continue
+            if began > self._until:
+                self.result["not_run"].append([f"{case.title} {baseline}", "no time was left"])
+                self._say(f"{case.title} {baseline}: not run, for no time was left")
+                continue
             with self._guard(f"{case.title} {baseline}", case.run["baselines"], baseline):
-                entries: dict[str, Any] = {}
-                case.run["baselines"][baseline] = entries
                 try:
                     ready = grouped.BASELINES[baseline](case.name, case.data, compact, self._programs)
                 except grouped.Unavailable as error:
@@ -214,10 +262,10 @@ class Bench:
                     self._say(f"{case.title} {baseline}: cannot run: {error}")
                     continue
                 entries["settings"] = ready.settings
-                for label, program in own.items():
+                for label, program in new.items():
                     with self._guard(f"{case.title} {baseline} {label}", entries, label):
                         self._other(case, ready, baseline, label, program, entries)
-                entries["seconds"] = time.perf_counter() - began
+                entries["seconds"] = entries.get("seconds", 0.0) + time.perf_counter() - began
                 del ready
                 if baseline == "torch":
                     grouped_torch.release()
@@ -233,10 +281,9 @@ class Bench:
         entries: dict[str, Any],
     ) -> None:
         backward, title = PASSES[label], f"{baseline} {label}"
-        self._check(case, title, ready.results(ready.run(backward)), compact=True)
-        each = seconds_of(lambda: ready.run(backward), 1)
-        times = times_for(each, self._seconds)
-        rounds = min(self._rounds, max(2, int(_SLOW_SECONDS / (each * times))))
+        inaccurate = self._check(case, title, ready.results(ready.run(backward)), others=True)
+        times = times_for(seconds_of(lambda: ready.run(backward), 1), self._seconds)
+        rounds = min(self._rounds, _BASELINE_ROUNDS)
         calls = {
             "reference": self._timed(case.references[label]),
             "own": self._timed(own),
@@ -249,15 +296,22 @@ class Bench:
         found["rounds"] = rounds
         found["own_ms"] = statistics.median(seconds["own"]) * 1e3
         found["own_times_faster"] = found["ms"] / found["own_ms"]
-        entries[label] = found
         self._say_entry(f"{case.title} {title}", found)
+        entries[label] = {**found, "inaccurate": inaccurate}
 
-    def _check(self, case: _Case, title: str, results: Sequence[jax.Array], *, compact: bool = False) -> None:
+    def _check(
+        self, case: _Case, title: str, results: Sequence[jax.Array], *, others: bool = False
+    ) -> list[str]:
+        """Notes the errors, and gives the names of those over the limit; ``others`` have no padding."""
         wanted = self._wanted[case.name, case.kind].result()
-        found = shares.errors(case.data, wanted, results, compact=compact)
+        found = shares.errors(case.data, wanted, results, compact=others)
         case.run["errors"][title] = found
-        self.result["wrong"] += [[case.title, title, what, found[what]] for what in shares.wrong(found)]
-        self._say(f"{case.title} {title}: errors " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
+        over = shares.wrong(found)
+        said = "inaccurate" if others else "wrong"
+        self.result[said] += [[case.title, title, what, found[what]] for what in over]
+        text = ", ".join(f"{k} {v:.1e}" for k, v in found.items())
+        self._say(f"{case.title} {title}: errors {text}" + (f": {said}: {', '.join(over)}" if over else ""))
+        return over
 
     def _say_entry(self, title: str, found: dict[str, Any]) -> None:
         self._say(f"{title}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -270,6 +324,7 @@ def run(
     baselines: Sequence[str],
     say: Callable[[str], None],
     save: Callable[[dict[str, Any]], None],
+    minutes: float = math.inf,
 ) -> dict[str, Any]:
     """Measures.
 
@@ -281,14 +336,16 @@ def run(
     Args:
       names: names in ``SHARES``.
       kinds: names in ``SIZES``.
-      rounds: turns of each pair.
-      baselines: names in ``grouped.BASELINES``; they run on ``BASELINE_RUNS``.
+      rounds: turns of each pair; a baseline has three at most.
+      baselines: names in ``grouped.BASELINES``; they run as ``STEPS`` says.
       say: takes a line for each number.
       save: takes the result as far as it is, after every share and baseline.
+      minutes: after which no baseline begins.
 
     Returns:
-      A JSON-able dict; ``wrong`` lists the results whose error is over the limit, ``failed`` what ended with
-      an error, ``unavailable`` the baselines that are not installed or do not run here.
+      A JSON-able dict; ``wrong`` lists the package's results whose error is over the limit, ``inaccurate``
+      those of baselines, ``failed`` what ended with an error, ``not_run`` the baselines for which no time was
+      left, ``unavailable`` those that are not installed or do not run here.
 
     Raises:
       ConfigError: a name is unknown, or there is no GPU.
@@ -301,6 +358,6 @@ def run(
         raise ConfigError(rule("rounds", rounds, "be at least 1", "pass a positive number"))
     if jax.default_backend() != "gpu":
         raise ConfigError(rule("platform", jax.default_backend(), "be a GPU", "run it on one"))
-    bench = Bench(rounds, say, save)
+    bench = Bench(rounds, say, save, minutes=minutes)
     bench.measure(names, kinds, baselines)
     return bench.result

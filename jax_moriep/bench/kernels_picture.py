@@ -82,14 +82,18 @@ def of_reference(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def times_faster(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Share and sizes -> baseline and pass -> how many times faster the package is."""
+    """Share and sizes -> baseline and pass -> how many times faster the package is.
+
+    The name of a baseline tells when its own values were over the limit.
+    """
     found: dict[str, dict[str, float]] = {}
+    times = "own_times_faster"
     for run in result["runs"]:
         bars = {
-            f"{baseline} {label}": entry["own_times_faster"]
+            baseline + (" inaccurate" if entry.get("inaccurate") else "") + f" {label}": entry[times]
             for baseline, entries in run["baselines"].items()
             for label, entry in entries.items()
-            if isinstance(entry, dict) and "own_times_faster" in entry
+            if isinstance(entry, dict) and times in entry
         }
         if bars:
             found[f"{run['share']}\n{run['sizes']}"] = bars

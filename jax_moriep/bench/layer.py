@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax_moriep import exchange, layer, params, routing
 from jax_moriep.bench import compiled, floors, formula, layer_oracle, oracle, patterns, plain, ragged
 from jax_moriep.bench.cases import DENSE_COPY, PLAIN, Case
-from jax_moriep.bench.experts import BACKWARD, FORWARD, MEMORY_OPERATION, OPERATIONS, TOLERANCE
+from jax_moriep.bench.experts import FORWARD, MEMORY_OPERATION, OPERATIONS, TOLERANCE
 from jax_moriep.bench.timing import Call, Check
 from jax_moriep.bench.world import AXIS, World
 from jax_moriep.config import MoEParams
@@ -97,8 +97,6 @@ def calls(case: Case, world: World, data: Data) -> list[Call]:
         if DENSE_COPY in case.floors:
             made.append(floors.dense_copy(operation, case, world))
         for name in case.compare:
-            if name == PLAIN[1] and operation == BACKWARD:
-                continue  # jax's kernel has no derivative
             fn = _layer(name, case, world, data)
 
             def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array, fn: Any = fn) -> Any:

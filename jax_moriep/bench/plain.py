@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,10 @@ from jax_moriep.config import MoEParams
 _BY_EXPERT = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
-_HOPPER_TILE: dict[str, Any] = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}
 
 
 def layer(name: str, case: Case) -> Callable[[jax.Array, MoEParams], jax.Array]:
-    """fn(x [T, H], weights) -> y [T, H] of "plain" or "plain_hopper", in which jax's kernel multiplies."""
+    """fn(x [T, H], weights) -> y [T, H] of "plain" or "plain_hopper", in which jax's kernels multiply."""
     product = _ragged_dot if name == "plain" else _hopper
 
     def fn(x: jax.Array, weights: MoEParams) -> jax.Array:
@@ -43,12 +41,9 @@ def _ragged_dot(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Ar
 
 
 def _hopper(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-    """jax's own kernel for Hopper GPUs; it has no derivative."""
-    # Imported here, for it takes its time, and is not there with every jax.
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+    """By jax's own kernels for Hopper GPUs, with the tiles that were the fastest ones for large products."""
+    # Imported here, for it takes its time.
+    from jax_moriep.bench import grouped
 
-    blocks = weights.shape[1] // _HOPPER_TILE["block_n"]
-    width = next(width for width in (8, 4, 2, 1) if blocks % width == 0)
-    return ragged_dot_mgpu.ragged_dot(
-        rows, weights, group_sizes=sizes, transpose_rhs=True, grid_block_n=width, **_HOPPER_TILE
-    )
+    tiles = grouped.HOPPER_MANY[0], grouped.HOPPER_DW[0]
+    return grouped.hopper_product(*grouped.hopper_dots(), *tiles)(rows, weights, sizes)

@@ -168,8 +168,9 @@ def chain(works: Sequence[Work]) -> Work:
 
 
 def copy(num_bytes: int) -> Work:
-    """An elementwise pass, which reads and writes so many bytes each."""
-    return Work(lambda x: x * 2, (jax.random.normal(jax.random.key(3), (num_bytes // 2,), jnp.bfloat16),))
+    """An elementwise pass, which reads and writes so many bytes each, with a small operand besides."""
+    x = jax.random.normal(jax.random.key(3), (num_bytes // 2,), jnp.bfloat16)
+    return Work(lambda x, factor: x * factor, (x, jnp.full(1, 2, x.dtype)))
 
 
 def _times(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jax_moriep.bench import exchange
-from jax_moriep.bench.cases import FLOORS, Case
+from jax_moriep.bench.cases import FLOORS, Case, is_baseline
 from jax_moriep.bench.runner import failed_checks
 
 _MB = 1e6
@@ -127,13 +127,17 @@ def _memory(result: dict[str, Any]) -> list[str]:
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:
-    wrong = failed_checks(result)
-    if not wrong:
-        return [f"all {len(result['checks'])} comparisons with the NumPy oracle are right"]
-    lines = [f"WRONG: {len(wrong)} of {len(result['checks'])} comparisons with the NumPy oracle"]
-    for check in wrong[:10]:
-        lines.append(
-            f"  {check['name']} {check['operation']}, {check['what']}: error {check['error']:.3g}, at most "
-            f"{check['limit']:.3g} is right"
-        )
+    count, wrong = len(result["checks"]), failed_checks(result)
+    inaccurate = [check for check in result["checks"] if not check["ok"] and is_baseline(check["name"])]
+    if not wrong and not inaccurate:
+        return [f"all {count} comparisons with the NumPy oracle are right"]
+    lines = []
+    for checks, said in ((wrong, "WRONG"), (inaccurate, "inaccurate baselines")):
+        if checks:
+            lines.append(f"{said}: {len(checks)} of {count} comparisons with the NumPy oracle")
+        for check in checks[:10]:
+            lines.append(
+                f"  {check['name']} {check['operation']}, {check['what']}: error {check['error']:.3g}, "
+                f"at most {check['limit']:.3g} is right"
+            )
     return lines

@@ -17,6 +17,11 @@ from jax_moriep.runtime import compat
 if TYPE_CHECKING:
     from jax_moriep.bench.compiled import Program
 
+_MOST_COPIED = 1 << 20
+"""Bytes of an operand that may be copied in every run of a repeated program."""
+_NEVER = -1.2345e37
+"""No result is this number, but XLA cannot know."""
+
 Span = tuple[float, float]
 """Start and end of a call, in seconds of the clock that all processes of a machine share."""
 
@@ -102,10 +107,11 @@ def interleave(
 def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
     """fn(*operands) many times in one program, so that the host's part of a call is paid once for all.
 
-    An element of one operand takes its value from a choice that the run before decides, always the same way,
-    and each run takes its operands behind the one before; a value of each of its results is read. So XLA can
-    neither merge, move nor leave out a run. Choosing and reading are a few small kernels a run, and part of
-    its time; the operand, which is a small one, is copied once.
+    Each run takes its operands behind the one before, and a value of each of its results is read. An element
+    of a small operand also takes its value from a choice that the run before decides, always the same way. So
+    XLA can neither merge, move nor leave out a run. Choosing and reading are a few small kernels a run, and
+    part of its time. XLA may copy the operand that is changed, so a large one is left as it is wherever a
+    barrier alone is enough.
 
     Args:
       fn: of arrays, gives arrays; inside ``shard_map`` it sees one rank's.
@@ -124,16 +130,11 @@ def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
             seen, chosen = carry
             now = list(leaves)
             if chosen is not None and place is not None:
-                first = (0,) * chosen.ndim
-                # No result is this number. XLA cannot know that, as it might of a barrier alone: on CPUs it
-                # drops barriers, and then takes what does not change out of the loop.
-                changed = seen[0] == -1.2345e37
-                value = jnp.where(changed, jnp.zeros_like(chosen[first]), chosen[first])
-                now[place] = chosen = chosen.at[first].set(value)
-            held, _ = lax.optimization_barrier((jax.tree.unflatten(tree, now), seen))
+                now[place] = chosen = nudged(chosen, seen)
+            held, before = lax.optimization_barrier((jax.tree.unflatten(tree, now), seen))
             results = jax.tree.leaves(lax.optimization_barrier(fn(*held)))
             read = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in results if leaf.size]
-            return compat.pcast_varying(sum(read, jnp.zeros(1, jnp.float32)), axes), chosen
+            return behind(before, compat.pcast_varying(sum(read, jnp.zeros(1, jnp.float32)), axes)), chosen
 
         start = compat.pcast_varying(jnp.zeros(1, jnp.float32), axes)
         chosen = None if place is None else leaves[place]
@@ -142,14 +143,33 @@ def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
     return run
 
 
+def barriers_hold() -> bool:
+    """Whether XLA keeps optimization barriers; on CPUs it drops them, and moves what does not change."""
+    return jax.default_backend() != "cpu"
+
+
+def nudged(x: jax.Array, seen: jax.Array) -> jax.Array:
+    """x, but XLA must take it for another one whenever ``seen`` is."""
+    first = (0,) * x.ndim
+    return x.at[first].set(jnp.where(seen[0] == _NEVER, jnp.zeros_like(x[first]), x[first]))
+
+
+def behind(before: jax.Array, read: jax.Array) -> jax.Array:
+    """``read``; that it needs ``before`` as well keeps the barrier from which that comes."""
+    return jnp.where(before == _NEVER, before, read)
+
+
 def _smallest(leaves: Sequence[Any], axes: frozenset[str]) -> int | None:
-    """The place of the smallest array of numbers that varies over all axes, or None."""
+    """The place of the smallest array of numbers that varies over all axes; None if none may change."""
     fit = [
-        (leaf.size, i)
+        (leaf.size * leaf.dtype.itemsize, i)
         for i, leaf in enumerate(leaves)
         if leaf.size and compat.varying_axes(leaf) == axes and jnp.issubdtype(leaf.dtype, jnp.number)
     ]
-    return min(fit)[1] if fit else None
+    if not fit:
+        return None
+    num_bytes, place = min(fit)
+    return None if barriers_hold() and num_bytes > _MOST_COPIED else place
 
 
 def slowest(spans: Sequence[Sequence[Span]]) -> np.ndarray:

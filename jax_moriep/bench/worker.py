@@ -7,6 +7,7 @@ as the case is through.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import gc
 import importlib
 import json
@@ -39,19 +40,17 @@ class Job:
       cases: of equally many ranks in equally many processes.
       lenient: an entry that fails is recorded and the others go on; else it ends the process.
       until: no case begins after this moment of the clock that all processes share; None for no limit.
+      case_seconds: a process that is longer at a case prints its stacks and ends; None for no limit.
     """
 
     cases: list[Case]
     lenient: bool = False
     until: float | None = None
+    case_seconds: float | None = None
 
     def write(self, folder: Path) -> None:
         """Puts the job and its barriers into a folder."""
-        text = {
-            "cases": [case.to_json() for case in self.cases],
-            "lenient": self.lenient,
-            "until": self.until,
-        }
+        text = {**vars(self), "cases": [case.to_json() for case in self.cases]}
         Path(folder, _JOB).write_text(json.dumps(text))
         for i in range(len(self.cases) + 1):
             Barrier.create(_barrier(folder, i), self.cases[0].processes)
@@ -60,13 +59,18 @@ class Job:
     def read(cls, folder: Path) -> Job:
         """The job that ``write`` put there."""
         fields = json.loads(Path(folder, _JOB).read_text())
-        return cls([Case.from_json(text) for text in fields["cases"]], fields["lenient"], fields["until"])
+        return cls(**{**fields, "cases": [Case.from_json(text) for text in fields["cases"]]})
 
 
 def found(folder: Path, case: int, process: int) -> Any | None:
     """What a process wrote about a case; None if it did not come so far."""
     path = Path(folder, f"{case}-{process}.json")
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def begun(folder: Path) -> int:
+    """How many cases have begun."""
+    return len(list(folder.glob("*.begun")))
 
 
 def _barrier(folder: Path, case: int) -> Path:
@@ -80,6 +84,9 @@ def main(folder: str) -> None:
     world = World(job.cases[0].ranks, _barrier(place, 0))
     for i, case in enumerate(job.cases):
         world.use_barrier(_barrier(place, i))
+        (place / f"{i}.begun").touch()
+        if job.case_seconds is not None:
+            faulthandler.dump_traceback_later(job.case_seconds, exit=True)
         began = time.monotonic()
         seen: dict[str, Any]
         if job.lenient:
@@ -94,6 +101,9 @@ def main(folder: str) -> None:
         part.rename(part.with_suffix(".json"))
         if job.lenient:
             _say(f"{case.title()}: {seen['seconds']:.1f} s, {len(seen['failed'])} failed")
+            # After a failed exchange all that follow in this process fail too; others may take over.
+            group.check_failures()
+    faulthandler.cancel_dump_traceback_later()
     world.use_barrier(_barrier(place, len(job.cases)))
     world.barrier()
 

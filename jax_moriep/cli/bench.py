@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         help="the experts' GPU kernels, beside dense matmuls and other libraries by turns",
         description="Measures the experts' kernels on one GPU, by turns with the dense matmuls of their "
         "shapes, and the whole MLP by turns with other libraries' grouped products.",
-        epilog="The exit code is 1 if any value was wrong or anything failed.",
+        epilog="The exit code is 1 if a value of the package was wrong or anything failed.",
     )
     of_kernels.add_argument("--shares", type=_names, help="which models' shares (default: all)")
     of_kernels.add_argument("--sizes", type=_names, help="uniform, zipf or both (default: both)")
@@ -60,6 +60,9 @@ def add_parser(subparsers: Any) -> None:
         "--baselines",
         type=_names,
         help="torch, ragged_dot, jax_hopper, tokamax, several, or none (default: all that can run)",
+    )
+    of_kernels.add_argument(
+        "--minutes", type=float, default=5.0, help="after which no baseline begins (default: 5)"
     )
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
@@ -86,9 +89,13 @@ def _run_kernels(args: argparse.Namespace) -> int:
         [] if baselines == ["none"] else baselines,
         lambda line: print(line, flush=True),
         save,
+        args.minutes,
     )
     for name, reason in found["unavailable"].items():
         print(f"{name} did not run: {reason}")
+    for what, title in (("inaccurate", "inaccurate baselines"), ("not_run", "not run")):
+        for line in found[what]:
+            print(f"{title}: {', '.join(map(str, line))}")
     for what in ("wrong", "failed"):
         print(f"{what}:", found[what] or "nothing")
     return 1 if found["wrong"] or found["failed"] else 0

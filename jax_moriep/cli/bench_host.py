@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per rank of the exchange; the layer has the most (default: 128,1024,4096)",
     )
     parser.add_argument(
+        "--routings",
+        type=lambda text: tuple(text.split(",")),
+        default=host.ROUTINGS,
+        metavar="A,B,...",
+        help=f"of the exchange (default: {','.join(host.ROUTINGS)})",
+    )
+    parser.add_argument(
         "--kinds",
         type=lambda text: tuple(text.split(",")),
         default=defaults["kinds"],
@@ -50,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="after which nothing new begins (default: 9)"
+    )
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=defaults["case_seconds"],
+        help=f"after which a case counts as hanging (default: {defaults['case_seconds']:g})",
     )
     parser.add_argument("--platform", help="value for JAX_PLATFORMS, such as cuda or cpu")
     parser.add_argument(

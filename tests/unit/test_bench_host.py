@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from jax_moriep.bench import (
     oracle,
     report,
     runner,
+    timing,
+    train,
     worker,
 )
 from jax_moriep.bench.cases import Case
@@ -108,11 +111,13 @@ def test_layer_oracle_is_an_mlp_for_each_expert():
         ("link", 2, (), ()),
         ("layer", 2, ("native+blocked",), ()),
         ("layer", 1, ("native+blocked", "plain"), ("dense+copy",)),
-        ("train", 2, ("native", "collective"), ()),
+        ("train", 2, ("native",), ()),
     ],
 )
 def test_repeated_work_is_right(kind, ranks, compare, floors, tmp_path):
-    case = Case(kind, ranks=ranks, compare=compare, floors=floors, repeats=3, **SMALL)
+    # The way back includes the way there.
+    operations = ("forward+backward",) if kind == "layer" else ()
+    case = Case(kind, ranks=ranks, compare=compare, floors=floors, operations=operations, repeats=3, **SMALL)
     calls = calls_of(case, world_of(ranks, tmp_path))
     assert compiled.prepare([call.programs for call in calls]) == [None] * len(calls)
     _, checks = interleave(calls, 1, 1, lambda: None)
@@ -122,8 +127,24 @@ def test_repeated_work_is_right(kind, ranks, compare, floors, tmp_path):
     assert {call.name for call in calls} == {*case.compare, *floors}
 
 
-@pytest.mark.parametrize("times", [1, 4])
-def test_repeated_over_runs_as_often_as_it_says(times, tmp_path):
+def test_losses_are_compared_with_those_of_the_first_transport():
+    start = math.log(256)
+    losses = {}
+    checks = [
+        train._check(name, losses, jnp.array([start, start - 0.1, last]))
+        for name, last in {"native": start - 0.2, "collective": start - 0.25, "reference": start}.items()
+    ]
+    assert [[check.ok for check in of_name] for of_name in checks] == [
+        [True, True, True],
+        [True, False, True],
+        [True, False, False],
+    ]
+    assert not train._check("native", {}, jnp.array([1.0, 1.0]))[0].ok
+
+
+@pytest.mark.parametrize(("times", "hold"), [(1, False), (4, False), (4, True)])
+def test_repeated_over_runs_as_often_as_it_says(times, hold, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "barriers_hold", lambda: hold)
     world, seen = world_of(2, tmp_path), []
 
     def work(x):
@@ -205,8 +226,10 @@ def test_the_plan_for_gpus():
     assert (layer.experts, layer.tokens, layer.compare) == (128, 4096, ("native+triton",))
     alone = host.cases_of(1, dataclasses.replace(options, one_process=True), GPUS)
     assert [case.kind for case in alone] == ["layer", "train"]
-    assert alone[0].compare == ("native+triton", "plain", "plain_hopper")
+    assert alone[0].compare == ("native+triton",)
     assert alone[0].floors == ("dense+copy",)
+    two = host.cases_of(2, options, GPUS)
+    assert [case.kind for case in two] == ["layer", "train", "link", *["exchange"] * 6]
     # A combine pushes up to min(K, R) rows for each token, into one of an arena's two halves.
     megabytes = int(runner.environment(four)["JAX_MORIEP_ARENA_MB"])
     assert megabytes << 20 > 2 * 4096 * 4 * 7168 * 2
@@ -225,6 +248,10 @@ def test_fitted_capacity_drops_nothing(routing):
     [
         (["--tokens", "0,4"], "tokens=(0, 4) must be positive numbers"),
         (["--kinds", "exchange,tea"], "must be some of"),
+        (
+            ["--routings", "uniform,none"],
+            "must be some of ('uniform', 'zipf', 'one-hot')",
+        ),
         (["--out", "/no/such/folder"], "must be an existing folder"),
     ],
 )
@@ -236,6 +263,41 @@ def test_bad_options_are_refused(argv, text, capsys):
 def test_experts_are_not_repeated():
     with pytest.raises(ConfigError, match=r"repeats=2 must be 1 for experts"):
         Case("experts", ranks=2, repeats=2, **SMALL)
+
+
+def test_a_job_survives_its_folder(tmp_path):
+    job = worker.Job([Case("link", ranks=1, **SMALL)], lenient=True, until=3.5, case_seconds=7.0)
+    job.write(tmp_path)
+    assert worker.Job.read(tmp_path) == job
+    assert worker.begun(tmp_path) == 0
+
+
+def test_new_processes_go_on_behind_the_case_that_ended_the_others(tmp_path, monkeypatch):
+    cases = [Case("link", ranks=1, **{**SMALL, "tokens": tokens}) for tokens in (1, 2, 3, 4)]
+    call = {"name": "ppermute", "operation": "ppermute", "repeats": 1, "spans": [[0.0, 1.0]]}
+    seen = [{"calls": [call], "checks": [], "failed": [], "seconds": 1.0, "device": "x"}]
+    ends = iter([([seen, None, None, None], 2, "it died"), ([seen, None], 2, "it hung")])
+    jobs, saved = [], []
+
+    def run_set(job, timeout, platform, env, on_progress):
+        jobs.append([case.tokens for case in job.cases])
+        assert timeout > 0
+        found, begun, error = next(ends)
+        on_progress("a line", found)
+        return found, begun, error
+
+    monkeypatch.setattr(runner, "run_set", run_set)
+    options = host.Options(platform="cpu")
+    devices = host.devices_of(options)
+    of_set = host._run_set(1, cases, 100.0, options, devices, lambda line: None, saved.append)
+    assert jobs == [[1, 2, 3, 4], [3, 4]]
+    assert of_set["errors"] == ["it died", "it hung"]
+    assert [bool(entry["calls"]) for entry in of_set["cases"]] == [True, False, True, False]
+    assert [len(of_save["cases"]) for of_save in saved] == [1, 3]
+    ends = iter([([seen, None, None, None], 2, "it died")])
+    # There is no time for more.
+    of_set = host._run_set(1, cases, 10.0, options, devices, lambda line: None, saved.append)
+    assert [bool(entry["calls"]) for entry in of_set["cases"]] == [True, False, False, False]
 
 
 def test_processes_that_disagree_give_no_numbers():
@@ -255,7 +317,7 @@ def test_alone_means_one_rank():
         Case("layer", ranks=2, compare=("plain",), **SMALL)
 
 
-def made_up(*, error=None, wrong=(), failed=()):
+def made_up(*, errors=(), wrong=(), failed=()):
     """A result of two sets: 4 ranks take 2 ms where one takes 1 ms."""
     options = host.Options(tokens=(128,))
     sets = []
@@ -276,7 +338,9 @@ def made_up(*, error=None, wrong=(), failed=()):
                 {"case": dataclasses.asdict(case), "title": case.title(), "bytes": moved, "calls": calls}
                 | {"checks": 8, "wrong": list(wrong), "failed": list(failed)}
             )
-        sets.append({"ranks": ranks, "seconds": 1.0, "error": error, "not_run": False, "cases": entries})
+        sets.append(
+            {"ranks": ranks, "seconds": 1.0, "errors": list(errors), "not_run": False, "cases": entries}
+        )
     machine = {"device": "some GPU", "devices": 4, "cores": 2}
     result = {
         "format": host.FORMAT,
@@ -313,7 +377,10 @@ def test_rows_have_rates_and_efficiency(tmp_path):
 def test_failures_count_but_baselines_do_not():
     check = {"name": "native", "operation": "dispatch", "what": "rows of rank 0", "error": 1.0, "limit": 0.0}
     assert any("WRONG" in line for line in host.failures(made_up(wrong=[check])))
-    assert any("died" in line for line in host.failures(made_up(error="it died")))
+    assert any("died" in line for line in host.failures(made_up(errors=["it died"])))
+    plain = made_up(wrong=[{**check, "name": "plain_hopper"}])
+    assert host.failures(plain) == []
+    assert "inaccurate baseline: " in host_report.as_text(plain)
     own = {"name": "native+triton", "operation": "forward", "error": "no"}
     assert any("FAILED" in line for line in host.failures(made_up(failed=[own])))
     other = made_up(failed=[{**own, "name": "plain"}, {**own, "name": "everything", "not_run": True}])
