@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.triton import hopper, hopper_stream
 
-BLOCK, H, INNER = 128, 256, 384
+BLOCK, H, INNER = 128, 256, 128
 SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
 SIZES = {"uneven": (130, 5, 0, 128), "none": (0, 0, 0, 0), "all to one": (0, 300, 0, 0)}
 # One product, rounded to bf16.
@@ -136,6 +136,6 @@ def test_a_missing_wait_is_an_error(monkeypatch):
 
     monkeypatch.setattr(hopper_stream, "SLOTS", 2)
     monkeypatch.setattr(mg, "barrier_wait", second_on)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="barrier"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="barrier|RACE DETECTED"):
         hopper.product(case.rows(H), case.weights(4, INNER, H), case.tiles, by_column=False)
     gpu_callbacks.reset_gpu_interpret_mode_state()
