@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.bench import figures
 
 FORMAT = "jax-moriep kernels 1"
-_COLORS = ("#2a6f97", "#e07a3f", "#6a994e", "#8f5aa8", "#7a7a7a", "#b5838d", "#16324f", "#b3401d")
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -35,17 +34,8 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
       MoriepError: matplotlib is not installed.
       ConfigError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MoriepError(
-            f"plot needs matplotlib, which cannot be imported ({e}); pip install 'jax-moriep[plot]' brings it"
-        ) from e
-
     widest = max(len(result["runs"]) for result in results)
-    figure = Figure(figsize=(max(9.0, 2.3 * widest), 7.2 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new(max(9.0, 2.3 * widest), 7.2 * len(results))
     axes = figure.subplots(2 * len(results), 1, squeeze=False)[:, 0]
     for i, result in enumerate(results):
         shares, against = axes[2 * i : 2 * i + 2]
@@ -64,11 +54,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
         against.axhline(1, linestyle="--", color="black", linewidth=1)
         against.set_ylabel("times faster than", fontsize=8)
         against.set_title("the whole MLP against others' grouped products", fontsize=9)
-    try:
-        figure.savefig(out, dpi=130)
-    except (OSError, ValueError) as e:
-        cure = "name a file in an existing folder that ends in .png, .pdf or .svg"
-        raise ConfigError(rule("--out", str(out), "be writable as a picture", f"{cure} ({e})")) from e
+    figures.save(figure, out)
 
 
 def of_reference(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -108,7 +94,7 @@ def _grouped(axis: Any, groups: dict[str, dict[str, float]], number: str) -> Non
         there = [(g, bars[kind]) for g, bars in enumerate(groups.values()) if kind in bars]
         places = [g + (i - (len(kinds) - 1) / 2) * width for g, _ in there]
         heights = [height for _, height in there]
-        axis.bar(places, heights, width, label=kind, color=_COLORS[i % len(_COLORS)])
+        axis.bar(places, heights, width, label=kind, color=figures.COLORS[i % len(figures.COLORS)])
         for place, height in zip(places, heights, strict=True):
             label = format(height, number)
             text = axis.text(place, height, label, ha="center", va="bottom", fontsize=6, rotation=90)

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax_moriep.bench import figures
 from jax_moriep.bench.report import case_of, of_operation, operations
 from jax_moriep.bench.runner import FORMAT
-from jax_moriep.errors import ConfigError, MoriepError, rule
-
-_COLORS = ("#2a6f97", "#e07a3f", "#6a994e", "#8f5aa8", "#7a7a7a", "#b5838d")
+from jax_moriep.errors import ConfigError, rule
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -45,17 +44,8 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
       MoriepError: matplotlib is not installed.
       ConfigError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MoriepError(
-            f"plot needs matplotlib, which cannot be imported ({e}); pip install 'jax-moriep[plot]' brings it"
-        ) from e
-
     columns = max(len(operations(result)) + ("memory" in result) for result in results)
-    figure = Figure(figsize=(4.2 * columns, 3.9 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new(4.2 * columns, 3.9 * len(results))
     rows = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for row, result in zip(rows, results, strict=True):
         machine = result["machine"]
@@ -69,11 +59,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
             _draw_times(axis, result, operation)
         if "memory" in result:
             _draw_memory(axes[len(operations(result))], result)
-    try:
-        figure.savefig(out, dpi=130)
-    except (OSError, ValueError) as e:
-        cure = "name a file in an existing folder that ends in .png, .pdf or .svg"
-        raise ConfigError(rule("--out", str(out), "be writable as a picture", f"{cure} ({e})")) from e
+    figures.save(figure, out)
 
 
 def _draw_times(axis: Any, result: dict[str, Any], operation: str) -> None:
@@ -107,7 +93,7 @@ def _bars(
     axis: Any, names: list[str], heights: list[float], labels: list[str], above: list[float] | None = None
 ) -> None:
     whiskers = None if above is None else [[0.0] * len(above), above]
-    colors = [_COLORS[i % len(_COLORS)] for i in range(len(names))]
+    colors = [figures.COLORS[i % len(figures.COLORS)] for i in range(len(names))]
     axis.bar(range(len(names)), heights, color=colors, yerr=whiskers, capsize=4, width=0.6)
     for i, (height, label) in enumerate(zip(heights, labels, strict=True)):
         axis.text(i, height + (above[i] if above else 0), label, ha="center", va="bottom", fontsize=8)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_bench
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import cli, exchange
@@ -32,17 +33,7 @@ from jax_moriep.bench.world import AXIS, Barrier, World
 from jax_moriep.errors import ConfigError
 from jax_moriep.transports import collective
 
-SMALL: dict[str, Any] = {
-    "tokens": 12,
-    "hidden": 16,
-    "intermediate": 8,
-    "experts": 6,
-    "top_k": 2,
-    "iters": 1,
-    "warmup": 1,
-    "processes": 1,
-    "dtype": "bf16",
-}
+SMALL: dict[str, Any] = {**test_bench.SMALL, "processes": 1, "dtype": "bf16"}
 GPUS = host.Devices("gpu", "NVIDIA H100 80GB HBM3", 4)
 
 

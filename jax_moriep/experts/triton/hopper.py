@@ -24,15 +24,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper_stream
+from jax_moriep.experts.triton import activation, hopper_stream, products
 from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_stream import PROGRAMS, Block, Lanes, Work
+from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Work
 from jax_moriep.experts.triton.tiles import RowTiles
 from jax_moriep.runtime import compat
 
 ROWS = 128
 _DEPTH = 64
 _GROUP = 8
+PROGRAMS = 132
 
 
 def covers(spec: ExpertSpec, rows: jax.Array, w1: jax.Array, w2: jax.Array, biases: bool) -> bool:
@@ -187,7 +188,7 @@ def weight_gradient(
         def tile(lanes: Lanes, index: Any) -> Work:
             expert, turn = index
             own = pl.ds(lanes.me * (height if by_rows else wide), height if by_rows else wide)
-            row_tile, col_tile = _position(turn, row_tiles, col_tiles)
+            row_tile, col_tile = products.position(turn, row_tiles, col_tiles, _GROUP)
             start, size = pl.multiple_of(starts_ref[expert], ROWS), sizes_ref[expert]
             at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
@@ -252,15 +253,6 @@ def _all_tiles(
         return tile(lanes, *rows_of.position(table, index[0], first, col_tiles))
 
     hopper_stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn)
-
-
-def _position(turn: Any, row_tiles: int, col_tiles: int) -> tuple[Any, Any]:
-    """A weight gradient's tile: several tiles of rows for each tile of columns."""
-    per_group = jnp.int32(_GROUP * col_tiles)
-    in_group = lax.rem(turn, per_group)
-    first = lax.div(turn, per_group) * _GROUP
-    height = jnp.minimum(row_tiles - first, _GROUP)
-    return first + lax.rem(in_group, height), lax.div(in_group, height)
 
 
 def _call(

@@ -16,7 +16,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-PROGRAMS = 132
 SLOTS = 4
 """Steps of the stream that have a place in shared memory at the same time."""
 PIECE = 64
@@ -64,7 +63,7 @@ class Work:
     finish: Callable[[tuple[Any, ...]], None]
 
 
-def swizzled(dtype: Any) -> tuple[Any, ...]:
+def _swizzled(dtype: Any) -> tuple[Any, ...]:
     """How a 16-bit operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
     elements = 128 // jnp.dtype(dtype).itemsize
     return mg.TilingTransform((8, elements)), mg.SwizzleTransform(128)
@@ -72,10 +71,10 @@ def swizzled(dtype: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """What a warpgroup that multiplies has for its results.
+    """What a warpgroup has for its results; the one that copies has none.
 
     Attributes:
-      me: its number, 0 or 1.
+      me: its number; those that multiply have 0 and 1.
       pieces: places in shared memory.
     """
 
@@ -121,7 +120,7 @@ def run(
         pl.when(me != _COPIER)(functools.partial(_multiply, turns, work, lanes, slots, produced, consumed))
         mg.wait_smem_to_gmem(0, wait_read_only=True)
 
-    transforms = swizzled(dtype)
+    transforms = _swizzled(dtype)
     pl.run_scoped(
         scoped,
         slots=tuple(

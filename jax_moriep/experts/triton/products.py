@@ -189,7 +189,7 @@ def weight_gradient(
         def product(turn: Any) -> None:
             expert = lax.div(turn, row_tiles * col_tiles)
             inside = lax.rem(turn, row_tiles * col_tiles)
-            row_tile, col_tile = _position(inside, row_tiles, col_tiles, tile.group)
+            row_tile, col_tile = position(inside, row_tiles, col_tiles, tile.group)
             start, size = starts_ref[expert], sizes_ref[expert]
             high = span(row_tile * tile.rows, tile.rows, height)
             wide = span(col_tile * tile.cols, tile.cols, width)
@@ -209,9 +209,9 @@ def weight_gradient(
     return call(kernel, name, operands, [(shape, dtype)], programs, tile, interpret)[0]
 
 
-def _position(turn: Any, row_tiles: Any, col_tiles: int, group: int) -> tuple[Any, Any]:
+def position(turn: Any, row_tiles: Any, col_tiles: int, group: int) -> tuple[Any, Any]:
     """(tile of rows, tile of columns) of a turn: ``group`` tiles of rows for each tile of columns."""
-    per_group = group * col_tiles
+    per_group = jnp.int32(group * col_tiles)
     in_group = lax.rem(turn, per_group)
     first = lax.div(turn, per_group) * group
     height = jnp.minimum(row_tiles - first, group)
