@@ -13,14 +13,13 @@ from jax_moriep.errors import (
     ShardingError,
     TransportError,
 )
-from jax_moriep.exchange import checkpoint_policy, combine, dispatch
+from jax_moriep.exchange import checkpoint_policy, combine, dispatch, initialize
 from jax_moriep.experts import expert_mlp
 from jax_moriep.explain import explain
 from jax_moriep.layer import ep_moe
 from jax_moriep.params import init_params, pad_params, param_specs
 from jax_moriep.plan import Dispatched, Plan
 from jax_moriep.routing import ROUTERS, Route, route, update_score_bias
-from jax_moriep.runtime.group import initialize
 from jax_moriep.stats import check_stats
 from jax_moriep.version import __version__
 

@@ -20,6 +20,7 @@ from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime import compat, group
 from jax_moriep.runtime import order as order_chain
+from jax_moriep.runtime.place import Place
 from jax_moriep.runtime.unbatched import unbatched
 from jax_moriep.transports import IMPLEMENTATIONS, choose
 
@@ -65,9 +66,8 @@ def dispatch(
     x, ids, weights = unbatched((x, ids, weights), _VMAP_CURE)
     key = _chain_key(link, x, ids, weights)
     token = order_chain.last(key)
-    disp, token = ordered_dispatch(
-        link, cfg, x, ids, weights, order_chain.start() if token is None else token
-    )
+    token = order_chain.start() if token is None else token
+    disp, _, token = ordered_dispatch(link, cfg, x, ids, weights, jnp.zeros(0, jnp.int32), token)
     order_chain.leave(key, token)
     return disp
 
@@ -107,7 +107,7 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
             )
         )
     rows = unbatched(rows, _VMAP_CURE)
-    key = _chain_key(plan.link, rows, plan.routes)
+    key = _chain_key(plan.link, rows, *jax.tree.leaves(plan.own))
     token = order_chain.last(key)
     y, token = ordered_combine(rows, plan, order_chain.start() if token is None else token)
     order_chain.leave(key, token)
@@ -115,50 +115,95 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
 
 
 def ordered_dispatch(
-    link: Link, cfg: MoEConfig, x: jax.Array, ids: jax.Array, weights: jax.Array, token: jax.Array
-) -> tuple[Dispatched, jax.Array]:
-    """dispatch with the order token in the caller's hands; f32[1] goes in and comes out."""
+    link: Link,
+    cfg: MoEConfig,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    words: jax.Array,
+    token: jax.Array,
+) -> tuple[Dispatched, jax.Array, jax.Array]:
+    """dispatch with the order token in the caller's hands; f32[1] goes in and comes out.
+
+    Args:
+      link: the static side of the exchange.
+      cfg: the layer.
+      x: [T, H].
+      ids: i32[T, K].
+      weights: floating [T, K].
+      words: i32[W], for every rank.
+      token: f32[1].
+
+    Returns:
+      What the experts see, every rank's words i32[R, W], and the order token.
+    """
     x, ids, weights, token = _varying_over(link.axis_name, x, ids, weights, token)
+    # Not over the other operands' axes: what the words say there, all_words says too.
+    (words,) = _varying_over(link.axis_name, words)
     with jax.named_scope("moriep.dispatch"):
-        outputs: Any = _dispatch(link, cfg.wire_dtype == "fp8", x, ids, weights.astype(jnp.float32), token)
-    rows, row_weights, group_sizes, plan, token = outputs
-    return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), token
+        outputs: Any = _dispatch(
+            link, cfg.wire_dtype == "fp8", x, ids, weights.astype(jnp.float32), words, token
+        )
+    rows, row_weights, group_sizes, all_words, plan, token = outputs
+    return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), all_words, token
 
 
 def ordered_combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, jax.Array]:
     """combine with the order token in the caller's hands; f32[1] goes in and comes out."""
-    rows, routes, ids, token = _varying_over(plan.link.axis_name, rows, plan.routes, plan.ids, token)
-    slots = None if plan.slots is None else compat.union_varying(plan.slots, rows)[0]
-    plan = dataclasses.replace(plan, routes=routes, ids=ids, slots=slots)
+    leaves, tree = jax.tree.flatten(plan.own)
+    rows, token, ids, *leaves = _varying_over(plan.link.axis_name, rows, token, plan.ids, *leaves)
+    plan = dataclasses.replace(plan, ids=ids, own=jax.tree.unflatten(tree, leaves))
     with jax.named_scope("moriep.combine"):
         return _combine(rows, plan, token)
 
 
 def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, axis_name: str) -> Link:
-    """The static side of an exchange of ``num_tokens`` tokens per rank.
+    """The static side of an exchange of ``num_tokens`` tokens per rank, over the transport that cfg asks for
+    at this place, which opens itself.
 
-    It takes the transport that cfg asks for on the mesh, and opens the groups that this needs.
+    Raises:
+      ShardingError: the mesh has no such axis.
+      TransportError: the transport cannot run or cannot be opened here.
     """
-    platform, group_name = None, ""
-    if isinstance(mesh, jax.sharding.AbstractMesh):
-        transport = choose(cfg.transport, None)
-        if transport == "native":
-            group_name = group.abstract_name(mesh, axis_name)
-    else:
-        groups = group.groups_of(mesh, axis_name)
-        platform = groups.platform
-        asked = cfg.transport in ("auto", "native")
-        transport = choose(cfg.transport, platform, one_machine=asked and group.one_machine(groups))
-        if transport == "native":
-            group_name = group.open_groups(mesh, axis_name).name
-    return Link(
-        shape=ExchangeShape.of(cfg, mesh.shape[axis_name], num_tokens),
-        transport=transport,
-        axis_name=axis_name,
-        group=group_name,
-        config=cfg.describe(),
-        platform=platform,
-    )
+    place = Place.of(mesh, axis_name)
+    shape = ExchangeShape.of(cfg, place.num_ranks, num_tokens)
+    transport = choose(cfg.transport, place)
+    opened = IMPLEMENTATIONS[transport].open(place, cfg, shape)
+    return Link(shape, transport, axis_name, place.platform, place.architecture, opened)
+
+
+def initialize(
+    mesh: jax.sharding.Mesh,
+    ep_axis: str = "ep",
+    *,
+    cfg: MoEConfig | None = None,
+    num_tokens: int | None = None,
+) -> None:
+    """Opens now what the exchanges over a mesh axis need, and waits for all ranks; optional and idempotent.
+
+    ``ep_moe`` opens its transport when it is traced. Call this before running a deserialised executable,
+    before using ``jm.dispatch`` in a shard_map whose mesh is not in context, or to begin anew after a group
+    has failed. Every process of the mesh must call it.
+
+    Args:
+      mesh: the mesh.
+      ep_axis: its expert-parallel axis.
+      cfg: the layer whose transport is opened; None: the one that ``transport="auto"`` takes here.
+      num_tokens: T, tokens per rank, for transports whose buffers depend on it; needs cfg.
+
+    Raises:
+      ConfigError: num_tokens is given without cfg.
+      ShardingError: the mesh has no such axis.
+      TransportError: the transport cannot be opened, or the ranks do not all come.
+    """
+    if cfg is None and num_tokens is not None:
+        raise ConfigError(rule("num_tokens", num_tokens, "come with cfg", "pass the layer's config as well"))
+    order_chain.forget()
+    place = Place.of(mesh, ep_axis)
+    group.remember_mesh(mesh)
+    shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
+    transport = choose("auto" if cfg is None else cfg.transport, place)
+    IMPLEMENTATIONS[transport].open(place, cfg, shape, again=True)
 
 
 def link_in_shard_map(
@@ -196,7 +241,7 @@ def _varying_over(axis_name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _chain_key(link: Link, *arrays: jax.Array) -> tuple[Any, ...]:
     axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
-    return (link.axis_name, link.group, axes | {link.axis_name})
+    return (link.axis_name, link.opened.group, axes | {link.axis_name})
 
 
 def _to_order(token: jax.Array) -> jax.Array:
@@ -209,36 +254,49 @@ def _to_token(order: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(
-    link: Link, fp8: bool, x: jax.Array, ids: jax.Array, weights: jax.Array, token: jax.Array
+    link: Link,
+    fp8: bool,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    words: jax.Array,
+    token: jax.Array,
 ) -> Any:
-    return _dispatch_fwd(link, fp8, x, ids, weights, token)[0]
+    return _dispatch_fwd(link, fp8, x, ids, weights, words, token)[0]
 
 
 def _dispatch_fwd(
-    link: Link, fp8: bool, x: jax.Array, ids: jax.Array, weights: jax.Array, token: jax.Array
+    link: Link,
+    fp8: bool,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    words: jax.Array,
+    token: jax.Array,
 ) -> tuple[Any, Plan]:
     transport = IMPLEMENTATIONS[link.transport]
     wire = quant.pack(x) if fp8 else x
-    rows, row_weights, group_sizes, plan, order = transport.dispatch(
-        link, wire, ids, weights, _to_order(token)
+    rows, row_weights, group_sizes, all_words, own, order = transport.dispatch(
+        link, wire, ids, weights, words, _to_order(token)
     )
+    plan = Plan(ids, own, link)
     # Named together and here, so that a checkpoint policy saves all of them or none: rows made again beside
     # a saved plan would be an exchange that nothing orders.
-    rows, row_weights, group_sizes, plan, order = checkpoint_name(
-        (rows, row_weights, group_sizes, plan, order), DISPATCH_NAME
+    rows, row_weights, group_sizes, all_words, plan, order = checkpoint_name(
+        (rows, row_weights, group_sizes, all_words, plan, order), DISPATCH_NAME
     )
     if fp8:
         rows = quant.unpack(rows, x.shape[1], x.dtype)
-    return (rows, row_weights, group_sizes, plan, _to_token(order)), plan
+    return (rows, row_weights, group_sizes, all_words, plan, _to_token(order)), plan
 
 
 def _dispatch_bwd(link: Link, fp8: bool, plan: Plan, cotangents: Any) -> tuple[Any, ...]:
     del fp8  # The gradient passes the quantisation as if it were not there (straight through).
-    d_rows, d_row_weights, _, _, d_token = cotangents
+    d_rows, d_row_weights, _, _, _, d_token = cotangents
     d_x, d_weights, order = IMPLEMENTATIONS[link.transport].combine(
-        link, d_rows, plan, _to_order(d_token), row_scalars=d_row_weights
+        link, d_rows, plan.ids, plan.own, _to_order(d_token), row_scalars=d_row_weights
     )
-    return d_x, None, d_weights, _to_token(order)
+    return d_x, None, d_weights, None, _to_token(order)
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -250,7 +308,8 @@ def _combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, 
 
 
 def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, tuple[Plan, jax.Array]]:
-    y, _, order = IMPLEMENTATIONS[plan.link.transport].combine(plan.link, rows, plan, _to_order(token))
+    transport = IMPLEMENTATIONS[plan.link.transport]
+    y, _, order = transport.combine(plan.link, rows, plan.ids, plan.own, _to_order(token))
     y, order = checkpoint_name((y, order), COMBINE_NAME)
     return (y, _to_token(order)), (plan, order)
 
@@ -261,7 +320,7 @@ def _combine_bwd(residuals: tuple[Plan, jax.Array], cotangents: Any) -> tuple[An
     # Where the loss is linear in y, neither cotangent depends on the forward pass. The maximum does, so that
     # no rank begins the way back before it has ended the way there.
     order = jnp.maximum(_to_order(d_token), forward)
-    d_rows, order = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan, order)
+    d_rows, order = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan.ids, plan.own, order)
     return d_rows, None, _to_token(order)
 
 

@@ -10,7 +10,7 @@ import jax
 from jax_moriep import experts, transports
 from jax_moriep.config import MoEConfig
 from jax_moriep.plan import ExchangeShape
-from jax_moriep.runtime import group
+from jax_moriep.runtime.place import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +61,15 @@ def explain(
     Raises:
       ShardingError: the mesh has no such axis.
     """
-    groups = group.groups_of(mesh, ep_axis)
-    transport_reasons = transports.reasons(groups.platform, one_machine=group.one_machine(groups))
-    experts_reasons = experts.reasons(groups.platform)
+    place = Place.of(mesh, ep_axis)
+    transport_reasons = transports.reasons(place)
+    experts_reasons = experts.reasons(place, cfg)
     return Explanation(
         transport=_chosen(cfg.transport, transport_reasons),
         experts=_chosen(cfg.experts, experts_reasons),
         transport_reasons=transport_reasons,
         experts_reasons=experts_reasons,
-        shape=None if num_tokens is None else ExchangeShape.of(cfg, groups.num_ranks, num_tokens),
+        shape=None if num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens),
     )
 
 

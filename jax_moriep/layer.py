@@ -148,13 +148,15 @@ def _local_moe(
         route = routing.route(x, params, cfg)
         if mask is not None:
             route = dataclasses.replace(route, ids=jnp.where(mask[:, None], route.ids, -1))
-    measured = stats.collect(route, mask, cfg, link.shape, layout.ep_axis, layout.token_axes)
+    counts, sums = stats.counted(route, mask, cfg)
 
     # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
     # are added on [T, H] instead of on [C, H].
     x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, route.ids, route.weights))
     params = _for_tp(params, layout)
-    disp, token = exchange.ordered_dispatch(link, cfg, x_here, ids, weights, token)
+    words = stats.as_words(counts, sums)
+    disp, all_words, token = exchange.ordered_dispatch(link, cfg, x_here, ids, weights, words, token)
+    measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
     with jax.named_scope("moriep.experts"):
         rows = experts.expert_mlp(disp, params, cfg)
     y, token = exchange.ordered_combine(rows, disp.plan, token)

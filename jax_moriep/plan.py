@@ -121,6 +121,19 @@ def kept_counts(counts: jax.Array, block: int, capacity: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a transport says when it has opened itself for an exchange; equal on all ranks.
+
+    Attributes:
+      group: name of the table that maps devices to groups and ranks; empty on the transports that need none.
+      attributes: of its custom calls, (name, int or str) each.
+    """
+
+    group: str = ""
+    attributes: tuple[tuple[str, int | str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Link:
     """The static side of an exchange: its sizes and who takes part. Equal on all ranks; holds no rank.
 
@@ -128,18 +141,17 @@ class Link:
       shape: the sizes.
       transport: name of the transport that runs it.
       axis_name: mesh axis whose devices are the ranks of a group.
-      group: name of the table that maps devices to groups and ranks (``runtime.group``); empty on the
-        transports that need none.
-      config: the layer's config in words, compared between the ranks at run time.
       platform: of the mesh's devices; None for a mesh without devices, on which programs are only lowered.
+      architecture: of the devices, see ``runtime.place.Place``.
+      opened: what the transport needs of itself.
     """
 
     shape: ExchangeShape
     transport: str
     axis_name: str
-    group: str
-    config: str
     platform: str | None
+    architecture: str = ""
+    opened: Opened = Opened()
 
 
 @jax.tree_util.register_dataclass
@@ -147,14 +159,10 @@ class Link:
 class Plan:
     """What dispatch decided and combine needs: arrays of one rank, no pointers, no host state."""
 
-    routes: Any
-    """i32[R, T, K]: row on this rank of the route (source rank, token, k); -1: not this rank's; -2: dropped
-    here for want of capacity."""
     ids: Any
     """i32[T, K]: this rank's own expert ids, as given; they say where this rank's tokens went."""
-    slots: Any
-    """i32[R, T]: native only, where in the owner's arena this rank's sum for a token goes, -1 for nowhere;
-    None on the transports that need no such place."""
+    own: Any
+    """The transport's own pytree of arrays."""
     link: Link = dataclasses.field(metadata={"static": True})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +13,49 @@ from jax_moriep import routing
 from jax_moriep.config import MoEConfig, MoEStats
 from jax_moriep.errors import CapacityOverflow
 from jax_moriep.plan import ExchangeShape, kept_counts
-from jax_moriep.runtime import group
+from jax_moriep.runtime import compat, group
 
 
-def collect(
-    route: routing.Route,
-    token_mask: jax.Array | None,
+def counted(
+    route: routing.Route, token_mask: jax.Array | None, cfg: MoEConfig
+) -> tuple[jax.Array, routing.RouterSums]:
+    """Measures this rank's tokens.
+
+    Args:
+      route: this rank's routes, masked tokens having id -1.
+      token_mask: bool[T] or None.
+      cfg: the layer.
+
+    Returns:
+      i32[E], the routes to each expert; and what the losses need, as sums over the tokens.
+    """
+    ids = route.ids.reshape(-1)
+    valid = (ids >= 0) & (ids < cfg.num_experts)
+    counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1]
+    return counts.astype(jnp.int32), routing.router_sums(route, token_mask)
+
+
+def as_words(counts: jax.Array, sums: routing.RouterSums) -> jax.Array:
+    """One rank's measurements as the i32[W] words that its dispatch carries to every rank."""
+    return jnp.concatenate([counts, lax.bitcast_convert_type(_flat(sums), jnp.int32)])
+
+
+def collected(
+    all_words: jax.Array,
+    sums: routing.RouterSums,
     cfg: MoEConfig,
     shape: ExchangeShape,
     ep_axis: str,
     token_axes: tuple[str, ...],
 ) -> MoEStats:
-    """Measures one call; inside shard_map, without a sync.
+    """The statistics of a call, from what dispatch brought from all ranks; inside shard_map, without a sync.
+
+    No collective runs along the axis of the ranks: one that waited for a missing rank beside the exchange
+    would keep the exchange's error from being reported. Other axes over which tokens are split take a psum.
 
     Args:
-      route: this rank's routes, masked tokens having id -1.
-      token_mask: bool[T] or None.
+      all_words: i32[R, W], the ``as_words`` of every rank.
+      sums: this rank's own, through which the gradients of the losses flow.
       cfg: the layer.
       shape: sizes of the exchange.
       ep_axis: the axis of the ranks.
@@ -35,25 +64,22 @@ def collect(
     Returns:
       The statistics, the same on every rank.
     """
-    ids = route.ids.reshape(-1)
-    valid = (ids >= 0) & (ids < cfg.num_experts)
-    counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1].astype(
-        jnp.int32
-    )
-    sums = routing.router_sums(route, token_mask)
-    other_axes = tuple(axis for axis in token_axes if axis != ep_axis)
+    all_counts, all_sums = all_words[:, : cfg.num_experts], all_words[:, cfg.num_experts :]
+    group_counts = all_counts.sum(0, dtype=jnp.int32)
+    total = _unflat(_total(ep_axis, _flat(sums), lax.bitcast_convert_type(all_sums, jnp.float32)), sums)
 
-    group_counts = lax.psum(counts, ep_axis)
     padding = shape.num_ranks * shape.num_local_experts - cfg.num_experts
     wanted = jnp.pad(group_counts, (0, padding)).reshape(shape.num_ranks, shape.num_local_experts)
     kept = jax.vmap(lambda c: kept_counts(c, shape.block, shape.capacity))(wanted)
-    recv_rows = wanted.sum(1)
-    dropped = jnp.sum(wanted - kept)
+    recv_rows = wanted.sum(1, dtype=jnp.int32)
+    dropped = jnp.sum(wanted - kept, dtype=jnp.int32)
+    other_axes = tuple(axis for axis in token_axes if axis != ep_axis)
     if other_axes:
         group_counts = lax.psum(group_counts, other_axes)
         recv_rows = lax.pmax(recv_rows, other_axes)
         dropped = lax.psum(dropped, other_axes)
-    load_balance_loss, z_loss, entropy = routing.losses(lax.psum(sums, token_axes), group_counts, cfg)
+        total = lax.psum(total, other_axes)
+    load_balance_loss, z_loss, entropy = routing.losses(total, group_counts, cfg)
     return MoEStats(
         expert_counts=group_counts,
         recv_rows=recv_rows,
@@ -63,6 +89,39 @@ def collect(
         z_loss=z_loss,
         router_entropy=entropy,
     )
+
+
+def _flat(sums: routing.RouterSums) -> jax.Array:
+    """All of a rank's sums in one f32 array, in the order of their tree."""
+    return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(sums)])
+
+
+def _unflat(flat: jax.Array, like: routing.RouterSums) -> routing.RouterSums:
+    leaves, tree = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = jnp.split(flat, ends[:-1].tolist())
+    return jax.tree.unflatten(
+        tree, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(axis_name: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
+    """The sum over the ranks, f32[R, S] -> f32[S]; its gradient in ``own`` f32[S] is that of a psum."""
+    del axis_name, own
+    return of_all.sum(0)
+
+
+def _total_fwd(axis_name: str, own: jax.Array, of_all: jax.Array) -> tuple[jax.Array, None]:
+    return _total(axis_name, own, of_all), None
+
+
+def _total_bwd(axis_name: str, residuals: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    del residuals
+    return compat.pcast_varying(cotangent, frozenset({axis_name})), None
+
+
+_total.defvjp(_total_fwd, _total_bwd)
 
 
 def check_stats(stats: MoEStats) -> None:

@@ -150,8 +150,10 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   const int64_t my_rank = me.rank();
   const Owners owners(shape);
   const auto ids_bytes = static_cast<size_t>(shape.num_routes()) * sizeof(int32_t);
+  const auto words_bytes = static_cast<size_t>(shape.num_words) * sizeof(int32_t);
   std::byte* mine = slots[static_cast<size_t>(my_rank)];
   if (shape.num_ranks > 1) {
+    if (words_bytes > 0) std::memcpy(mine + layout.words, at.words, words_bytes);
     std::memcpy(mine + layout.ids, at.ids, ids_bytes);
     std::memcpy(mine + layout.weights, at.weights, ids_bytes);
     stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
@@ -168,6 +170,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     const std::byte* slot = slots[static_cast<size_t>(source)];
     const void* ids = own ? static_cast<const void*>(at.ids) : slot + layout.ids;
     if (ids_bytes > 0) std::memcpy(all_ids.data() + source * shape.num_routes(), ids, ids_bytes);
+    const void* words = own ? static_cast<const void*>(at.words) : slot + layout.words;
+    if (words_bytes > 0) std::memcpy(at.all_words + source * shape.num_words, words, words_bytes);
     sources.push_back(own ? Source{at.x, row_bytes}
                           : Source{slot + layout.rows, layout.row_stride});
     weights.push_back(own ? at.weights : reinterpret_cast<const float*>(slot + layout.weights));

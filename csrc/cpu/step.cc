@@ -34,6 +34,7 @@ Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool wit
   header_.num_local_experts = shape.num_local_experts;
   header_.block = shape.block;
   header_.capacity = shape.capacity;
+  header_.num_words = shape.num_words;
   copy_text(config, header_.config, kConfigChars);
 }
 
@@ -139,6 +140,7 @@ Status Step::compare_with(int32_t peer) {
   compare_number("experts per rank", header_.num_local_experts, theirs.num_local_experts);
   compare_number("block", header_.block, theirs.block);
   compare_number("capacity", header_.capacity, theirs.capacity);
+  compare_number("words", header_.num_words, theirs.num_words);
   compare_number("dtype code", header_.dtype, theirs.dtype);
   compare_number("scalars carried", header_.with_scalars, theirs.with_scalars);
   compare_number("the order token (which call of the program it is) has", header_.order,

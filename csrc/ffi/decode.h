@@ -31,6 +31,17 @@ struct Attributes {
   int64_t block;
 };
 
+}  // namespace moriep
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::moriep::Attributes,
+                                      ::xla::ffi::StructMember<std::string_view>("group"),
+                                      ::xla::ffi::StructMember<std::string_view>("config"),
+                                      ::xla::ffi::StructMember<int64_t>("num_experts"),
+                                      ::xla::ffi::StructMember<int64_t>("num_local_experts"),
+                                      ::xla::ffi::StructMember<int64_t>("block"));
+
+namespace moriep {
+
 inline ffi::Error to_ffi(const Status& status) {
   if (status.ok()) return ffi::Error::Success();
   return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + status.text());
@@ -94,7 +105,8 @@ inline std::byte* bytes_of(const ffi::AnyBuffer& buffer) {
 
 // Builds the sizes of a call from tokens [T, H], ids [T, K], rows [C, H] and the attributes.
 inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const ffi::AnyBuffer& rows,
-                           int64_t num_ranks, const Attributes& attributes, Shape* shape) {
+                           int64_t num_ranks, int64_t num_words, const Attributes& attributes,
+                           Shape* shape) {
   const auto token_dims = tokens.dimensions();
   const auto id_dims = ids.dimensions();
   const auto row_dims = rows.dimensions();
@@ -109,7 +121,8 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
                  .num_experts = attributes.num_experts,
                  .num_local_experts = attributes.num_local_experts,
                  .block = attributes.block,
-                 .capacity = row_dims[0]};
+                 .capacity = row_dims[0],
+                 .num_words = num_words};
   if (tokens.element_type() != rows.element_type())
     return bad_argument("tokens and rows must have one dtype");
   return first_failure({check_shape(*shape),
@@ -120,9 +133,9 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
 // Checks the shapes of a dispatch's arrays that `decode_shape` has not seen, and collects the
 // arrays.
 inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const I32& ids,
-                              const F32Buffer& weights, ffi::AnyBuffer& rows,
+                              const F32Buffer& weights, const I32& words, ffi::AnyBuffer& rows,
                               F32Buffer& row_weights, I32& group_sizes, I32& routes, I32& slots,
-                              DispatchBuffers* at) {
+                              I32& all_words, DispatchBuffers* at) {
   *at = {.x = bytes_of(x),
          .ids = ids.typed_data(),
          .weights = weights.typed_data(),
@@ -130,9 +143,13 @@ inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const
          .row_weights = row_weights.typed_data(),
          .group_sizes = group_sizes.typed_data(),
          .routes = routes.typed_data(),
-         .slots = slots.typed_data()};
+         .slots = slots.typed_data(),
+         .words = words.typed_data(),
+         .all_words = all_words.typed_data()};
   return first_failure(
       {expect_shape("weights", weights, {shape.num_tokens, shape.top_k}),
+       expect_shape("words", words, {shape.num_words}),
+       expect_shape("all_words", all_words, {shape.num_ranks, shape.num_words}),
        expect_shape("row_weights", row_weights, {shape.capacity}),
        expect_shape("group_sizes", group_sizes, {shape.num_local_experts}),
        expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),

@@ -36,7 +36,7 @@ uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
   take(static_cast<uint64_t>(call.type));
   take(with_scalars ? 1 : 0);
   for (const int64_t size : {s.num_ranks, s.num_tokens, s.top_k, s.hidden_size, s.num_experts,
-                             s.num_local_experts, s.block, s.capacity}) {
+                             s.num_local_experts, s.block, s.capacity, s.num_words}) {
     take(static_cast<uint64_t>(size));
   }
   for (const char letter : call.config) take(static_cast<unsigned char>(letter));
@@ -108,6 +108,7 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
                      .block = static_cast<int32_t>(shape.block),
                      .capacity = static_cast<int32_t>(shape.capacity),
                      .fanout = static_cast<int32_t>(std::min(shape.top_k, shape.num_ranks)),
+                     .num_words = static_cast<int32_t>(shape.num_words),
                      .row_bytes = row_bytes};
   out->step = Stepping{.kind = kind,
                        .digest = digest_of(kind, call, with_scalars),
@@ -119,15 +120,15 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
 }
 
 Staged staged_of(const SlotLayout& layout) {
-  return {layout.ids, layout.weights, layout.rows, layout.row_stride};
+  return {layout.ids, layout.weights, layout.words, layout.rows, layout.row_stride};
 }
 
 bool first(const Call& call) { return call.shape.num_ranks > 1 && call.half != Half::kSecond; }
 bool second(const Call& call) { return call.half != Half::kFirst; }
 
 gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const std::byte* x,
-                         const int32_t* ids, const float* weights) {
-  const StageArgs args{p.team, p.sizes, p.step, staged_of(p.layout), x, ids, weights};
+                         const int32_t* ids, const float* weights, const int32_t* words) {
+  const StageArgs args{p.team, p.sizes, p.step, staged_of(p.layout), x, ids, weights, words};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
   return launch_stage(p.stream, num_blocks(me.max_blocks.stage, p.sizes.num_tokens * parts), args);
 }
@@ -150,7 +151,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, at.weights)); !status.ok())
+    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, at.weights, at.words));
+        !status.ok())
       return status;
   }
   if (!second(call)) return Status();
@@ -167,7 +169,9 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
                       .routes = at.routes,
                       .slots = at.slots,
                       .group_sizes = at.group_sizes,
-                      .row_weights = at.row_weights};
+                      .row_weights = at.row_weights,
+                      .words = at.words,
+                      .all_words = at.all_words};
   if (Status status = launched(launch_plan(p.stream, plan)); !status.ok()) return status;
   return launched(enqueue_pull(me, p, at.x, at.routes, at.rows, at.row_weights));
 }
@@ -178,7 +182,8 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, nullptr)); !status.ok())
+    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, nullptr, nullptr));
+        !status.ok())
       return status;
   }
   if (!second(call)) return Status();

@@ -11,12 +11,13 @@ namespace moriep::gpu {
 struct Staged {
   int64_t ids;
   int64_t weights;
+  int64_t words;
   int64_t rows;
   int64_t row_stride;
 };
 
 // First half of dispatch and replay: copies to this rank's slot the tokens that another rank needs
-// and, where `weights` is given, the routing; then signals.
+// and, where `weights` is given, the routing and the words; then signals.
 struct StageArgs {
   Team team;
   Sizes sizes;
@@ -25,11 +26,12 @@ struct StageArgs {
   const std::byte* x;
   const int32_t* ids;
   const float* weights;  // or null: replay
+  const int32_t* words;
 };
 gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& args);
 
-// Second half of dispatch, first: every route of the group gets its row. Two launches: count the
-// routes of each chunk, then place them.
+// Second half of dispatch, first: every route of the group gets its row, and this rank every rank's
+// words. Two launches: count the routes of each chunk, then place them.
 struct PlanArgs {
   Team team;
   Sizes sizes;
@@ -45,6 +47,8 @@ struct PlanArgs {
   int32_t* slots;
   int32_t* group_sizes;
   float* row_weights;
+  const int32_t* words;  // this rank's own [W]
+  int32_t* all_words;    // [R, W]
 };
 int plan_chunk_routes(int num_local_experts);
 gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args);

@@ -13,6 +13,7 @@ namespace {
 inline constexpr int kPlanThreads = 512;      // a thread for each route of a chunk
 inline constexpr int kWidePlanThreads = 256;  // with many experts, whose counters need the room
 inline constexpr int kNarrowExperts = 256;
+inline constexpr int32_t kPoisonWord = 0x7fffffff;
 
 struct Chunk {
   int32_t source;
@@ -42,6 +43,17 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t i = thread; i < (sizes.capacity + 31) / 32; i += num_threads) args.written[i] = 0;
+
+  const int64_t num_words = static_cast<int64_t>(sizes.num_ranks) * sizes.num_words;
+  for (int64_t i = thread; i < num_words; i += num_threads) {
+    const auto source = static_cast<int32_t>(i / sizes.num_words);
+    const auto* words =
+        source == args.team.rank
+            ? args.words
+            : reinterpret_cast<const int32_t*>(routing_of(args, source) + args.staged.words);
+    // As a float this is NaN, as a count no program takes it for one.
+    args.all_words[i] = good ? words[i % sizes.num_words] : kPoisonWord;
+  }
 
   int32_t* counts = shared;
   int32_t* ids = shared + sizes.num_local_experts;

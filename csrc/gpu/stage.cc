@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kThreads)
       ids[i] = args.ids[i];
       weights[i] = args.weights[i];
     }
+    auto* words = reinterpret_cast<int32_t*>(slot + args.staged.words);
+    for (int64_t i = thread; i < sizes.num_words; i += num_threads) words[i] = args.words[i];
   }
 
   constexpr int kBytes = sizeof(Word);

@@ -86,6 +86,7 @@ struct Sizes {
   int32_t block;
   int32_t capacity;
   int32_t fanout;  // pushed rows that each token has room for
+  int32_t num_words;
   int64_t row_bytes;
 };
 

@@ -168,7 +168,7 @@ std::vector<std::byte> round_trip(LocalRank& me, const Oracle& inputs, const Cas
   const Call call{shape, test.type, 0, ""};
   *status = dispatch(me, call,
                      {x.data(), ids, weights.data(), rows.data(), row_weights.data(),
-                      group_sizes.data(), routes.data(), slots.data()});
+                      group_sizes.data(), routes.data(), slots.data(), nullptr, nullptr});
   if (!status->ok()) return {};
   *status = combine(me, call,
                     {rows.data(), nullptr, routes.data(), slots.data(), ids, y.data(), nullptr});

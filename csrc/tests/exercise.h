@@ -46,8 +46,11 @@ class Exercise {
     std::vector<int32_t> group_sizes(static_cast<size_t>(shape.num_local_experts), -7);
     routes_.assign(static_cast<size_t>(shape.num_ranks * shape.num_routes()), -7);
     slots_.assign(static_cast<size_t>(shape.num_ranks * shape.num_tokens), -7);
+    const auto words = want_.words(rank_);
+    std::vector<int32_t> all_words(static_cast<size_t>(shape.num_ranks * shape.num_words), -7);
     const DispatchBuffers at{x.data(),           ids.data(),         weights.data(), rows.data(),
-                             row_weights.data(), group_sizes.data(), routes_.data(), slots_.data()};
+                             row_weights.data(), group_sizes.data(), routes_.data(), slots_.data(),
+                             words.data(),       all_words.data()};
     if (Status status = dispatch(me_, call_, at); !status.ok()) return status;
 
     for (int64_t e = 0; e < shape.num_local_experts; ++e) {
@@ -55,6 +58,10 @@ class Exercise {
              want_.group_sizes(rank_)[static_cast<size_t>(e)]);
     }
     for (int64_t source = 0; source < shape.num_ranks; ++source) {
+      for (int64_t i = 0; i < shape.num_words; ++i) {
+        const int64_t word = source * shape.num_words + i;
+        expect("all_words", word, all_words[static_cast<size_t>(word)], want_.word(source, i));
+      }
       for (int64_t t = 0; t < shape.num_tokens; ++t) {
         const int64_t token = source * shape.num_tokens + t;
         expect("slots", token, slots_[static_cast<size_t>(token)], want_.slot(rank_, source, t));
@@ -182,7 +189,8 @@ inline Shape shape_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k, int6
                .num_experts = num_experts,
                .num_local_experts = num_local_experts,
                .block = block,
-               .capacity = std::max(block, padded / block * block)};
+               .capacity = std::max(block, padded / block * block),
+               .num_words = num_tokens % 4};
 }
 
 }  // namespace moriep

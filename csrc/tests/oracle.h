@@ -60,6 +60,15 @@ class Oracle {
   double weight(int64_t rank, int64_t token, int64_t k) const {
     return small(2, rank, token, k) / 4.0;
   }
+  int32_t word(int64_t rank, int64_t i) const {
+    return static_cast<int32_t>(pick(test_.seed * 8 + 5, rank, i, 0, int64_t{1} << 32) -
+                                (int64_t{1} << 31));
+  }
+  std::vector<int32_t> words(int64_t rank) const {
+    std::vector<int32_t> words;
+    for (int64_t i = 0; i < shape_.num_words; ++i) words.push_back(word(rank, i));
+    return words;
+  }
   double expert_row(int64_t rank, int64_t row, int64_t h) const { return small(3, rank, row, h); }
   double row_scalar(int64_t rank, int64_t row) const { return small(4, rank, row, 0); }
 

@@ -16,6 +16,7 @@ import jax
 from jax_moriep import experts, transports
 from jax_moriep.errors import LibraryError
 from jax_moriep.runtime import compat, library
+from jax_moriep.runtime.place import Place
 from jax_moriep.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "matplotlib", "torch")
@@ -60,7 +61,11 @@ def examine() -> dict[str, Any]:
     # To look at a GPU is no reason to reserve most of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices, devices_error = _devices()
-    reasons = {p: {"transport": transports.reasons(p), "experts": experts.reasons(p)} for p in devices}
+    places = {p: Place(p) for p in devices}
+    reasons = {
+        p: {"transport": transports.reasons(place), "experts": experts.reasons(place)}
+        for p, place in places.items()
+    }
     chosen = {p: {kind: _first(found) for kind, found in reasons[p].items()} for p in devices}
     default = next(iter(devices), None)
     return {

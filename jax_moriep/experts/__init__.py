@@ -17,6 +17,7 @@ from jax_moriep.experts.checks import check_operands
 from jax_moriep.experts.shared import shared_mlp
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import Dispatched
+from jax_moriep.runtime.place import Place
 
 __all__ = ["IMPLEMENTATIONS", "ExpertSpec", "Implementation", "choose", "expert_mlp", "reasons", "shared_mlp"]
 
@@ -26,8 +27,9 @@ _INPUT_WEIGHT_ROUTERS = ("llama4",)
 class Implementation(Protocol):
     """The contract; all local to one rank."""
 
-    def unavailable_reason(self, platform: str) -> str | None:
-        """Why it cannot run on a platform ("cpu", "gpu", ...), with the cure; None if it can."""
+    def unavailable_reason(self, place: Place, cfg: MoEConfig | None) -> str | None:
+        """Why it cannot run a layer at a place, with the cure; None if it can. cfg None asks about the place
+        alone."""
         ...
 
     def expert_mlp(
@@ -50,30 +52,31 @@ IMPLEMENTATIONS: dict[str, Implementation] = {"blocked": blocked, "triton": trit
 """By name; ``config.EXPERTS`` has the order in which "auto" tries them."""
 
 
-def reasons(platform: str | None) -> dict[str, str | None]:
+def reasons(place: Place, cfg: MoEConfig | None = None) -> dict[str, str | None]:
     """For each name that ``cfg.experts`` may have: why it cannot run, with the cure, or None if it can.
 
     Args:
-      platform: of the mesh's devices; None for a mesh without devices, on which programs are only lowered.
+      place: where; on one without a platform, programs are only lowered, and everything can be.
+      cfg: the layer; None asks about the place alone.
 
     Returns:
       The reasons, in the order in which "auto" tries the names.
     """
-    found: dict[str, str | None] = {}
-    for name in EXPERTS:
-        if name not in IMPLEMENTATIONS:
-            found[name] = "it is not in this version; use experts='auto'"
-        else:
-            found[name] = None if platform is None else IMPLEMENTATIONS[name].unavailable_reason(platform)
-    return found
+    return {name: _reason(name, place, cfg) for name in EXPERTS}
 
 
-def choose(name: str, platform: str | None) -> str:
-    """The implementation that a config's ``experts`` means on a platform.
+def _reason(name: str, place: Place, cfg: MoEConfig | None) -> str | None:
+    if name not in IMPLEMENTATIONS:
+        return "it is not in this version; use experts='auto'"
+    return None if place.platform is None else IMPLEMENTATIONS[name].unavailable_reason(place, cfg)
+
+
+def choose(cfg: MoEConfig, place: Place) -> str:
+    """The implementation that a config's ``experts`` means at a place.
 
     Args:
-      name: "auto" for the first that can run, or a name.
-      platform: see ``reasons``.
+      cfg: the layer; its ``experts`` is "auto" for the first that can run, or a name.
+      place: where.
 
     Returns:
       A name in ``IMPLEMENTATIONS``.
@@ -81,13 +84,14 @@ def choose(name: str, platform: str | None) -> str:
     Raises:
       TransportError: the named one cannot run here; the text says why and what to do.
     """
+    name = cfg.experts
     if name == "auto":
         # A program that is only lowered may be for any platform: what runs on a CPU runs on all.
-        found = reasons(platform or "cpu")
-        return next(candidate for candidate, why in found.items() if why is None)
-    found = reasons(platform)
-    if found[name] is not None:
-        raise TransportError(f"experts={name!r} cannot run on platform {platform!r}: {found[name]}")
+        asked = Place("cpu") if place.platform is None else place
+        return next(candidate for candidate in EXPERTS if _reason(candidate, asked, cfg) is None)
+    why = _reason(name, place, cfg)
+    if why is not None:
+        raise TransportError(f"experts={name!r} cannot run on platform {place.platform!r}: {why}")
     return name
 
 
@@ -113,7 +117,8 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
     """
     check_operands(disp, params, cfg)
     biases = (params.b1, params.b2) if cfg.expert_bias else (None, None)
-    implementation = IMPLEMENTATIONS[choose(cfg.experts, disp.plan.link.platform)]
+    link = disp.plan.link
+    implementation = IMPLEMENTATIONS[choose(cfg, Place(link.platform, link.architecture))]
     return implementation.expert_mlp(
         disp.rows, disp.row_weights, disp.group_sizes, params.w1, params.w2, *biases, _spec(disp, cfg)
     )

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep.config import MoEConfig
 from jax_moriep.experts.activation import gated
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
+from jax_moriep.runtime.place import Place
 
 
-def unavailable_reason(platform: str) -> str | None:
-    """None: it runs on every platform."""
-    del platform
+def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
+    """None: it runs every layer on every platform."""
+    del place, cfg
     return None
 
 

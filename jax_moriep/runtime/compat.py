@@ -79,6 +79,12 @@ def device_kind(platform: str) -> str:
         return ""
 
 
+def architecture(device: Any) -> str:
+    """ "sm_90", "gfx942" and the like of a GPU; "" for other devices."""
+    name = str(getattr(device, "compute_capability", "")).partition(":")[0]
+    return name if not name or name.startswith("gfx") else f"sm_{name.replace('.', '')}"
+
+
 def has_hopper_kernels() -> bool:
     """Whether Pallas-Mosaic kernels for Hopper run here: on such a GPU, from jax 0.11 on.
 
@@ -114,6 +120,13 @@ def result_type(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
     A plain ShapeDtypeStruct types the result as replicated and hides a missing psum.
     """
     return jax.typeof(x).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+
+
+def result_type_shared(x: jax.Array, shape: tuple[int, ...], dtype: Any, axis_name: str) -> Any:
+    """The same for a result that is equal on all devices along ``axis_name``; the caller vouches for that."""
+    varying = varying_axes(x) - {axis_name}
+    kind = jax.typeof(x).manual_axis_type.update(varying=varying)
+    return result_type(x, shape, dtype).update(manual_axis_type=kind)
 
 
 def pcast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -13,17 +13,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jax_moriep.errors import ShardingError, TransportError, rule
-from jax_moriep.runtime import compat, library, order, targets
+from jax_moriep.runtime import compat, hosts, library, targets
+from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
 _ERROR_BYTES = 1024
@@ -32,24 +31,6 @@ _CONNECTED, _FAILED = 2, 3
 _generations: dict[str, int] = {}
 _on_gpus: dict[str, ctypes.CDLL] = {}
 _lock = threading.Lock()
-
-
-def timeout_seconds() -> float:
-    """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
-
-    Raises:
-      TransportError: the variable is no positive number.
-    """
-    text = os.environ.get("JAX_MORIEP_TIMEOUT", "300")
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise TransportError(
-            rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it")
-        )
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,33 +127,6 @@ def mesh_in_shard_map(axis_name: str) -> Any:
     )
 
 
-def one_machine(groups: Groups) -> bool:
-    """Whether all processes that have devices in the groups run on one machine; asks them once."""
-    indices = sorted({d.process_index for d in groups.devices.flat})
-    if indices == [jax.process_index()]:
-        return True
-    return len({_host_of_process(i) for i in indices}) == 1
-
-
-@functools.cache
-def _host_of_process(index: int) -> str:
-    store = _announced_store()
-    try:
-        return store.get(f"jax_moriep/host/{index}", time.monotonic() + timeout_seconds()).decode()
-    except TimeoutError as e:
-        raise TransportError(
-            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does "
-            "every process trace the same program?"
-        ) from e
-
-
-@functools.cache
-def _announced_store() -> Store:
-    store = DistributedStore()
-    store.put(f"jax_moriep/host/{jax.process_index()}", _host_identity().encode())
-    return store
-
-
 _opened_meshes: list[jax.sharding.Mesh] = []
 
 
@@ -184,61 +138,32 @@ def remember_mesh(mesh: jax.sharding.Mesh) -> None:
         _opened_meshes.append(mesh)
 
 
-def initialize(mesh: jax.sharding.Mesh, ep_axis: str = "ep") -> None:
-    """Opens the groups of a mesh now and waits until all their ranks are connected; optional and idempotent.
-
-    ``ep_moe`` opens groups when it is traced. Call this before running a deserialised executable, before
-    using ``jm.dispatch`` in a shard_map whose mesh is not in context, or to begin anew after a group has
-    failed. Every process of the mesh must call it.
-
-    Args:
-      mesh: the mesh.
-      ep_axis: its expert-parallel axis.
-
-    Raises:
-      ShardingError: the mesh has no such axis.
-      TransportError: the groups cannot be opened or connected.
-    """
-    order.forget()
-    remember_mesh(mesh)
-    open_groups(mesh, ep_axis, wait=True, reopen=True)
-
-
-def open_groups(mesh: jax.sharding.Mesh, ep_axis: str, *, wait: bool = False, reopen: bool = False) -> Groups:
+def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
     """Opens the native transport's groups of a mesh axis; does nothing for groups that are open.
 
     Arenas of this process's ranks are made and announced at once; the peers are connected in the background,
     because another process may trace its program later. The first exchange waits for the connection.
 
     Args:
-      mesh: the mesh.
-      ep_axis: its expert-parallel axis.
-      wait: return only when every peer is connected.
-      reopen: make groups that have failed anew; every process must do so.
-
-    Returns:
-      The groups.
+      groups: the groups.
+      backend: "cpu", "cuda" or "rocm".
+      again: make groups that have failed anew, and return only when every peer is connected; every process
+        must do so.
 
     Raises:
-      ShardingError: the mesh has no such axis.
       LibraryError: the native library is missing or does not fit.
       TransportError: a group could not be opened or connected.
     """
-    groups = groups_of(mesh, ep_axis)
-    backend = library.backend_of(groups.platform)
-    if backend is None:
-        return groups
     targets.register(backend)
     native = _native(backend)
     with _lock:
         state = native.moriep_group_state(groups.name.encode())
-        if state == 0 or (state == _FAILED and reopen):
+        if state == 0 or (state == _FAILED and again):
             _open(native, groups)
             if backend != "cpu":
                 _on_gpus[groups.name] = native
-    if wait:
+    if again:
         _wait_connected(native, groups.name)
-    return groups
 
 
 def check_failures() -> None:
@@ -275,7 +200,7 @@ def _open(native: ctypes.CDLL, groups: Groups) -> None:
     generation = _generations[groups.name] = _generations.get(groups.name, -1) + 1
     prefix = f"jax_moriep/{groups.name}/{generation}"
     store = DistributedStore()
-    host = _host_identity()
+    host = hosts.identity()
     for g in mine:
         for r in np.flatnonzero(local[g]):
             address = (ctypes.c_int64 * _ADDRESS_WORDS)()
@@ -338,12 +263,6 @@ def _wait_connected(native: ctypes.CDLL, name: str) -> None:
                 "jm.initialize?"
             )
         time.sleep(0.005)
-
-
-def _host_identity() -> str:
-    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
 _error = threading.local()

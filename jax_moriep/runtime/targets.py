@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from jax_moriep.plan import Link
 from jax_moriep.runtime import library
 
 DISPATCH = "moriep_dispatch"
@@ -65,19 +64,9 @@ def register_interop() -> None:
         _registered.add("interop")
 
 
-def attributes(link: Link) -> dict[str, Any]:
-    """The attributes of every exchange: int and str only, so that C++ decodes int64 and string_view."""
-    shape = link.shape
-    return {
-        "group": link.group,
-        "config": link.config,
-        "num_experts": int(shape.num_experts),
-        "num_local_experts": int(shape.num_local_experts),
-        "block": int(shape.block),
-    }
-
-
-def call(target: str, results: tuple[Any, ...], *operands: jax.Array, link: Link) -> tuple[jax.Array, ...]:
+def call(
+    target: str, results: tuple[Any, ...], *operands: jax.Array, attributes: tuple[tuple[str, int | str], ...]
+) -> tuple[jax.Array, ...]:
     """Emits a custom call.
 
     It has no side effect in JAX's sense: the order token keeps calls in order and alive, and an effect would
@@ -87,12 +76,12 @@ def call(target: str, results: tuple[Any, ...], *operands: jax.Array, link: Link
       target: one of the names above.
       results: the result types, from ``compat.result_type``.
       *operands: the operands.
-      link: the static side of the exchange.
+      attributes: (name, int or str) each, so that C++ decodes int64 and string_view.
 
     Returns:
       The results.
     """
-    return tuple(jax.ffi.ffi_call(target, results, has_side_effect=False)(*operands, **attributes(link)))
+    return tuple(jax.ffi.ffi_call(target, results, has_side_effect=False)(*operands, **dict(attributes)))
 
 
 def call_function(name: str, results: tuple[Any, ...], *operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -7,35 +7,62 @@ file here and one entry in ``IMPLEMENTATIONS``; ``tests/contract`` then runs on 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
+from jax_moriep.config import MoEConfig
 from jax_moriep.errors import TransportError
-from jax_moriep.plan import Link, Plan
+from jax_moriep.plan import ExchangeShape, Link, Opened
+from jax_moriep.runtime.place import Place
 from jax_moriep.transports import collective, native, reference
 
 
 class Transport(Protocol):
-    """The contract. ``order`` is the order token, i32[1]: it goes in and out of every call."""
+    """The contract. ``order`` is the order token, i32[1]: it goes in and out of every call. ``own`` is what
+    the transport keeps in a plan: any pytree of arrays."""
 
-    def unavailable_reason(self, platform: str) -> str | None:
-        """Why it cannot run on a platform ("cpu", "gpu", ...), with the cure; None if it can."""
+    def unavailable_reason(self, place: Place) -> str | None:
+        """Why it cannot run at a place, with the cure; None if it can."""
+        ...
+
+    def open(
+        self, place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+    ) -> Opened:
+        """Opens whatever the exchanges at a place need, and names the attributes of its custom calls; called
+        while a program is traced, in the same order in every process. ``again``: begin anew what has failed,
+        and wait for all ranks. cfg and shape are None where ``jm.initialize`` was not told of any layer."""
         ...
 
     def dispatch(
-        self, link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, order: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Plan, jax.Array]:
-        """x [T, H], ids i32[T, K], weights f32[T, K] -> rows [C, H], row_weights f32[C], group_sizes i32[L],
-        plan, order. x may also be opaque bytes, u8[T, W]. Ids that are no expert are dropped."""
+        self,
+        link: Link,
+        x: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        words: jax.Array,
+        order: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Any, jax.Array]:
+        """x [T, H], ids i32[T, K], weights f32[T, K], words i32[W] -> rows [C, H], row_weights f32[C],
+        group_sizes i32[L], all_words i32[R, W], own, order. x may also be opaque bytes, u8[T, B]. Ids that
+        are no expert are dropped. The words of every rank come to every rank, so that a layer's statistics
+        need no collective beside the exchange; all_words is typed as equal on all ranks. W may be 0."""
         ...
 
-    def replay(self, link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def replay(
+        self, link: Link, x: jax.Array, ids: jax.Array, own: Any, order: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Dispatches x [T, H] again along a known plan -> rows [C, H], order. The transpose of combine."""
         ...
 
     def combine(
-        self, link: Link, rows: jax.Array, plan: Plan, order: jax.Array, row_scalars: jax.Array | None = None
+        self,
+        link: Link,
+        rows: jax.Array,
+        ids: jax.Array,
+        own: Any,
+        order: jax.Array,
+        row_scalars: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """rows [C, H] -> y [T, H], the sum of each token's rows in f32: on each rank in the order of k, then
         over the ranks in their order. The transpose of dispatch. ``row_scalars`` f32[C], if given, come back
@@ -47,37 +74,31 @@ IMPLEMENTATIONS: dict[str, Transport] = {"native": native, "collective": collect
 """In the order in which "auto" tries them."""
 
 
-def reasons(platform: str | None, *, one_machine: bool = True) -> dict[str, str | None]:
-    """For each transport why it cannot run, or None if it can.
-
-    Args:
-      platform: of the mesh's devices; None for a mesh without devices, on which programs are only lowered.
-      one_machine: whether all ranks are on one machine.
-    """
-    found = {}
-    for name, transport in IMPLEMENTATIONS.items():
-        why = None if platform is None else transport.unavailable_reason(platform)
-        if why is None and name == "native" and not one_machine:
-            why = "it needs all ranks on one machine; use transport='collective'"
-        found[name] = why
+def reasons(place: Place) -> dict[str, str | None]:
+    """For each transport why it cannot run at a place, or None if it can."""
+    found = {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}
     found["mori"] = "it is not in this version of jax_moriep; use transport='native' or 'collective'"
     return found
 
 
-def choose(name: str, platform: str | None, *, one_machine: bool = True) -> str:
+def choose(name: str, place: Place) -> str:
     """The transport to use: the named one, or for "auto" the first that can run.
 
     Args:
       name: "auto" or a transport's name.
-      platform: of the mesh's devices, None for a mesh without devices.
-      one_machine: whether all ranks are on one machine.
+      place: where.
 
     Raises:
       TransportError: the named transport cannot run; the text says why and the cure.
     """
-    found = reasons(platform, one_machine=one_machine)
     if name == "auto":
-        return next(candidate for candidate in IMPLEMENTATIONS if found[candidate] is None)
-    if found[name] is not None:
-        raise TransportError(f"transport={name!r} cannot run here: {found[name]}")
+        return next(
+            name for name, transport in IMPLEMENTATIONS.items() if transport.unavailable_reason(place) is None
+        )
+    if name in IMPLEMENTATIONS:
+        why = IMPLEMENTATIONS[name].unavailable_reason(place)
+    else:
+        why = reasons(place)[name]
+    if why is not None:
+        raise TransportError(f"transport={name!r} cannot run here: {why}")
     return name

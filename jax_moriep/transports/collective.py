@@ -10,20 +10,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.plan import DROPPED, NOT_HERE, Link, Plan, kept_counts, run_starts
+from jax_moriep.config import MoEConfig
+from jax_moriep.plan import DROPPED, NOT_HERE, ExchangeShape, Link, Opened, kept_counts, run_starts
 from jax_moriep.runtime import compat
+from jax_moriep.runtime.place import Place
 
 
-def unavailable_reason(platform: str) -> str | None:
-    """None: it runs on every platform."""
-    del platform
+def unavailable_reason(place: Place) -> str | None:
+    """None: it runs everywhere."""
+    del place
     return None
 
 
+def open(  # noqa: A001 - the contract's name
+    place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+) -> Opened:
+    """Nothing: jax opens its collectives itself."""
+    del place, cfg, shape, again
+    return Opened()
+
+
 def dispatch(
-    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, Plan, jax.Array]:
-    """See ``transports.Transport.dispatch``."""
+    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, words: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See ``transports.Transport.dispatch``.
+
+    Its own part of a plan are the routes i32[R, T, K]: the row on this rank of the route (source rank, token,
+    k); -1: not this rank's; -2: dropped here for want of capacity.
+    """
     shape = link.shape
     all_ids = lax.all_gather(ids, link.axis_name)
     all_weights = lax.all_gather(weights, link.axis_name)
@@ -41,27 +55,37 @@ def dispatch(
     row_of_route = jnp.zeros_like(local, jnp.int32).at[by_expert].set(sorted_rows)
     routes = jnp.where(here, jnp.where(row_of_route < shape.capacity, row_of_route, DROPPED), NOT_HERE)
 
-    plan = Plan(routes=routes.reshape(all_ids.shape), ids=ids, slots=None, link=link)
-    rows, order = replay(link, x, plan, order)
-    row_weights = _pick(all_weights.reshape(-1), *_route_of_row(plan))
+    own = routes.reshape(all_ids.shape)
+    rows, order = replay(link, x, ids, own, order)
+    row_weights = _pick(all_weights.reshape(-1), *_route_of_row(own, shape.capacity))
     group_sizes = kept_counts(counts[:-1], shape.block, shape.capacity)
-    return rows, row_weights, group_sizes, plan, order
+    all_words = lax.all_gather(words, link.axis_name, to="invarying")
+    return rows, row_weights, group_sizes, all_words, own, order
 
 
-def replay(link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+def replay(
+    link: Link, x: jax.Array, ids: jax.Array, own: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
+    del ids
     all_x = lax.all_gather(x, link.axis_name).reshape(-1, x.shape[1])
-    route, filled = _route_of_row(plan)
+    route, filled = _route_of_row(own, link.shape.capacity)
     return _pick(all_x, route // link.shape.top_k, filled), order
 
 
 def combine(
-    link: Link, rows: jax.Array, plan: Plan, order: jax.Array, row_scalars: jax.Array | None = None
+    link: Link,
+    rows: jax.Array,
+    ids: jax.Array,
+    own: jax.Array,
+    order: jax.Array,
+    row_scalars: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """See ``transports.Transport.combine``."""
+    del ids
     shape = link.shape
-    filled = plan.routes >= 0
-    row = jnp.maximum(plan.routes, 0)
+    filled = own >= 0
+    row = jnp.maximum(own, 0)
     sums = compat.zeros_like_varying(
         (shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, row
     )
@@ -75,10 +99,9 @@ def combine(
     return y, lax.all_to_all(scalars, link.axis_name, 0, 0).sum(0), order
 
 
-def _route_of_row(plan: Plan) -> tuple[jax.Array, jax.Array]:
+def _route_of_row(routes: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """For each row the flat route (source rank, token, k) that fills it, and whether one does."""
-    capacity = plan.link.shape.capacity
-    rows = plan.routes.reshape(-1)
+    rows = routes.reshape(-1)
     route = jnp.full_like(rows, -1, shape=(capacity,))
     route = compat.pcast_varying(route, compat.varying_axes(rows))
     route = route.at[jnp.where(rows >= 0, rows, capacity)].set(

@@ -8,54 +8,111 @@ row per (token, rank) to the token's owner, who adds them in rank order.
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, LibraryError, rule
-from jax_moriep.plan import Link, Plan
-from jax_moriep.runtime import compat, library, targets
+from jax_moriep.plan import ExchangeShape, Link, Opened
+from jax_moriep.runtime import compat, group, library, targets
+from jax_moriep.runtime.place import Place
 
 _ROW_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def unavailable_reason(platform: str) -> str | None:
-    """Why the native transport cannot run on a platform, with the cure; None if it can."""
-    backend = library.backend_of(platform)
-    if backend is None:
-        what = "there is no GPU in this process" if platform == "gpu" else f"it has no {platform} backend"
+class Own(NamedTuple):
+    """What a plan keeps."""
+
+    routes: jax.Array
+    """i32[R, T, K]: row on this rank of the route (source rank, token, k); -1: not this rank's; -2: dropped
+    here for want of capacity."""
+    places: jax.Array
+    """i32[R, T]: where in the owner's arena this rank's sum for a token goes, -1 for nowhere."""
+
+
+def unavailable_reason(place: Place) -> str | None:
+    """See ``transports.Transport.unavailable_reason``."""
+    if place.platform is None:
+        return None
+    if place.backend is None:
+        gpu = place.platform == "gpu"
+        what = "there is no GPU in this process" if gpu else f"it has no {place.platform} backend"
         return f"{what}; use transport='collective'"
     if sys.platform != "linux":
         return f"it needs Linux (memfd and futex), not {sys.platform}; use transport='collective'"
     try:
-        library.load(backend)
+        library.load(place.backend)
     except LibraryError as e:
         return str(e)
+    if place.num_nodes > 1:
+        return "it needs the ranks of a group on one machine; use transport='collective'"
     return None
 
 
+def open(  # noqa: A001 - the contract's name
+    place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+) -> Opened:
+    """See ``transports.Transport.open``; the peers are connected in the background.
+
+    Another process may trace its program later, so only the first exchange waits for the connection.
+
+    Raises:
+      LibraryError: the native library is missing or does not fit.
+      TransportError: a group could not be opened, or with ``again`` not connected.
+    """
+    if place.platform is None:
+        name = group.abstract_name(place.mesh, place.axis_name)
+    else:
+        groups = group.groups_of(place.mesh, place.axis_name)
+        assert place.backend is not None
+        group.open_groups(groups, place.backend, again=again)
+        name = groups.name
+    if cfg is None or shape is None:
+        return Opened(name)
+    return Opened(
+        name,
+        (
+            ("group", name),
+            # Compared between the ranks at run time.
+            ("config", cfg.describe()),
+            ("num_experts", shape.num_experts),
+            ("num_local_experts", shape.num_local_experts),
+            ("block", shape.block),
+        ),
+    )
+
+
 def dispatch(
-    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, Plan, jax.Array]:
+    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, words: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Own, jax.Array]:
     """See ``transports.Transport.dispatch``."""
     shape = link.shape
     _check_dtype(x, (*_ROW_DTYPES, "uint8"))
+    carried = compat.pcast_varying(words, compat.varying_axes(x))
     results = (
         compat.result_type(x, (shape.capacity, x.shape[1]), x.dtype),
         compat.result_type(x, (shape.capacity,), jnp.float32),
         compat.result_type(x, (shape.num_local_experts,), jnp.int32),
         compat.result_type(x, (shape.num_ranks, shape.num_tokens, shape.top_k), jnp.int32),
         compat.result_type(x, (shape.num_ranks, shape.num_tokens), jnp.int32),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
         compat.result_type(x, (1,), jnp.int32),
     )
-    rows, row_weights, group_sizes, routes, slots, order = targets.call(
-        targets.DISPATCH, results, x, ids, weights, _rank(link, x), order, link=link
+    rows, row_weights, group_sizes, routes, places, all_words, order = targets.call(
+        targets.DISPATCH,
+        results,
+        *(x, ids, weights, carried, _rank(link, x), order),
+        attributes=link.opened.attributes,
     )
-    return rows, row_weights, group_sizes, Plan(routes=routes, ids=ids, slots=slots, link=link), order
+    return rows, row_weights, group_sizes, all_words, Own(routes, places), order
 
 
-def replay(link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+def replay(
+    link: Link, x: jax.Array, ids: jax.Array, own: Own, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
     shape = link.shape
     _check_dtype(x, _ROW_DTYPES)
@@ -64,13 +121,21 @@ def replay(link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.
         compat.result_type(x, (1,), jnp.int32),
     )
     rows, order = targets.call(
-        targets.REPLAY, results, x, plan.routes, plan.ids, _rank(link, x), order, link=link
+        targets.REPLAY,
+        results,
+        *(x, own.routes, ids, _rank(link, x), order),
+        attributes=link.opened.attributes,
     )
     return rows, order
 
 
 def combine(
-    link: Link, rows: jax.Array, plan: Plan, order: jax.Array, row_scalars: jax.Array | None = None
+    link: Link,
+    rows: jax.Array,
+    ids: jax.Array,
+    own: Own,
+    order: jax.Array,
+    row_scalars: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """See ``transports.Transport.combine``."""
     shape = link.shape
@@ -86,14 +151,8 @@ def combine(
     y, token_scalars, order = targets.call(
         targets.COMBINE,
         results,
-        rows,
-        scalars,
-        plan.routes,
-        plan.slots,
-        plan.ids,
-        _rank(link, rows),
-        order,
-        link=link,
+        *(rows, scalars, own.routes, own.places, ids, _rank(link, rows), order),
+        attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order
 

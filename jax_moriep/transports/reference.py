@@ -9,20 +9,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.plan import DROPPED, NOT_HERE, Link, Plan, kept_counts, run_starts
+from jax_moriep.config import MoEConfig
+from jax_moriep.plan import DROPPED, NOT_HERE, ExchangeShape, Link, Opened, kept_counts, run_starts
 from jax_moriep.runtime import compat
+from jax_moriep.runtime.place import Place
 
 
-def unavailable_reason(platform: str) -> str | None:
-    """None: it runs on every platform."""
-    del platform
+def unavailable_reason(place: Place) -> str | None:
+    """None: it runs everywhere."""
+    del place
     return None
 
 
+def open(  # noqa: A001 - the contract's name
+    place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+) -> Opened:
+    """Nothing: jax opens its collectives itself."""
+    del place, cfg, shape, again
+    return Opened()
+
+
 def dispatch(
-    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, order: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, Plan, jax.Array]:
-    """See ``transports.Transport.dispatch``."""
+    link: Link, x: jax.Array, ids: jax.Array, weights: jax.Array, words: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See ``transports.Transport.dispatch``.
+
+    Its own part of a plan are the routes i32[R, T, K]: the row on this rank of the route (source rank, token,
+    k); -1: not this rank's; -2: dropped here for want of capacity.
+    """
     shape = link.shape
     all_ids = lax.all_gather(ids, link.axis_name)
     all_weights = lax.all_gather(weights, link.axis_name).reshape(-1)
@@ -39,29 +53,39 @@ def dispatch(
 
     _, placed = lax.scan(place, starts, local)
     placed = jnp.where(here, jnp.where(placed < shape.capacity, placed, DROPPED), NOT_HERE)
-    routes = placed.reshape(all_ids.shape).astype(jnp.int32)
-    plan = Plan(routes=routes, ids=ids, slots=None, link=link)
-    rows, order = replay(link, x, plan, order)
+    own = placed.reshape(all_ids.shape).astype(jnp.int32)
+    rows, order = replay(link, x, ids, own, order)
     row_weights = jnp.zeros(shape.capacity, jnp.float32)
     row_weights = row_weights.at[jnp.where(placed >= 0, placed, shape.capacity)].set(all_weights, mode="drop")
-    return rows, row_weights, kept_counts(counts, shape.block, shape.capacity).astype(jnp.int32), plan, order
+    group_sizes = kept_counts(counts, shape.block, shape.capacity).astype(jnp.int32)
+    all_words = lax.all_gather(words, link.axis_name, to="invarying")
+    return rows, row_weights, group_sizes, all_words, own, order
 
 
-def replay(link: Link, x: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+def replay(
+    link: Link, x: jax.Array, ids: jax.Array, own: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
+    del ids
     shape = link.shape
     all_x = lax.all_gather(x, link.axis_name)
-    rows = compat.zeros_like_varying((shape.capacity, x.shape[1]), x.dtype, x, plan.routes)
+    rows = compat.zeros_like_varying((shape.capacity, x.shape[1]), x.dtype, x, own)
     for k in range(shape.top_k):
-        routes = plan.routes[:, :, k]
+        routes = own[:, :, k]
         rows = rows.at[jnp.where(routes >= 0, routes, shape.capacity)].set(all_x, mode="drop")
     return rows, order
 
 
 def combine(
-    link: Link, rows: jax.Array, plan: Plan, order: jax.Array, row_scalars: jax.Array | None = None
+    link: Link,
+    rows: jax.Array,
+    ids: jax.Array,
+    own: jax.Array,
+    order: jax.Array,
+    row_scalars: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """See ``transports.Transport.combine``."""
+    del ids
     shape = link.shape
     if rows.dtype == jnp.float32:
         # Changes no bit, but XLA keeps it: without it a product in front would be fused into the sum, which
@@ -69,12 +93,12 @@ def combine(
         rows = lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=23)
 
     def pick(values: jax.Array, k: int) -> jax.Array:
-        routes = plan.routes[:, :, k]
+        routes = own[:, :, k]
         here = (routes >= 0).reshape(routes.shape + (1,) * (values.ndim - 1))
         return jnp.where(here, values[jnp.maximum(routes, 0)].astype(jnp.float32), 0.0)
 
     here = compat.zeros_like_varying(
-        (shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, plan.routes
+        (shape.num_ranks, shape.num_tokens, rows.shape[1]), jnp.float32, rows, own
     )
     for k in range(shape.top_k):
         here = here + pick(rows, k)

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
-from jax_moriep.runtime import compat, group, library
+from jax_moriep.runtime import compat, group, library, settings
+from jax_moriep.runtime.place import Place
 from jax_moriep.transports import native
 
 
@@ -260,7 +261,7 @@ def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
 def test_timeout_variable(monkeypatch, text):
     monkeypatch.setenv("JAX_MORIEP_TIMEOUT", text)
     with pytest.raises(jm.TransportError, match="must be a positive number of seconds"):
-        group.timeout_seconds()
+        settings.timeout_seconds()
 
 
 def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
@@ -295,4 +296,4 @@ def test_native_on_a_gpu_says_what_is_missing(backend, text, monkeypatch, tmp_pa
     monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
     if backend is not None:
         monkeypatch.setattr(compat, "gpu_backend", lambda: backend)
-    assert re.search(text, native.unavailable_reason("gpu"))
+    assert re.search(text, native.unavailable_reason(Place("gpu")))

@@ -20,6 +20,7 @@ from jax_moriep.errors import ConfigError, TransportError
 from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec, blocked
 from jax_moriep.experts.activation import gated
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
+from jax_moriep.runtime.place import Place
 
 H, INNER, L, BLOCK, C = 12, 10, 3, 8, 168
 
@@ -34,7 +35,7 @@ SIZES = {
     "full, one expert": (0, 0, 168),
 }
 NAMES = list(IMPLEMENTATIONS)
-ON_CPU = [name for name in NAMES if IMPLEMENTATIONS[name].unavailable_reason("cpu") is None]
+ON_CPU = [name for name in NAMES if IMPLEMENTATIONS[name].unavailable_reason(Place("cpu"), None) is None]
 # Every pair of values of two settings meets in one of these.
 COMBINATIONS = [
     ("silu", False, False),
@@ -356,7 +357,7 @@ def test_tile_sizes(block, capacity):
 
 def make_dispatched(case, **changes):
     shape = ExchangeShape(1, 16, 2, H, L, L, BLOCK, C)
-    plan = Plan(None, None, None, Link(shape, "none", "ep", "", "", jax.default_backend()))
+    plan = Plan(None, None, Link(shape, "none", "ep", jax.default_backend()))
     rows, weights = case.operands[:2]
     given = {"rows": rows, "row_weights": weights, "group_sizes": case.sizes, "plan": plan, "block": BLOCK}
     return Dispatched(**(given | changes))
@@ -383,32 +384,36 @@ def test_config_decides(activation, router, weight_input, name):
     assert_close(out, case.want()[0], TOLERANCE["float32"])
 
 
+def choose(name, platform):
+    return experts.choose(make_cfg(experts=name), Place(platform))
+
+
 def test_auto_takes_the_first_that_can_run():
-    assert experts.choose("auto", "cpu") == "blocked"
-    assert list(experts.reasons("cpu")) == list(EXPERTS)
-    assert experts.choose("auto", "tpu") == "blocked"
-    assert {name for name, why in experts.reasons(None).items() if why is None} == set(NAMES)
+    assert choose("auto", "cpu") == "blocked"
+    assert list(experts.reasons(Place("cpu"))) == list(EXPERTS)
+    assert choose("auto", "tpu") == "blocked"
+    assert {name for name, why in experts.reasons(Place(None)).items() if why is None} == set(NAMES)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda", "rocm"])
 def test_auto_takes_triton_on_gpus(platform):
-    assert experts.choose("auto", platform) == experts.choose("triton", platform) == "triton"
+    assert choose("auto", platform) == choose("triton", platform) == "triton"
 
 
 def test_auto_takes_what_runs_everywhere_where_there_is_no_device():
-    assert experts.choose("auto", None) == "blocked"
-    assert experts.choose("triton", None) == "triton"
+    assert choose("auto", None) == "blocked"
+    assert choose("triton", None) == "triton"
 
 
 def test_triton_by_name_on_a_cpu():
     with pytest.raises(TransportError, match="experts='triton' cannot run on platform 'cpu': it needs a GPU"):
-        experts.choose("triton", "cpu")
+        choose("triton", "cpu")
 
 
 @pytest.mark.parametrize("name", sorted(set(EXPERTS) - set(NAMES)))
 def test_an_implementation_of_a_later_version(name):
     with pytest.raises(TransportError, match=f"experts='{name}' cannot run .* not in this version; use"):
-        experts.choose(name, "cpu")
+        choose(name, "cpu")
 
 
 CASE = make_case(SIZES["uneven"], make_spec(), biases=True)

@@ -15,6 +15,8 @@ struct DispatchBuffers {
   int32_t* group_sizes;  // [L]
   int32_t* routes;       // [R, T, K]
   int32_t* slots;        // [R, T]
+  const int32_t* words;  // [W]
+  int32_t* all_words;    // [R, W]
 };
 
 struct ReplayBuffers {

@@ -16,7 +16,7 @@
 namespace moriep {
 
 inline constexpr uint64_t kArenaMagic = 0x50454952'4f4d5841;  // "AXMORIEP"
-inline constexpr uint32_t kArenaVersion = 1;
+inline constexpr uint32_t kArenaVersion = 2;
 inline constexpr int kNumSlots = 2;
 inline constexpr int64_t kConfigChars = 1024;
 inline constexpr int64_t kFailureChars = 512;
@@ -52,6 +52,7 @@ struct StepHeader {
   int64_t num_local_experts = 0;
   int64_t block = 0;
   int64_t capacity = 0;
+  int64_t num_words = 0;
   char config[kConfigChars] = {};
 };
 
@@ -80,7 +81,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<u
 static_assert(offsetof(Control, nonce) == 24 && offsetof(Control, posted) == 64);
 static_assert(offsetof(Control, failed) == 128 && offsetof(Control, closed) == 132 &&
               offsetof(Control, failure) == 136);
-static_assert(offsetof(Control, headers) == 704 && sizeof(StepHeader) == 1104 &&
+static_assert(offsetof(Control, headers) == 704 && sizeof(StepHeader) == 1112 &&
               sizeof(Control) == 2944);
 
 // Texts of a control page are cut to their field and always end with a zero.
@@ -107,12 +108,13 @@ inline int64_t slot_offset(uint32_t step) {
 
 inline int64_t align_up(int64_t bytes) { return (bytes + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
-// Byte offsets inside a slot. A dispatch publishes routes and staged rows; a replay only rows; a
-// combine receives one row per (token, rank) pair and, for the router's gradient, one scalar per
-// route.
+// Byte offsets inside a slot. A dispatch publishes routes, words and staged rows; a replay only
+// rows; a combine receives one row per (token, rank) pair and, for the router's gradient, one
+// scalar per route.
 struct SlotLayout {
   int64_t ids = 0;
   int64_t weights = 0;
+  int64_t words = 0;
   int64_t rows = 0;
   int64_t scalars = 0;
   int64_t row_stride = 0;
@@ -130,6 +132,7 @@ struct SlotLayout {
     if (kind == Kind::kDispatch) {
       at.ids = take(shape.num_routes() * static_cast<int64_t>(sizeof(int32_t)));
       at.weights = take(shape.num_routes() * static_cast<int64_t>(sizeof(float)));
+      at.words = take(shape.num_words * static_cast<int64_t>(sizeof(int32_t)));
     }
     if (with_scalars) at.scalars = take(shape.num_routes() * static_cast<int64_t>(sizeof(float)));
     const int64_t rows = kind == Kind::kCombine ? shape.max_fanout() : shape.num_tokens;

@@ -27,7 +27,8 @@ struct Shape {
   int64_t num_experts = 0;        // E, as routed
   int64_t num_local_experts = 0;  // L
   int64_t block = 0;
-  int64_t capacity = 0;  // C
+  int64_t capacity = 0;   // C
+  int64_t num_words = 0;  // W: what a dispatch carries from every rank to every rank
 
   int64_t num_routes() const { return num_tokens * top_k; }
   // Largest number of (token, rank) pairs that one rank's tokens can make.
@@ -42,10 +43,11 @@ inline Status check_shape(const Shape& shape) {
   constexpr int64_t kMaxExperts = int64_t{1} << 24;  // of which every step makes a table
   const auto [least, most] = std::minmax({shape.num_ranks, shape.top_k, shape.num_experts,
                                           shape.num_local_experts, shape.block, shape.capacity});
-  const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 &&
-                    shape.num_tokens <= kMax && shape.hidden_size >= 0 &&
-                    shape.hidden_size <= kMaxHidden && shape.num_experts <= kMaxExperts &&
-                    shape.max_fanout() <= kMax &&
+  constexpr int64_t kMaxWords = int64_t{1} << 26;
+  const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 && shape.num_words >= 0 &&
+                    shape.num_words <= kMaxWords && shape.num_tokens <= kMax &&
+                    shape.hidden_size >= 0 && shape.hidden_size <= kMaxHidden &&
+                    shape.num_experts <= kMaxExperts && shape.max_fanout() <= kMax &&
                     (shape.num_experts - 1) / shape.num_local_experts < shape.num_ranks;
   if (sane) return Status();
   return Status(
@@ -54,7 +56,8 @@ inline Status check_shape(const Shape& shape) {
           ", num_local_experts=" + std::to_string(shape.num_local_experts) +
           ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
           ", hidden_size=" + std::to_string(shape.hidden_size) +
-          ", capacity=" + std::to_string(shape.capacity) + " and " +
+          ", capacity=" + std::to_string(shape.capacity) +
+          ", num_words=" + std::to_string(shape.num_words) + " and " +
           std::to_string(shape.num_tokens) + " tokens per rank do not describe a layer over " +
           std::to_string(shape.num_ranks) + " ranks");
 }

@@ -72,15 +72,18 @@ class Exercise {
         group_sizes_(test.shape.num_local_experts),
         routes_(test.shape.num_ranks * test.shape.num_routes()),
         slots_(test.shape.num_ranks * test.shape.num_tokens),
+        words_(want.words(me.rank)),
+        all_words_(test.shape.num_ranks * test.shape.num_words),
         expert_rows_(make_expert_rows()),
         scalars_(make_scalars()),
         y_(test.shape.num_tokens * row_bytes()),
         token_scalars_(test.shape.num_routes()) {}
 
   Status dispatch(Half half) {
-    return gpu::dispatch(me_, call(half),
-                         {x_.data(), ids_.data(), weights_.data(), rows_.data(),
-                          row_weights_.data(), group_sizes_.data(), routes_.data(), slots_.data()});
+    return gpu::dispatch(
+        me_, call(half),
+        {x_.data(), ids_.data(), weights_.data(), rows_.data(), row_weights_.data(),
+         group_sizes_.data(), routes_.data(), slots_.data(), words_.data(), all_words_.data()});
   }
   Status replay(Half half) {
     return gpu::replay(me_, call(half),
@@ -97,6 +100,7 @@ class Exercise {
   void poison_results() {
     rows_.poison();
     row_weights_.poison();
+    all_words_.poison();
     y_.poison();
     token_scalars_.poison();
   }
@@ -112,11 +116,16 @@ class Exercise {
     const auto routes = routes_.host();
     const auto slots = slots_.host();
     const auto row_weights = row_weights_.host();
+    const auto all_words = all_words_.host();
     for (int64_t e = 0; e < shape.num_local_experts; ++e) {
       expect("group_sizes", e, group_sizes[static_cast<size_t>(e)],
              want_.group_sizes(me_.rank)[static_cast<size_t>(e)]);
     }
     for (int64_t source = 0; source < shape.num_ranks; ++source) {
+      for (int64_t i = 0; i < shape.num_words; ++i) {
+        const int64_t word = source * shape.num_words + i;
+        expect("all_words", word, all_words[static_cast<size_t>(word)], want_.word(source, i));
+      }
       for (int64_t t = 0; t < shape.num_tokens; ++t) {
         const int64_t token = source * shape.num_tokens + t;
         // Places differ from the CPU's, but say -1 for the same tokens.
@@ -170,6 +179,7 @@ class Exercise {
     append(group_sizes_.host());
     append(routes_.host());
     append(slots_.host());
+    append(all_words_.host());
     append(y_.host());
     append(token_scalars_.host());
     return all;
@@ -267,7 +277,7 @@ class Exercise {
   Array<float> weights_;
   Array<std::byte> rows_;
   Array<float> row_weights_;
-  Array<int32_t> group_sizes_, routes_, slots_;
+  Array<int32_t> group_sizes_, routes_, slots_, words_, all_words_;
   Array<std::byte> expert_rows_;
   Array<float> scalars_;
   Array<std::byte> y_;
@@ -288,7 +298,8 @@ inline Shape shape_of(int64_t num_ranks, int64_t num_tokens, int64_t top_k, int6
                .num_experts = num_experts,
                .num_local_experts = num_local_experts,
                .block = block,
-               .capacity = std::max(block, padded / block * block)};
+               .capacity = std::max(block, padded / block * block),
+               .num_words = num_tokens % 4};
 }
 
 }  // namespace moriep::gpu

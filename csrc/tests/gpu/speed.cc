@@ -153,7 +153,7 @@ class Exchanges {
     plan_ = PlanArgs{.team = {},
                      .sizes = {1, static_cast<int32_t>(num_tokens), kTopK, kExperts, kExperts,
                                static_cast<int32_t>(host_.shape.block),
-                               static_cast<int32_t>(host_.shape.capacity), 1, kRowBytes},
+                               static_cast<int32_t>(host_.shape.capacity), 1, 0, kRowBytes},
                      .step = {Kind::kDispatch, 0, rank_.data(), order_.data(), order_out_.data()},
                      .staged = {},
                      .ids = ids_.data(),
@@ -165,16 +165,19 @@ class Exchanges {
                      .routes = routes_.data(),
                      .slots = slots_.data(),
                      .group_sizes = sizes_.data(),
-                     .row_weights = row_weights_.data()};
+                     .row_weights = row_weights_.data(),
+                     .words = nullptr,
+                     .all_words = nullptr};
     CHECK_OK(group.team(me_, &plan_.team));
   }
 
   const Shape& shape() const { return host_.shape; }
 
   void dispatch() {
-    CHECK_OK(gpu::dispatch(me_, call_,
-                           {bytes(x_), ids_.data(), weights_.data(), bytes(rows_),
-                            row_weights_.data(), sizes_.data(), routes_.data(), slots_.data()}));
+    CHECK_OK(
+        gpu::dispatch(me_, call_,
+                      {bytes(x_), ids_.data(), weights_.data(), bytes(rows_), row_weights_.data(),
+                       sizes_.data(), routes_.data(), slots_.data(), nullptr, nullptr}));
   }
   void plan() { check_gpu(launch_plan(static_cast<gpuStream_t>(call_.stream), plan_), "plan"); }
   void replay() {

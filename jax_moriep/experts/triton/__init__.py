@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import jax
 
+from jax_moriep.config import MoEConfig
 from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.runtime.place import Place
 
 PLATFORMS = ("gpu", "cuda", "rocm")
 
 
-def unavailable_reason(platform: str) -> str | None:
+def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
     """None on GPUs; elsewhere why not."""
-    if platform in PLATFORMS:
+    del cfg
+    if place.platform in PLATFORMS:
         return None
-    return f"it needs a GPU of NVIDIA or AMD, and this is {platform}; use experts='blocked'"
+    return f"it needs a GPU of NVIDIA or AMD, and this is {place.platform}; use experts='blocked'"
 
 
 def expert_mlp(

@@ -1,0 +1,52 @@
+// Where in its group a device is that runs a handler.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "moriep/registry.h"
+#include "moriep/status.h"
+
+namespace moriep {
+
+// A rank of this process, held together with its group for as long as a step runs.
+template <typename Group>
+struct PlaceOf {
+  std::shared_ptr<Group> group;
+  int32_t rank = -1;
+};
+
+template <typename Group>
+Status find_place(std::string_view name, int32_t device, PlaceOf<Group>* place) {
+  const std::string group(name);
+  const auto table = RegistryOf<Group>::get().find(group);
+  if (table == nullptr) {
+    return Status(Code::kFailedPrecondition,
+                  "group " + group +
+                      " is not open in this process; call jm.initialize(mesh, ep_axis) "
+                      "before running a deserialised executable");
+  }
+  const auto found = table->place_of_device.find(device);
+  if (found == table->place_of_device.end()) {
+    return Status(Code::kFailedPrecondition,
+                  "device " + std::to_string(device) + " has no place in group " + group +
+                      "; before the program is traced, set the mesh with jax.set_mesh or open it "
+                      "with jm.initialize(mesh, ep_axis)");
+  }
+  place->group = table->groups[static_cast<size_t>(found->second.first)];
+  place->rank = found->second.second;
+  return Status();
+}
+
+// What is said where the program computes another rank than the group's table has.
+inline Status wrong_rank(std::string_view group, int32_t device, int32_t rank) {
+  return Status(Code::kFailedPrecondition,
+                "device " + std::to_string(device) + " is rank " + std::to_string(rank) +
+                    " of the running mesh, which is not its place in group " + std::string(group) +
+                    "; before the program is traced, set the mesh with jax.set_mesh or open it "
+                    "with jm.initialize(mesh, ep_axis)");
+}
+
+}  // namespace moriep

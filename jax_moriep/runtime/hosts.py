@@ -1,0 +1,55 @@
+"""Which machine each process of the job runs on; they tell each other through the key-value store."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from jax_moriep.errors import TransportError
+from jax_moriep.runtime.settings import timeout_seconds
+from jax_moriep.runtime.store import DistributedStore, Store
+
+
+def identity() -> str:
+    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def count(processes: Iterable[int]) -> int:
+    """How many machines some processes run on; asks each of them once.
+
+    Args:
+      processes: process indices of jax.
+
+    Raises:
+      TransportError: a process did not say within the time limit where it runs.
+    """
+    indices = sorted(set(processes))
+    if indices == [jax.process_index()]:
+        return 1
+    return len({_of_process(index) for index in indices})
+
+
+@functools.cache
+def _of_process(index: int) -> str:
+    store = _announced_store()
+    try:
+        return store.get(f"jax_moriep/host/{index}", time.monotonic() + timeout_seconds()).decode()
+    except TimeoutError as e:
+        raise TransportError(
+            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does "
+            "every process trace the same program?"
+        ) from e
+
+
+@functools.cache
+def _announced_store() -> Store:
+    store = DistributedStore()
+    store.put(f"jax_moriep/host/{jax.process_index()}", identity().encode())
+    return store

@@ -1,0 +1,74 @@
+"""Where an exchange runs: what a transport and an implementation of the experts are asked about."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_moriep.runtime import compat, group, hosts, library
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A mesh axis and the machinery under it.
+
+    Attributes:
+      platform: of the devices: "cpu", "gpu", ...; None for a mesh without devices, on which programs are only
+        lowered.
+      architecture: of the devices: "sm_90", "gfx942", ...; "" where there is no such name.
+      num_ranks: R.
+      num_processes: how many processes hold the ranks of all groups.
+      mesh: the mesh; None where only a platform is asked about.
+      axis_name: its axis whose devices are the ranks.
+    """
+
+    platform: str | None
+    architecture: str = ""
+    num_ranks: int = 1
+    num_processes: int = 1
+    mesh: Any = None
+    axis_name: str = ""
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_name: str) -> Place:
+        """The place that an axis of a mesh is.
+
+        Raises:
+          ShardingError: the mesh has no such axis.
+        """
+        group.check_axis(mesh, axis_name, "ep_axis")
+        num_ranks = mesh.shape[axis_name]
+        if isinstance(mesh, jax.sharding.AbstractMesh):
+            return cls(None, num_ranks=num_ranks, mesh=mesh, axis_name=axis_name)
+        first = mesh.devices.flat[0]
+        processes = len({d.process_index for d in mesh.devices.flat})
+        return cls(first.platform, compat.architecture(first), num_ranks, processes, mesh, axis_name)
+
+    @property
+    def backend(self) -> str | None:
+        """The native backend of the devices: "cpu", "cuda", "rocm", or None."""
+        return None if self.platform is None else library.backend_of(self.platform)
+
+    @functools.cached_property
+    def num_nodes(self) -> int:
+        """The most machines that the ranks of one group are on. Asks the other processes once.
+
+        Raises:
+          TransportError: a process does not answer.
+        """
+        if self.mesh is None or self.platform is None:
+            return 1
+        devices = group.groups_of(self.mesh, self.axis_name).devices
+        processes = np.array([[d.process_index for d in row] for row in devices])
+        return max(hosts.count(row.tolist()) for row in processes)
+
+    @property
+    def devices_per_process(self) -> int:
+        """How many ranks of all groups this process holds."""
+        if self.mesh is None or self.platform is None:
+            return 1
+        return sum(d.process_index == jax.process_index() for d in self.mesh.devices.flat)
