@@ -10,6 +10,7 @@
 #pragma once
 
 #include "decode.h"
+#include "moriep/export.h"
 #include "place.h"
 
 namespace moriep {
@@ -139,9 +140,6 @@ inline constexpr auto bind_combine = [](auto context) {
 };
 
 }  // namespace moriep
-
-// The libraries hide every symbol but these.
-#define MORIEP_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define MORIEP_DEFINE_EXCHANGE_HANDLER(symbol, Backend, op, ...)                                  \
   MORIEP_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame*);                                        \

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jax_moriep.errors import ShardingError, TransportError, rule
-from jax_moriep.runtime import compat, hosts, library, targets
+from jax_moriep.runtime import compat, hosts, library, targets, watchdog
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
@@ -162,8 +162,17 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
             _open(native, groups)
             if backend != "cpu":
                 _on_gpus[groups.name] = native
+            if any(d.process_index != jax.process_index() for d in groups.devices.flat):
+                watchdog.watch(groups.name, groups.platform, lambda: _failure(native, groups.name))
     if again:
         _wait_connected(native, groups.name)
+
+
+def _failure(native: ctypes.CDLL, name: str) -> str | None:
+    """Why a group has failed, or None."""
+    buffer = ctypes.create_string_buffer(_ERROR_BYTES)
+    failed = native.moriep_group_failure(name.encode(), buffer, _ERROR_BYTES)
+    return buffer.value.decode(errors="replace") if failed else None
 
 
 def check_failures() -> None:
@@ -173,7 +182,8 @@ def check_failures() -> None:
     raises by itself; the results of a step that failed, and of all after it, are NaN.
     """
     for name, native in list(_on_gpus.items()):
-        _check(native.moriep_group_failure(name.encode(), *_error_buffer()))
+        if (why := _failure(native, name)) is not None:
+            raise TransportError(why)
 
 
 def _open(native: ctypes.CDLL, groups: Groups) -> None:
@@ -252,10 +262,9 @@ def _wait_connected(native: ctypes.CDLL, name: str) -> None:
     deadline = time.monotonic() + timeout_seconds()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
-            native.moriep_group_failure(name.encode(), *_error_buffer())
-            why = _error.buffer.value.decode(errors="replace")
             raise TransportError(
-                f"group {name} has failed: {why}; restart the job, or call jm.initialize in every process"
+                f"group {name} has failed: {_failure(native, name)}; restart the job, or call jm.initialize "
+                "in every process"
             )
         if time.monotonic() > deadline:
             raise TransportError(

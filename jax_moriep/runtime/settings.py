@@ -23,3 +23,15 @@ def timeout_seconds() -> float:
             rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it")
         )
     return value
+
+
+def watchdog_enabled() -> bool:
+    """Whether a process that waits for ever beside a failed exchange ends: ``JAX_MORIEP_WATCHDOG``, 1 or 0.
+
+    Raises:
+      TransportError: the variable is neither.
+    """
+    text = os.environ.get("JAX_MORIEP_WATCHDOG", "1")
+    if text not in ("0", "1"):
+        raise TransportError(rule("JAX_MORIEP_WATCHDOG", text, "be 0 or 1", "unset it or fix it"))
+    return text == "1"

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep import exchange as exchange_module
 from jax_moriep.plan import ExchangeShape
 from tests.contract import oracle
 
@@ -271,3 +272,25 @@ def test_native_and_reference_agree_to_the_bit():
     for _ in range(3):
         for a, b in zip(run(configs["native"], x, ids, weights), want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("num_words", [0, 1, 37])
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_the_words_of_every_rank_come_to_every_rank(transport, num_ranks, num_words):
+    """Also the bits that are no number as a float, and typed as equal on all ranks, as out_specs has it."""
+    cfg = config(transport)
+    x, ids, weights = random_case(np.random.default_rng(12), num_ranks, 6, cfg)
+    words = np.random.default_rng(13).integers(-(2**31), 2**31, (num_ranks, num_words)).astype(np.int32)
+    words[:, :1] = 0x7FC00001
+
+    def body(x, ids, weights, words):
+        link = exchange_module.link_in_shard_map(x, ids, weights, cfg, "ep")
+        start = jnp.zeros(1, jnp.float32)
+        _, all_words, _ = exchange_module.ordered_dispatch(link, cfg, x, ids, weights, words[0], start)
+        return all_words
+
+    mapped = jax.shard_map(body, mesh=mesh_of(num_ranks), in_specs=P("ep"), out_specs=P())
+    got = jax.jit(mapped)(flat(x), flat(ids), flat(weights), words)
+    np.testing.assert_array_equal(got, words)
+    for shard in got.addressable_shards:
+        np.testing.assert_array_equal(shard.data, words)

@@ -156,6 +156,20 @@ def test_a_rank_that_leaves_early_is_noticed(tmp_path):
     assert re.search(r"rank 0 has left the group|rank 0 \(pid \d+\) has died", result.outputs[1])
 
 
+@pytest.mark.parametrize("how", ["leaves", "sleeps"])
+def test_a_missing_rank_is_an_error_of_a_loss_with_a_statistic(how):
+    """Statistics ride in the exchange: a psum of theirs would wait for ever and hide the exchange's error."""
+    result = start("script_statistics.py", 3, how, 1, JAX_MORIEP_TIMEOUT="5")
+    assert result.returncode != 0
+    missing = float(re.search(r"time ([\d.]+)", result.outputs[1]).group(1))
+    for rank, (when, text) in errors_of(result.outputs, skip=1).items():
+        # The first to notice ends its process, which the other may notice before its own deadline.
+        assert when - missing < 5 + 4
+        assert re.search(rf"moriep dispatch, rank {rank}, step \d+: ", text)
+    told = [text for _, text in errors_of(result.outputs, skip=1).values()]
+    assert any(re.search("rank 1 (has left|\\(pid)|waited 5 s for rank 1", text) for text in told), told
+
+
 def test_the_library_of_another_place_is_not_needed_to_import():
     """`import jax_moriep` loads no native code and starts no backend."""
     code = (

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define MORIEP_EXPORT extern "C" __attribute__((visibility("default")))
+#include "moriep/export.h"
 
 // State of a group table, as moriep_group_state gives it.
 enum MoriepGroupState : int32_t {
