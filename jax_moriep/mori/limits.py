@@ -1,8 +1,8 @@
 """What MORI cannot do and would answer by ending the process, by waiting for ever, or by wrong results.
 
-MORI checks little, and what it checks it answers with ``abort`` or ``exit(-1)``. So every rule of its C++ code
-that a user can break is stated here, as a pure function, and refused before MORI is called. Letters as in
-``config``; M is the most tokens per rank that a handle is made for.
+MORI checks little, and what it checks it answers with ``abort`` or ``exit(-1)``. So every rule of its C++
+code that a user can break is stated here, as a pure function, and refused before MORI is called. Letters as
+in ``config``; M is the most tokens per rank that a handle is made for.
 """
 
 from __future__ import annotations
@@ -278,6 +278,12 @@ def check_tokens(num_tokens: int, size: HandleSize) -> None:
         raise ConfigError(rule("num_tokens", num_tokens, must, cure))
 
 
+def most_warps(ranks: int, experts_per_rank: int) -> int:
+    """The waves of a work-group whose counts, for each rank and expert one per wave, fit into the LDS."""
+    left = LDS_BYTES - LDS_OWN_BYTES - 4 * experts_per_rank
+    return max(0, min(MAX_WARPS, left // (4 * (ranks + experts_per_rank))))
+
+
 def check_launch(
     size: HandleSize, compute_units: int, block_num: int, warp_num: int, rdma_block_num: int
 ) -> None:
@@ -304,10 +310,8 @@ def check_launch(
         raise ConfigError(
             rule("warp_num_per_block", warp_num, must, "choose such a number, or leave it None")
         )
-    lds = 4 * (size.ranks * warp_num + size.experts_per_rank * (warp_num + 1))
-    if lds > LDS_BYTES - LDS_OWN_BYTES:
-        each = 4 * (size.ranks + size.experts_per_rank)
-        most = max(0, LDS_BYTES - LDS_OWN_BYTES - 4 * size.experts_per_rank) // each
+    most = most_warps(size.ranks, size.experts_per_rank)
+    if warp_num > most:
         must = f"be at most {most} with {size.experts_per_rank} experts per rank, whose counts fill the LDS"
         cure = "lower it" if most >= least else "use more ranks, or another transport"
         raise ConfigError(rule("warp_num_per_block", warp_num, must, cure))
