@@ -52,8 +52,7 @@ class Tuning:
         if self.warp_num_per_block is not None and self.warp_num_per_block > _MAX_WARPS:
             must = f"be at most {_MAX_WARPS}, which are 1024 threads"
             raise ConfigError(rule("warp_num_per_block", self.warp_num_per_block, must, "lower it"))
-        if None not in (self.block_num, self.rdma_block_num) and self.rdma_block_num >= self.block_num:
-            must = f"be less than block_num={self.block_num}"
-            raise ConfigError(
-                rule("rdma_block_num", self.rdma_block_num, must, "lower it or raise block_num")
-            )
+        blocks, network = self.block_num, self.rdma_block_num
+        if blocks is not None and network is not None and network >= blocks:
+            must = f"be less than block_num={blocks}"
+            raise ConfigError(rule("rdma_block_num", network, must, "lower it or raise block_num"))

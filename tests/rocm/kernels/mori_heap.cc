@@ -1,7 +1,9 @@
-// Constructs one of amd-mori's handles in a world of one rank and says "constructed". Every value of the configuration
-// that sizes a buffer is given, the number of ranks as well, for construction allocates only the rank's own memory.
+// Constructs one of amd-mori's handles in a world of one rank and says "constructed". Every value
+// of the configuration that sizes a buffer is given, the number of ranks as well, for construction
+// allocates only the rank's own memory.
 //
-// Usage: mori_heap KERNEL RANKS GPUS_PER_NODE HIDDEN ELEMENT_BYTES MAX_TOKENS EXPERTS_PER_RANK TOP_K SCALES SCALE_BYTES
+// Usage: mori_heap KERNEL RANKS GPUS_PER_NODE HIDDEN ELEMENT_BYTES MAX_TOKENS EXPERTS_PER_RANK
+// TOP_K SCALES SCALE_BYTES
 #include <cstdio>
 #include <cstdlib>
 
@@ -13,9 +15,15 @@ namespace shmem = mori::shmem;
 
 int main(int, char** arguments) {
   moe::EpDispatchCombineConfig config;
-  int* const values[] = {&config.worldSize,        &config.gpuPerNode,           &config.hiddenDim,
-                         &config.maxTokenTypeSize, &config.maxNumInpTokenPerRank, &config.numExpertPerRank,
-                         &config.numExpertPerToken, &config.scaleDim,             &config.scaleTypeSize};
+  int* const values[] = {&config.worldSize,
+                         &config.gpuPerNode,
+                         &config.hiddenDim,
+                         &config.maxTokenTypeSize,
+                         &config.maxNumInpTokenPerRank,
+                         &config.numExpertPerRank,
+                         &config.numExpertPerToken,
+                         &config.scaleDim,
+                         &config.scaleTypeSize};
   config.kernelType = static_cast<moe::KernelType>(std::atoi(*++arguments));
   for (int* value : values) *value = std::atoi(*++arguments);
 

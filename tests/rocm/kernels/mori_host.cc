@@ -63,7 +63,9 @@ moe::EpDispatchCombineHandle* mori_rank_handle(int rank, int ranks, int hidden, 
   config.numExpertPerToken = top_k;
   config.blockNum = blocks;
   config.warpNumPerBlock = waves;
-  config.gpuPerNode = ranks;
+  // The largest power of two that divides the ranks: MORI takes no other, and its kernels for one
+  // machine do not care.
+  config.gpuPerNode = ranks & -ranks;
   moe::EpDispatchCombineHandle* handle = nullptr;
   guarded([&] { handle = new moe::EpDispatchCombineHandle(config); });
   return handle;
