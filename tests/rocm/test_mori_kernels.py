@@ -103,11 +103,17 @@ def configure(host_library):
     """Makes a Config of test_mori's for two ranks, or with other values."""
 
     def make(dtype="bfloat16", **more):
-        (folder,) = obtain(Unit("IntraNode", dtype))
+        (folder,) = obtain(Unit("IntraNodeLL" if more.get("low_latency") else "IntraNode", dtype))
         shape = {"ranks": 2, "hidden": 128, "top_k": 2, "experts_per_rank": 4, "max_tokens": 32} | more
         return Config(host=str(host_library), kernels=str(folder), dtype=dtype, rounds=4, seed=0, **shape)
 
     return make
+
+
+@pytest.mark.parametrize("fetch", [False, True], ids=["send", "fetch"])
+@pytest.mark.parametrize("low_latency", [False, True], ids=["IntraNode", "IntraNodeLL"])
+def test_kernels_of_one_machine(configure, low_latency, fetch):
+    run_ranks(configure(ranks=4, top_k=8, experts_per_rank=4, low_latency=low_latency, fetch=fetch))
 
 
 @pytest.mark.parametrize("ranks", [3, 6])
