@@ -1,6 +1,7 @@
 """jax_moriep's knowledge of the real amd-mori: its kernels compile, load and run; its heap; its tables."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -114,6 +115,24 @@ def configure(host_library):
 @pytest.mark.parametrize("low_latency", [False, True], ids=["IntraNode", "IntraNodeLL"])
 def test_kernels_of_one_machine(configure, low_latency, fetch):
     run_ranks(configure(ranks=4, top_k=8, experts_per_rank=4, low_latency=low_latency, fetch=fetch))
+
+
+@pytest.mark.parametrize("beyond", [{"top_k": 9}, {"waves": 2}], ids=lambda beyond: next(iter(beyond)))
+def test_the_low_latency_kernel_is_wrong_beyond_its_limits(configure, beyond):
+    """Why ``limits`` refuses them; should MORI mend it, this fails."""
+    config = configure(**{"ranks": 2, "top_k": 8, "experts_per_rank": 8, "low_latency": True} | beyond)
+    size = HandleSize("IntraNodeLL", 2, 2, 32, 128, 2, 8, config.top_k)
+    check = (
+        limits.check_handle
+        if "top_k" in beyond
+        else functools.partial(
+            limits.check_launch, compute_units=304, block_num=2, warp_num=config.waves, rdma_block_num=0
+        )
+    )
+    with pytest.raises(jm.ConfigError):
+        check(size)
+    with pytest.raises(AssertionError, match="rank 0: exit 1"):
+        run_ranks(config)
 
 
 @pytest.mark.parametrize("ranks", [3, 6])

@@ -47,8 +47,10 @@ if (here / "short").exists():
 header = bytearray(64)
 header[:5] = b"\\x7fELF\\x02"
 struct.pack_into("<H", header, 18, 224)
-struct.pack_into("<Q", header, 40, 64)
-pathlib.Path(arguments[-1]).write_bytes(header + b"\\0" + b"".join(n.encode() + b".kd\\0" for n in names))
+text = b"\\0" + b"".join(name.encode() + b".kd\\0" for name in names)
+struct.pack_into("<Q", header, 40, 64 + len(text))
+struct.pack_into("<HH", header, 58, 64, 1)
+pathlib.Path(arguments[-1]).write_bytes(header + text + bytes(64))
 """
 
 
@@ -209,11 +211,11 @@ def test_a_broken_entry_is_made_again(machine):
     (folder,) = machine.obtain(BF16)
     path = folder / "IntraNode.hsaco"
     whole = path.read_bytes()
-    for damage in (b"", whole[:70], b"text" + whole[4:], whole[:18] + b"\x3e\0" + whole[20:]):
+    for damage in (b"", whole[:70], whole[:-1], b"text" + whole[4:], whole[:18] + b"\x3e\0" + whole[20:]):
         path.write_bytes(damage)
         assert machine.obtain(BF16) == [folder]
         assert path.read_bytes() == whole
-    assert len(machine.calls()) == 5
+    assert len(machine.calls()) == 6
 
 
 def test_a_compiler_that_fails(machine):

@@ -211,6 +211,10 @@ def test_local_memory():
     check(many, 304, 80, 15, 0)
     text = "warp_num_per_block=16 must be at most 15 with 1000 experts per rank, whose counts …; lower it"
     refused(ConfigError, text, check, many, 304, 80, 16, 0)
+    # w = 15 takes 64572 bytes, which only the kernels' own variables make too many.
+    check(dataclasses.replace(many, experts_per_rank=1008), 304, 80, 14, 0)
+    text = "warp_num_per_block=15 must be at most 14 with 1008 experts per rank, …"
+    refused(ConfigError, text, check, dataclasses.replace(many, experts_per_rank=1008), 304, 80, 15, 0)
     most = dataclasses.replace(many, experts_per_rank=20000)
     text = "warp_num_per_block=1 must be at most 0 with 20000 …; use more ranks, or another transport"
     refused(ConfigError, text, check, most, 304, 80, 1, 0)
