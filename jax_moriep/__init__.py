@@ -21,6 +21,7 @@ from jax_moriep.params import init_params, pad_params, param_specs
 from jax_moriep.plan import Dispatched, Plan
 from jax_moriep.routing import ROUTERS, Route, route, update_score_bias
 from jax_moriep.stats import check_stats
+from jax_moriep.tuning_options import Tuning
 from jax_moriep.version import __version__
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Route",
     "ShardingError",
     "TransportError",
+    "Tuning",
     "__version__",
     "check_stats",
     "checkpoint_policy",

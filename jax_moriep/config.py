@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.tuning_options import Tuning
 
 ROUTER_NAMES = (
     "softmax_topk",
@@ -65,6 +66,7 @@ class MoEConfig:
       transport: "auto" or one of native, mori, collective, reference.
       experts: "auto" or one of blocked, triton, aiter, reference.
       block: rows per block; every expert's run of rows starts at a multiple of it. None: chosen from T.
+      tuning: a ``jm.Tuning``: how the transport launches its kernels. None: as its tables say.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -93,6 +95,7 @@ class MoEConfig:
     transport: str = "auto"
     experts: str = "auto"
     block: int | None = None
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
@@ -124,6 +127,8 @@ class MoEConfig:
         self._check_choice("transport", ("auto", *TRANSPORTS))
         self._check_choice("experts", ("auto", *EXPERTS))
         self._check_choice("wire_dtype", (None, "fp8"))
+        if self.tuning is not None and not isinstance(self.tuning, Tuning):
+            raise ConfigError(rule("tuning", self.tuning, "be a jm.Tuning or None", "pass jm.Tuning(...)"))
         if self.shared_gate and self.shared_intermediate_size is None:
             raise ConfigError(
                 rule("shared_gate", True, "come with a shared expert", "set shared_intermediate_size")

@@ -14,13 +14,23 @@ from typing import Any
 import jax
 
 from jax_moriep import experts, transports
+from jax_moriep.cli import doctor_mori
 from jax_moriep.errors import LibraryError
 from jax_moriep.runtime import compat, library
 from jax_moriep.runtime.place import Place
 from jax_moriep.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "matplotlib", "torch")
-VARIABLES = ("JAX_MORIEP_TIMEOUT", "JAX_MORIEP_LIB_DIR", "JAX_PLATFORMS", "XLA_FLAGS")
+VARIABLES = (
+    "JAX_MORIEP_TIMEOUT",
+    "JAX_MORIEP_LIB_DIR",
+    "JAX_MORIEP_MORI_DIR",
+    "JAX_MORIEP_MORI_KERNELS",
+    "JAX_MORIEP_CACHE_DIR",
+    "JAX_MORIEP_ROCM_PATH",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,6 +65,7 @@ def examine() -> dict[str, Any]:
       - transports, experts: for each platform, for each implementation the reason.
       - chosen: for each platform what "auto" takes.
       - machine: for each thing that the native transport needs of the system the reason.
+      - mori: as ``doctor_mori.examine`` says.
       - environment: the variables that matter and are set.
       - ok: whether "auto" finds a transport and experts on the default platform.
     """
@@ -78,6 +89,7 @@ def examine() -> dict[str, Any]:
         "experts": {p: reasons[p]["experts"] for p in devices},
         "chosen": chosen,
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
+        "mori": doctor_mori.examine(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "ok": default is not None and None not in chosen[default].values(),
     }
@@ -114,6 +126,7 @@ def as_text(found: dict[str, Any]) -> str:
 
     lines.append("what the native transport needs of this machine")
     lines += [_line(name, why) for name, why in found["machine"].items()]
+    lines += doctor_mori.lines(found["mori"])
     if found["environment"]:
         lines.append("environment")
         lines += [f"  {name}={value}" for name, value in found["environment"].items()]

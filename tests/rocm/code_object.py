@@ -61,10 +61,13 @@ def kernels(path: Path) -> list[Kernel]:
         if note != NT_AMDGPU_METADATA:
             continue
         for kernel in msgpack.unpackb(content)["amdhsa.kernels"]:
+            # Those that a compiler adds by itself have no names.
             arguments = tuple(
-                Argument(argument[".name"], argument[".offset"], argument[".size"])
+                Argument(
+                    argument.get(".name", argument[".value_kind"]), argument[".offset"], argument[".size"]
+                )
                 for argument in kernel[".args"]
-                if argument[".name"] != PADDING
+                if argument.get(".name") != PADDING
             )
             found.append(Kernel(kernel[".name"], arguments, kernel[".kernarg_segment_size"]))
     return found

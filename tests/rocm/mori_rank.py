@@ -39,6 +39,8 @@ class Config:
     seed: int
     blocks: int = 2
     waves: int = 4
+    low_latency: bool = False
+    fetch: bool = False  # combine's rows lie in MORI's own buffer, from where peers fetch them
 
     @property
     def received(self) -> int:
@@ -48,7 +50,16 @@ class Config:
 class Results(ctypes.Structure):
     _fields_ = [
         (name, c_void_p)
-        for name in ("tokens", "weights", "indices", "count", "sources", "combined", "combined_weights")
+        for name in (
+            "tokens",
+            "weights",
+            "indices",
+            "count",
+            "sources",
+            "fetched",
+            "combined",
+            "combined_weights",
+        )
     ]
 
 
@@ -120,7 +131,8 @@ class Rank:
         assert self.host.mori_rank_init(rank, config.ranks, buffer, c_char_p(config.kernels.encode())) == 0
         size = np.dtype(self.dtype).itemsize
         shape = (rank, config.ranks, config.hidden, size, config.max_tokens, config.experts_per_rank)
-        self.handle = c_void_p(self.host.mori_rank_handle(*shape, config.top_k, config.blocks, config.waves))
+        how = (config.blocks, config.waves, config.low_latency, config.fetch)
+        self.handle = c_void_p(self.host.mori_rank_handle(*shape, config.top_k, *how))
         assert self.handle.value
         # Peers must not dispatch into buffers that this process still clears.
         hip.check("hipDeviceSynchronize")
@@ -152,6 +164,8 @@ class Rank:
         self._call("mori_rank_dispatch", tokens, weights, len(mine.tokens))
 
     def combine(self, rows: np.ndarray, count: int) -> None:
+        if self.config.fetch:
+            self.rows.address = c_void_p(self.results().fetched)
         self._call("mori_rank_combine", self.rows.write(rows), None, count)
 
     def finish(self) -> None:

@@ -1,15 +1,14 @@
 """The real amd-mori on simulated devices: the libraries and, compiled here, the kernels of its wheel."""
 
 import json
-import os
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from jax_moriep.mori import kernels as mori_kernels
+from jax_moriep.mori import wheel
 from tests.rocm import simulated
 from tests.rocm.mori_rank import Config
 from tests.rocm.simulated import LIBRARIES, MORI, SYSROOT
@@ -17,11 +16,12 @@ from tests.rocm.simulated import LIBRARIES, MORI, SYSROOT
 HERE = Path(__file__).parent / "kernels"
 SOURCES = MORI / "_jit-sources"
 INCLUDES = ("", "include", "src", "3rdparty/spdlog/include", "3rdparty/msgpack-c/include")
-# (part of a kernel's name, type) of rows.
-KERNEL_TYPES = {
-    "bfloat16": ("bf16", "hip_bfloat16"),
-    "float32": ("f32", "float"),
-    "float8_e4m3fnuz": ("fp8_fnuz", "__hip_fp8_e4m3_fnuz"),
+ROW_TYPES = tuple(mori_kernels.ROW_TYPES)
+# What jax_moriep.mori needs to know of a wheel that is unpacked and of a ROCm that is not installed.
+KERNEL_SETTINGS = {
+    "JAX_MORIEP_MORI_DIR": str(MORI),
+    "JAX_MORIEP_ROCM_PATH": str(SYSROOT / "rocm"),
+    "JAX_MORIEP_CACHE_DIR": str(simulated.BUILD / "kernels"),
 }
 ENVIRONMENT = {
     # Where the library looks for ROCm SMI, unless told.
@@ -35,45 +35,32 @@ ENVIRONMENT = {
 }
 
 
-def is_newer(output: Path, source: Path) -> bool:
-    return output.exists() and output.stat().st_mtime > source.stat().st_mtime
-
-
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("mori") / "libmori_rank.so"
+def link_with_mori(source: Path, output: Path, *options: str) -> Path:
+    """Compiles a C++ source that uses amd-mori's own interface."""
     includes = [f"-isystem{SOURCES / path}" for path in INCLUDES]
     libraries = [f"-l:libmori_{name}.so" for name in ("ops", "shmem", "application", "cco")]
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-D__HIP_PLATFORM_AMD__"]
-    command += [*includes, f"-isystem{SYSROOT}/usr/include", HERE / "mori_host.cc", f"-L{MORI}", *libraries]
+    command = ["g++", "-std=c++20", "-O1", *options, "-D__HIP_PLATFORM_AMD__", "-Wl,--allow-shlib-undefined"]
+    command += [*includes, f"-isystem{SYSROOT}/usr/include", source, f"-L{MORI}", *libraries]
     command += [f"-L{LIBRARIES}", "-l:libamdhip64.so.7", "-o", output]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     return output
 
 
-def compile_for(dtype: str) -> Path:
-    """Compiles the kernels for rows of a type, unless that was done; gives the code object's own folder."""
-    source = HERE / "mori_kernels.hip"
-    output = simulated.BUILD / "mori-kernels" / dtype / "ep_intranode.hsaco"
-    if not is_newer(output, source):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        name, row_type = KERNEL_TYPES[dtype]
-        # clang-19 lacks this builtin; the kernels only ask it for fences of the whole system.
-        fence = '-D__scoped_atomic_thread_fence(order,scope)=__builtin_amdgcn_fence(order,"")'
-        options = ["-DHIP_ENABLE_WARP_SYNC_BUILTINS", fence, f"-DROW_NAME={name}", f"-DROW_TYPE={row_type}"]
-        options += [f"-isystem{SOURCES / path}" for path in INCLUDES]
-        made = output.with_suffix(".new")
-        simulated.compile_kernels(source, made, *options)
-        shutil.move(made, output)
-    return output.parent
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("mori") / "libmori_rank.so"
+    return link_with_mori(HERE / "mori_host.cc", output, "-shared", "-fPIC")
 
 
 @pytest.fixture(scope="session")
 def kernels() -> dict[str, Path]:
-    """The folders of the code objects. They take minutes to compile, so they are kept with the build."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(KERNEL_TYPES, pool.map(compile_for, KERNEL_TYPES), strict=True))
+    """The folders of the code objects for each type of rows, kept with the build."""
+    units = [mori_kernels.Unit("IntraNode", rows) for rows in ROW_TYPES]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KERNEL_SETTINGS.items():
+            patch.setenv(name, value)
+        return dict(zip(ROW_TYPES, mori_kernels.obtain(wheel.find(), "gfx942", units), strict=True))
 
 
 def run_ranks(config: Config, deadline: float = 240, **more: str) -> None:
@@ -110,7 +97,7 @@ def configure(host_library, kernels):
 
 
 @pytest.mark.parametrize("memory", ["ordinary", "adversarial"])
-@pytest.mark.parametrize("dtype", KERNEL_TYPES)
+@pytest.mark.parametrize("dtype", ROW_TYPES)
 @pytest.mark.parametrize(("ranks", "top_k"), [(2, 2), (4, 8), (8, 8)])
 def test_dispatch_and_combine(configure, ranks, top_k, dtype, memory):
     shape = {"hidden": 256, "top_k": top_k, "experts_per_rank": 8 // ranks * 2, "max_tokens": 64}

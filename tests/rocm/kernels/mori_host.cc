@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <string>
 
 #include "mori/ops/dispatch_combine/launch.hpp"
 #include "mori/ops/ops.hpp"
@@ -25,6 +26,20 @@ int guarded(Call call) {
   }
 }
 
+// MORI's C++ launchers do not know the low-latency kernel; its Python launches it by name.
+void launch_by_name(moe::EpDispatchCombineHandle& handle, const std::string& name, const char* end,
+                    void* tokens, void* weights, void* indices, int64_t count, int type,
+                    hipStream_t stream, int lds) {
+  handle.PrepareInference(static_cast<hipDataType>(type), tokens, nullptr,
+                          static_cast<float*>(weights), static_cast<int32_t*>(indices),
+                          static_cast<int32_t>(count));
+  auto arguments = moe::GetEpDispatchCombineArgsRaw(handle, 0);
+  const char* rows = type == HIP_R_32F ? "f32" : type == HIP_R_16BF ? "bf16" : "fp8_fnuz";
+  moe::KernelRegistry::Instance().Launch(name + rows + end, handle.config.blockNum,
+                                         64 * handle.config.warpNumPerBlock, lds, stream,
+                                         &arguments, sizeof(arguments));
+}
+
 }  // namespace
 
 extern "C" {
@@ -36,6 +51,8 @@ struct Results {
   void* indices;
   void* count;
   void* sources;
+  // Where combine takes its rows when peers fetch them.
+  void* fetched;
   void* combined;
   void* combined_weights;
 };
@@ -51,8 +68,10 @@ int mori_rank_init(int rank, int ranks, shmem::mori_shmem_uniqueid_t* id, const 
 
 moe::EpDispatchCombineHandle* mori_rank_handle(int rank, int ranks, int hidden, int element_bytes,
                                                int max_tokens, int experts_per_rank, int top_k,
-                                               int blocks, int waves) {
+                                               int blocks, int waves, int low_latency, int fetch) {
   moe::EpDispatchCombineConfig config;
+  config.kernelType = low_latency ? moe::KernelType::IntraNodeLL : moe::KernelType::IntraNode;
+  config.useExternalInpBuffer = !fetch;
   config.rank = rank;
   config.worldSize = ranks;
   config.hiddenDim = hidden;
@@ -63,7 +82,9 @@ moe::EpDispatchCombineHandle* mori_rank_handle(int rank, int ranks, int hidden, 
   config.numExpertPerToken = top_k;
   config.blockNum = blocks;
   config.warpNumPerBlock = waves;
-  config.gpuPerNode = ranks;
+  // The largest power of two that divides the ranks: MORI takes no other, and its kernels for one
+  // machine do not care.
+  config.gpuPerNode = ranks & -ranks;
   moe::EpDispatchCombineHandle* handle = nullptr;
   guarded([&] { handle = new moe::EpDispatchCombineHandle(config); });
   return handle;
@@ -75,6 +96,7 @@ void mori_rank_results(moe::EpDispatchCombineHandle* handle, Results* out) {
   out->indices = handle->shmemOutIndicesMemObj->Get();
   out->count = handle->totalRecvTokenNum;
   out->sources = handle->dispTokIdToSrcTokIdMemObj->Get();
+  out->fetched = handle->GetShmemCombineInpTokMemObj()->Get();
   out->combined = handle->GetShmemCombineOutTokMemObj()->Get();
   out->combined_weights = handle->shmemCombineOutWeightsMemObj->Get();
 }
@@ -82,6 +104,13 @@ void mori_rank_results(moe::EpDispatchCombineHandle* handle, Results* out) {
 int mori_rank_dispatch(moe::EpDispatchCombineHandle* handle, void* tokens, void* weights,
                        void* indices, int64_t count, int type, hipStream_t stream) {
   return guarded([&] {
+    if (handle->config.kernelType == moe::KernelType::IntraNodeLL) {
+      const auto& config = handle->config;
+      const int waves = config.warpNumPerBlock, experts = config.numExpertPerRank;
+      launch_by_name(*handle, "EpDispatchIntraNodeLLKernel_", "", tokens, weights, indices, count,
+                     type, stream, (config.worldSize * waves + experts * waves + experts) * 4);
+      return;
+    }
     moe::LaunchDispatch(*handle, tokens, weights, nullptr, indices, count,
                         static_cast<hipDataType>(type), -1, -1, -1, stream);
   });
@@ -90,6 +119,13 @@ int mori_rank_dispatch(moe::EpDispatchCombineHandle* handle, void* tokens, void*
 int mori_rank_combine(moe::EpDispatchCombineHandle* handle, void* tokens, void* weights,
                       void* indices, int64_t count, int type, hipStream_t stream) {
   return guarded([&] {
+    if (handle->config.kernelType == moe::KernelType::IntraNodeLL) {
+      const auto& config = handle->config;
+      launch_by_name(*handle, "EpCombineIntraNodeKernel_",
+                     config.useExternalInpBuffer ? "_nop2p" : "_p2p", tokens, weights, indices,
+                     count, type, stream, config.warpNumPerBlock * config.numExpertPerToken * 16);
+      return;
+    }
     moe::LaunchCombine(*handle, tokens, weights, indices, count, static_cast<hipDataType>(type), -1,
                        -1, -1, -1, stream);
   });
