@@ -35,7 +35,7 @@ from jax_moriep.tuning_options import Tuning
 # The compute units of whole chips.
 COMPUTE_UNITS = {"mi300x": 304, "mi325x": 304, "mi308x": 80, "mi350x": 256, "mi355x": 256}
 _MODEL_OF_ARCH = {"gfx942": "mi300x", "gfx950": "mi355x"}
-# At so many tokens per rank or fewer, InterNodeV1LL is quicker than InterNodeV1 by MORI's own account.
+# At so many tokens per rank or fewer, InterNodeV1LL is taken: the threshold that SGLang has by default.
 LOW_LATENCY_TOKENS = 256
 # The names of types of rows in the tables, the nearest first.
 _TABLE_TYPES = {
