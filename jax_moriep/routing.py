@@ -98,8 +98,7 @@ def _keep_best_groups(
 ) -> jax.Array:
     """Puts ``fill`` for experts outside the best ``top_groups`` groups.
 
-    ``group_score`` maps [T, G, E/G] to [T, G]. The kept groups hold at least ``top_k`` experts: MoEConfig sees
-    to that.
+    ``group_score`` maps [T, G, E/G] to [T, G]. MoEConfig sees to it that kept groups hold ``top_k`` experts.
     """
     if cfg.num_groups is None or cfg.top_groups is None:
         return choice
