@@ -218,6 +218,12 @@ class MoEConfig:
             )
 
 
+def check_type(name: str, value: object, kind: type, cure: str) -> None:
+    """Raises ConfigError with the type's name, not the value, whose repr may be pages of numbers."""
+    if not isinstance(value, kind):
+        raise ConfigError(rule(name, type(value).__name__, f"be a jm.{kind.__name__}", cure))
+
+
 def _in_words(value: Any) -> str:
     """A value in words without addresses in memory, which differ between processes."""
     if isinstance(value, functools.partial):

@@ -6,6 +6,8 @@ A text names the argument, its value, the rule it breaks and the cure:
 
 from __future__ import annotations
 
+_LONGEST_VALUE = 200
+
 
 class MoriepError(Exception):
     """Base of the exceptions that jax_moriep defines."""
@@ -32,5 +34,8 @@ class CapacityOverflow(MoriepError, RuntimeError):
 
 
 def rule(name: str, value: object, must: str, cure: str) -> str:
-    """Builds an error text: ``name=value must ...; cure``."""
-    return f"{name}={value!r} must {must}; {cure}"
+    """Builds an error text: ``name=value must ...; cure``. A long value, such as an array, is cut."""
+    shown = repr(value)
+    if len(shown) > _LONGEST_VALUE:
+        shown = " ".join(shown[:_LONGEST_VALUE].split()) + "..."
+    return f"{name}={shown} must {must}; {cure}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import experts_per_rank
 
@@ -48,7 +49,17 @@ def init_params(key: jax.Array, cfg: MoEConfig, dtype: Any = jnp.float32) -> MoE
 
     Returns:
       The weights.
+
+    Raises:
+      ConfigError: ``cfg`` is no config, or ``dtype`` is not floating.
     """
+    check_type("cfg", cfg, MoEConfig, "pass the layer's config")
+    try:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ConfigError(rule("dtype", dtype, "be a floating dtype", "pass jnp.float32 or jnp.bfloat16"))
     shapes = param_shapes(cfg)
     fan_in = {
         "router": cfg.hidden_size,
@@ -77,6 +88,9 @@ def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None)
     With ``tp_axis`` the hidden dimension of w1 and of the shared w1, and the intermediate dimension of w2 and
     of the shared w2 are split over it. (A contiguous split of w1's 2*I rows would part gates from their ups.)
 
+    ``jax.device_put`` by these specs refuses an E that the axis does not divide; ``jm.pad_params(params, R)``
+    first makes one that it does.
+
     Args:
       cfg: the layer.
       ep_axis: the expert-parallel mesh axis.
@@ -84,7 +98,11 @@ def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None)
 
     Returns:
       A MoEParams of PartitionSpecs, None where the config has no weight.
+
+    Raises:
+      ConfigError: ``cfg`` is no config.
     """
+    check_type("cfg", cfg, MoEConfig, "pass the layer's config")
     specs = MoEParams(
         router=P(),
         w1=P(ep_axis, None, tp_axis),
@@ -106,22 +124,32 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
     """Pads the experts with zeros to a multiple of ``num_ranks``, so that they can be sharded over it.
 
     The router keeps its E columns, so nothing is routed to the padding. ``ep_moe`` does this on the way when
-    E is not divisible; doing it once, ahead, saves the copy in every step.
+    E is not divisible; doing it once, ahead, saves the copy in every step. What another number of ranks was
+    padded for is padded anew.
 
     Args:
-      params: weights of E experts.
+      params: weights of E experts, or of a padded number of experts.
       num_ranks: R.
 
     Returns:
       Weights whose expert dimension is ``R * ceil(E / R)``.
+
+    Raises:
+      ConfigError: ``params`` is no MoEParams, or ``num_ranks`` is not a positive integer.
     """
+    check_type("params", params, MoEParams, "make it with jm.init_params")
+    if isinstance(num_ranks, bool) or not isinstance(num_ranks, numbers.Integral) or num_ranks < 1:
+        cure = "pass the size of the expert-parallel mesh axis, mesh.shape['ep']"
+        raise ConfigError(rule("num_ranks", num_ranks, "be a positive integer", cure))
     experts = params.w1.shape[0]
-    padded = num_ranks * experts_per_rank(params.router.shape[-1], num_ranks)
+    padded = int(num_ranks) * experts_per_rank(params.router.shape[-1], int(num_ranks))
     if experts == padded:
         return params
 
     def pad(w: Any) -> Any:
-        return None if w is None else jnp.pad(w, [(0, padded - experts)] + [(0, 0)] * (w.ndim - 1))
+        if w is None:
+            return None
+        return jnp.pad(w[:padded], [(0, max(0, padded - experts))] + [(0, 0)] * (w.ndim - 1))
 
     return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in _PER_EXPERT})
 
@@ -134,10 +162,7 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
       cfg: the layer.
       num_ranks: R.
     """
-    if not isinstance(params, MoEParams):
-        raise ConfigError(
-            rule("params", type(params).__name__, "be a jm.MoEParams", "make it with jm.init_params")
-        )
+    check_type("params", params, MoEParams, "make it with jm.init_params")
     padded = num_ranks * experts_per_rank(cfg.num_experts, num_ranks)
     shapes = param_shapes(cfg)
     for field in dataclasses.fields(MoEParams):

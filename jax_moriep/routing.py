@@ -1,5 +1,5 @@
 """Routing: which experts a token goes to and with what weight, one function per published formula, and the
-losses that keep the load even.
+losses that keep the load even. Each formula is that of transformers 5.24.0, forward and gradient.
 
 Every router maps f32 logits [T, E] to ``(ids i32[T, K], weights f32[T, K], scores f32[T, E])``. The ids come
 in falling order of what they were chosen by, and of equal candidates the lower id wins. ``scores`` is what
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 
 Routed = tuple[jax.Array, jax.Array, jax.Array]
@@ -70,7 +70,8 @@ def _divide_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[ja
 
 
 def _top_ids(choice: jax.Array, k: int) -> jax.Array:
-    return jax.lax.top_k(choice, k)[1]
+    # top_k puts 0.0 before -0.0, and so a higher id before a lower one that is its equal.
+    return jax.lax.top_k(jnp.where(choice == 0, jnp.abs(choice), choice), k)[1]
 
 
 def _chosen(values: jax.Array, ids: jax.Array) -> jax.Array:
@@ -92,17 +93,20 @@ def _biased(scores: jax.Array, score_bias: jax.Array | None) -> jax.Array:
     return scores if score_bias is None else scores + score_bias
 
 
-def _outside_groups_zero(
-    choice: jax.Array, group_score: Callable[[jax.Array], jax.Array], cfg: MoEConfig
+def _keep_best_groups(
+    choice: jax.Array, group_score: Callable[[jax.Array], jax.Array], fill: float, cfg: MoEConfig
 ) -> jax.Array:
-    """Zeroes the experts outside the best ``top_groups`` groups; ``group_score``: [T, G, E/G] to [T, G]."""
+    """Puts ``fill`` for experts outside the best ``top_groups`` groups.
+
+    ``group_score`` maps [T, G, E/G] to [T, G]. MoEConfig sees to it that kept groups hold ``top_k`` experts.
+    """
     if cfg.num_groups is None or cfg.top_groups is None:
         return choice
     size = choice.shape[-1] // cfg.num_groups
     grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, size)
     best = _top_ids(group_score(grouped), cfg.top_groups)
     kept = (best[..., None] == jnp.arange(cfg.num_groups)).any(axis=-2)
-    return jnp.where(kept[..., None], grouped, 0).reshape(choice.shape)
+    return jnp.where(kept[..., None], grouped, fill).reshape(choice.shape)
 
 
 def softmax_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -121,7 +125,7 @@ def topk_softmax(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig
     """The k largest logits, softmax over these k; ``norm_topk`` has nothing to add.
 
     Granite MoE (Granite 3.0 language models, 2024; the gate of Shazeer et al. 2017, arXiv:1701.06538, without
-    its noise); transformers ``GraniteMoeTopKGating``. The loss averages the softmax over all experts.
+    its noise); transformers ``GraniteMoeTopKRouter``. The loss averages the softmax over all experts.
     """
     ids = _top_ids(logits, cfg.top_k)
     weights = jax.nn.softmax(_chosen(logits, ids), axis=-1) * cfg.routed_scaling
@@ -142,14 +146,16 @@ def sigmoid_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig
 def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
     """Sigmoid scores plus bias, limited to the groups with the largest sum of their two best.
 
-    DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437), also GLM-4 MoE and dots1; transformers
-    ``DeepseekV3MoE.route_tokens_to_experts``. Experts outside the kept groups stand at 0.0, not at minus
-    infinity, so that where the bias is negative one of them can be chosen, and then with its own score.
+    DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437), also GLM-4 MoE and dots1; ``DeepseekV3TopkRouter``,
+    ``Glm4MoeTopkRouter`` and ``Dots1TopkRouter`` of transformers 5.24.0. Experts outside the kept groups
+    stand at -inf, as in transformers since 5.6.0, so that none of them is ever chosen; until 5.5.4 they
+    stood at 0.0 and won where the bias made kept ones negative.
     """
     scores = jax.nn.sigmoid(logits)
-    choice = _outside_groups_zero(
+    choice = _keep_best_groups(
         _biased(scores, score_bias),
         lambda grouped: jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1),
+        -jnp.inf,
         cfg,
     )
     ids = _top_ids(choice, cfg.top_k)
@@ -160,12 +166,12 @@ def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig)
 def deepseek_v2(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
     """Softmax over all experts, limited to the groups with the largest maximum, then the k largest.
 
-    DeepSeek-V2 (DeepSeek-AI 2024, arXiv:2405.04434); transformers ``DeepseekV2Moe.route_tokens_to_experts``,
-    "group_limited_greedy" with groups and "greedy" without (which ignores ``norm_topk_prob``: pass
-    ``norm_topk=False`` to match it).
+    DeepSeek-V2 (DeepSeek-AI 2024, arXiv:2405.04434); transformers ``DeepseekV2TopkRouter``,
+    "group_limited_greedy" with groups and "greedy" without (both ignore ``norm_topk_prob``: pass
+    ``norm_topk=False`` to match them). Experts outside the kept groups stand at 0.0, below every softmax.
     """
     scores = jax.nn.softmax(logits, axis=-1)
-    limited = _outside_groups_zero(scores, lambda grouped: grouped.max(axis=-1), cfg)
+    limited = _keep_best_groups(scores, lambda grouped: grouped.max(axis=-1), 0.0, cfg)
     ids = _top_ids(limited, cfg.top_k)
     chosen = _chosen(limited, ids)
     return ids, _weights(chosen, _sum(chosen), cfg), scores
@@ -230,9 +236,14 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
       Route: ids i32[..., K], weights f32[..., K], scores and logits f32[..., E].
 
     Raises:
-      ConfigError: a shape or dtype does not fit the config, a bias is missing or not asked for, or a
-        callable router returned other shapes.
+      ConfigError: an argument is of another type, a shape or dtype does not fit the config, a bias is missing
+        or not asked for, or a callable router returned other shapes.
     """
+    cure = "pass route(x, params, cfg)"
+    if not (hasattr(x, "dtype") and hasattr(x, "ndim")):
+        raise ConfigError(rule("x", type(x).__name__, "be an array", cure))
+    check_type("params", params, MoEParams, cure)
+    check_type("cfg", cfg, MoEConfig, cure)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ConfigError(rule("x.dtype", str(x.dtype), "be floating", "cast x, for example to bfloat16"))
     if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:

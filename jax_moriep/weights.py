@@ -1,18 +1,19 @@
 """Weights of published models: one layer's MoE block as Hugging Face names it, to MoEParams.
 
-``from_hf`` reads both spellings of the experts: one tensor for all of them, as transformers 5 keeps them in
-memory, and one tensor per expert, as most checkpoints on disk do.
+``from_hf`` reads both spellings of transformers 5.24: that in memory (one tensor for all experts), and that
+of checkpoints on disk (mostly one tensor per expert).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
@@ -31,10 +32,16 @@ def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEPa
     deepseek_v2                       as qwen3_moe, with ``shared_experts``
     deepseek_v3 (GLM-4 MoE, dots1)    as deepseek_v2, with ``gate.e_score_correction_bias``
     ernie45                           as deepseek_v2, with ``moe_statics.e_score_correction_bias``
-    granite                           ``router.layer``, ``input_linear``, ``output_linear``
+    granite                           ``router``, ``experts`` (on disk: ``router.layer``, ``input_linear``,
+                                      ``output_linear``)
     gpt_oss                           ``router`` and ``experts``, both with biases; gate and up interleaved
     llama4                            ``router``, ``experts`` (transposed), ``shared_expert``
     ================================  =====================================================================
+
+    The config must be one of the family: its router (a callable is taken as it is), its kind of activation,
+    and ``norm_topk`` and ``routed_scaling`` where the family's code fixes them. What a model's own
+    ``config.json`` decides cannot be seen here: ``top_k``, the groups, silu or gelu, and elsewhere
+    ``norm_topk`` and ``routed_scaling``. Nor can a fused gate_up that somebody has transposed where 2*I == H.
 
     Args:
       state_dict: NumPy arrays or torch tensors by their name below the block, for example "gate.weight".
@@ -46,8 +53,9 @@ def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEPa
       input. ``jax.device_put(params, shardings)`` then sends each device only its own shard.
 
     Raises:
-      ConfigError: the family is unknown, or a tensor is missing, has another shape than cfg says, is not
-        floating (a quantised checkpoint), or is one that the family does not have.
+      ConfigError: the family is unknown or contradicts cfg, or a tensor is missing, has another shape than
+        cfg says, is not floating (a quantised checkpoint), or is one that the family does not have. Where the
+        names are those of a whole model, the text has the prefixes that would fit.
 
     Example:
       >>> prefix = "model.layers.3.mlp."
@@ -58,10 +66,63 @@ def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEPa
         raise ConfigError(
             rule("family", family, f"be one of {tuple(FAMILIES)}", "pick the one of this layout")
         )
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(
+            rule("state_dict", type(state_dict).__name__, "be a mapping of names to arrays", "pass a dict")
+        )
+    _check_config(family, cfg)
+    _check_names(family, state_dict)
     block = _Block(state_dict, family, cfg)
-    params = FAMILIES[family](block)
+    params = FAMILIES[family].read(block)
     block.check_all_read(params)
     return params
+
+
+def _check_config(family: str, cfg: MoEConfig) -> None:
+    """Refuses a config whose values no model of the family has, for its weights would load all the same."""
+    check_type("cfg", cfg, MoEConfig, "pass the layer's config")
+    rules = FAMILIES[family]
+    fixed: list[tuple[str, tuple[Any, ...]]] = [("activation", rules.activations)]
+    if not callable(cfg.router):
+        fixed.append(("router", rules.routers))
+    if rules.norm_topk is not None:
+        fixed.append(("norm_topk", (rules.norm_topk,)))
+    if not rules.scaled:
+        fixed.append(("routed_scaling", (1.0,)))
+    for name, allowed in fixed:
+        value = getattr(cfg, name)
+        if value not in allowed:
+            must = f"be {' or '.join(map(repr, allowed))} for family={family!r}"
+            raise ConfigError(
+                rule(name, value, must, "make the config that of the model, or pick its family")
+            )
+
+
+def _check_names(family: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuses names that do not begin where the block does; says what there is and which prefix would fit."""
+    routers, blocks = FAMILIES[family].router_names, FAMILIES[family].blocks
+    names = sorted(map(str, state_dict))
+    if {name.split(".")[0] for name in names} & {"experts", *(router.split(".")[0] for router in routers)}:
+        return
+    there = f"it has {names[:4]} ({len(names)} in all)" if names else "it is empty"
+    prefixes = _prefixes(names, routers)
+    if prefixes:
+        cure = f"pass the names below {' or '.join(map(repr, prefixes[:2]))} without that prefix"
+        if len(prefixes) > 2:
+            cure += f" ({len(prefixes)} blocks in all)"
+    else:
+        usual = " or ".join(repr(f"model.layers.<i>.{block}.") for block in blocks)
+        cure = f"pass the names below one layer's MoE block, usually {usual}, without that prefix"
+    wanted = " or ".join(map(repr, routers))
+    raise ConfigError(f"state_dict lacks {wanted}, the router of family={family!r}: {there}; {cure}")
+
+
+def _prefixes(names: list[str], routers: tuple[str, ...]) -> list[str]:
+    """What stands before the router's name of each MoE block, in the order of the layers' numbers."""
+    found = {name.removesuffix(router) for name in names for router in routers if name.endswith("." + router)}
+    # An attention may have a gate, too; it has no experts.
+    blocks = [p for p in found if any(n.startswith((f"{p}experts.", f"{p}input_linear.")) for n in names)]
+    return sorted(blocks, key=lambda p: [(len(part) if part.isdigit() else 0, part) for part in p.split(".")])
 
 
 class _Block:
@@ -79,6 +140,11 @@ class _Block:
     def array(self, name: str, *shape: int) -> np.ndarray:
         """The tensor of that name as NumPy, of exactly that shape."""
         if name not in self._tensors:
+            if f"{name}_blocks" in self._tensors:
+                raise ConfigError(
+                    f"state_dict has {name + '_blocks'!r}, a quantised tensor, instead of {name!r}; "
+                    "dequantise the checkpoint first"
+                )
             raise ConfigError(
                 f"state_dict lacks {name!r} of shape {shape}, which family={self._family!r} with this config "
                 "needs; pass the names below one layer's MoE block, and a config that fits the model"
@@ -220,6 +286,9 @@ def _ernie45(block: _Block) -> MoEParams:
 
 def _granite(block: _Block) -> MoEParams:
     cfg = block.cfg
+    if "router.layer.weight" not in block:
+        return MoEParams(router=block.router("router.weight"), **block.experts())
+    # On disk, and in memory before transformers 5.13.
     return MoEParams(
         router=block.router("router.layer.weight"),
         w1=block.array("input_linear.weight", cfg.num_experts, 2 * cfg.intermediate_size, cfg.hidden_size),
@@ -254,16 +323,46 @@ def _llama4(block: _Block) -> MoEParams:
     )
 
 
-FAMILIES: dict[str, Callable[[_Block], MoEParams]] = {
-    "mixtral": _mixtral,
-    "minimax_m2": _minimax_m2,
-    "qwen3_moe": _qwen3_moe,
-    "olmoe": _qwen3_moe,
-    "qwen2_moe": _qwen2_moe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "ernie45": _ernie45,
-    "granite": _granite,
-    "gpt_oss": _gpt_oss,
-    "llama4": _llama4,
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one family's block is read, and what the code of its models fixes in a config."""
+
+    read: Callable[[_Block], MoEParams]
+    routers: tuple[str, ...]
+    """The model's own router first; another one in the list is the same formula."""
+    router_names: tuple[str, ...] = ("gate.weight",)
+    blocks: tuple[str, ...] = ("mlp",)
+    """What a decoder layer calls the block, in memory and on disk."""
+    activations: tuple[str, ...] = ("silu", "gelu")
+    norm_topk: bool | None = None
+    """None: the model's config decides, or the router has no such step."""
+    scaled: bool = False
+    """Whether the model's config has a factor on the routing weights."""
+
+
+_MIXTRAL_BLOCKS = ("mlp", "block_sparse_moe")
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(_mixtral, ("softmax_topk",), blocks=_MIXTRAL_BLOCKS, norm_topk=True),
+    "minimax_m2": Family(_minimax_m2, ("sigmoid_topk",), blocks=_MIXTRAL_BLOCKS, norm_topk=True),
+    "qwen3_moe": Family(_qwen3_moe, ("softmax_topk",)),
+    "olmoe": Family(_qwen3_moe, ("softmax_topk",)),
+    "qwen2_moe": Family(_qwen2_moe, ("softmax_topk",)),
+    # Without groups both are the k largest of a softmax; with groups MoEConfig takes the first only.
+    "deepseek_v2": Family(_deepseek_v2, ("deepseek_v2", "softmax_topk"), scaled=True),
+    "deepseek_v3": Family(_deepseek_v3, ("deepseek_v3",), scaled=True),
+    "ernie45": Family(_ernie45, ("ernie45",), norm_topk=True),
+    "granite": Family(
+        _granite,
+        ("topk_softmax", "gpt_oss"),
+        router_names=("router.weight", "router.layer.weight"),
+        blocks=("block_sparse_moe",),
+    ),
+    "gpt_oss": Family(
+        _gpt_oss,
+        ("gpt_oss", "topk_softmax"),
+        router_names=("router.weight",),
+        activations=("swiglu_clamped",),
+    ),
+    "llama4": Family(_llama4, ("llama4",), router_names=("router.weight",), blocks=("feed_forward",)),
 }

@@ -44,7 +44,9 @@ def expert_mlp(
     index = jnp.arange(rows.shape[0])[:, None]
 
     def add_expert(out: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        start, size, w1, w2, b1, b2 = expert
+        start, size, *weights = expert
+        # An expert without rows is not computed, whatever its weights hold: NaN times a zero row is NaN.
+        w1, w2, b1, b2 = (jnp.where(size > 0, w, 0) for w in weights)
         mine = (index >= start) & (index < start + size)
         # Before any arithmetic, so that what lies in padding reaches neither a value nor a gradient.
         x = jnp.where(mine, rows, 0).astype(f32)

@@ -1,6 +1,6 @@
-"""Makes the golden .npz files beside it from the MoE blocks of transformers; run once, by hand.
+"""Makes the golden .npz files beside it from the MoE blocks of transformers; run by hand, on its newest.
 
-    pip install transformers==5.0.0 torch==2.13.0
+    pip install transformers==5.24.0 torch==2.13.0
     python tests/golden/make_goldens.py
 
 Each block runs alone on the CPU in f32, forward and backward, with small random weights of a fixed seed. A
@@ -24,9 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.weights import from_hf
+
+TRANSFORMERS = "5.24.0"
 
 EXPERTS, TOP_K, HIDDEN, INTER, TOKENS = 8, 3, 16, 8, 12
 OWN = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "intermediate_size": INTER}
@@ -50,19 +53,47 @@ class Case:
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
     """Standard deviation of the tensors whose name ends so; others have 0.3, matrices of the router 0.5."""
     keep_state_dict: bool = False
-    prepare: Callable[[Any, dict[str, np.ndarray]], None] | None = None
-    """Changes the block or its state dict before the run."""
+    prepare: Callable[[dict[str, np.ndarray]], None] | None = None
+    """Changes the state dict before the run."""
 
 
-def _set_num_experts(block: Any, state: dict[str, np.ndarray]) -> None:
-    """DeepseekV2Moe of transformers 5.0.0 reads an attribute that it never sets."""
-    block.num_experts = EXPERTS
-
-
-def _negative_bias(block: Any, state: dict[str, np.ndarray]) -> None:
-    """Only group 0 stays above 0.0, so that the two experts outside the three kept groups are chosen."""
+def _negative_bias(state: dict[str, np.ndarray]) -> None:
+    """Only group 0 stays above 0.0, so that 0.0 for masked experts would win against two kept groups."""
     bias = np.array([0, 0, -3, -3.125, -2.5, -2.75, -2, -2.25], np.float32)
     state["gate.e_score_correction_bias"] = bias
+
+
+def _half_below_zero(state: dict[str, np.ndarray]) -> None:
+    """Scores below 0.5 become negative, also in the best group."""
+    state["gate.e_score_correction_bias"] = np.full(EXPERTS, -0.5, np.float32)
+
+
+def _one_group(module: str, name: str) -> Case:
+    """DeepSeek-V3's router, also of GLM-4 MoE and dots1, where what stands for masked experts decides."""
+    return Case(
+        "deepseek_v3",
+        module,
+        f"{name}MoE",
+        f"{name}Config",
+        {
+            **DEEPSEEK,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
+        {
+            "router": "deepseek_v3",
+            "top_k": 2,
+            "num_groups": 4,
+            "top_groups": 1,
+            "score_bias": True,
+            "routed_scaling": 2.5,
+            "shared_intermediate_size": 2 * INTER,
+        },
+        prepare=_half_below_zero,
+    )
 
 
 CASES = {
@@ -137,6 +168,9 @@ CASES = {
         },
         prepare=_negative_bias,
     ),
+    "deepseek_v3_one_group": _one_group("deepseek_v3", "DeepseekV3"),
+    "glm4_moe_one_group": _one_group("glm4_moe", "Glm4Moe"),
+    "dots1_one_group": _one_group("dots1", "Dots1"),
     "deepseek_v2": Case(
         "deepseek_v2",
         "deepseek_v2",
@@ -147,6 +181,7 @@ CASES = {
             "n_group": 4,
             "topk_group": 2,
             "topk_method": "group_limited_greedy",
+            "num_attention_heads": 4,
             "routed_scaling_factor": 4.0,
         },
         {
@@ -157,7 +192,6 @@ CASES = {
             "routed_scaling": 4.0,
             "shared_intermediate_size": 2 * INTER,
         },
-        prepare=_set_num_experts,
     ),
     "gpt_oss": Case(
         "gpt_oss",
@@ -196,7 +230,8 @@ CASES = {
 }
 
 
-def _random(rng: np.random.Generator, scale: float, shape: tuple[int, ...]) -> np.ndarray:
+def random_array(rng: np.random.Generator, scale: float, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers, rounded to multiples of 1/64."""
     return (np.round(rng.normal(size=shape) * scale * 64) / 64).astype(np.float32)
 
 
@@ -211,9 +246,7 @@ def _run(block: Any, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     """The leaf for x, the block's y [T, H], and the ids and weights that its router handed on."""
     seen: dict[str, Any] = {}
     kind = type(block).__name__
-    if kind == "GraniteMoeMoE":
-        hook = block.router.register_forward_hook(lambda m, args, out: seen.update(out=out))
-    elif kind == "Llama4TextMoe":
+    if kind == "Llama4TextMoe":
         hook = block.router.register_forward_hook(lambda m, args, out: seen.update(out=out))
     else:
         hook = block.experts.register_forward_pre_hook(
@@ -223,14 +256,7 @@ def _run(block: Any, x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndar
     out = block(leaf)
     hook.remove()
     y = (out[0] if isinstance(out, tuple) else out).reshape(TOKENS, HIDDEN)
-    if kind == "GraniteMoeMoE":
-        # The gates come sorted by expert: put them back in the order of tokens.
-        order, _, gates, sizes, _ = seen["out"]
-        ids, weights = torch.empty_like(order), torch.empty_like(gates)
-        ids[order] = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
-        weights[order] = gates
-        ids, weights = ids.reshape(TOKENS, -1), weights.reshape(TOKENS, -1)
-    elif kind == "Llama4TextMoe":
+    if kind == "Llama4TextMoe":
         weights, ids = seen["out"][0].topk(block.top_k)
     else:
         ids, weights = seen["ids"], seen["weights"]
@@ -246,14 +272,14 @@ def make(name: str, case: Case) -> dict[str, np.ndarray]:
     config._experts_implementation = "eager"
     block = getattr(modeling, case.block)(config).train()
     state = {
-        key: _random(rng, _scale(key, case), tuple(tensor.shape))
+        key: random_array(rng, _scale(key, case), tuple(tensor.shape))
         for key, tensor in block.state_dict().items()
     }
     if case.prepare is not None:
-        case.prepare(block, state)
+        case.prepare(state)
     block.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
 
-    x, cotangent = (_random(rng, 1.0, (TOKENS, HIDDEN)) for _ in range(2))
+    x, cotangent = (random_array(rng, 1.0, (TOKENS, HIDDEN)) for _ in range(2))
     leaf, y, ids, weights = _run(block, x)
     (y * torch.tensor(cotangent)).sum().backward()
     nudged = _run(block, x * (1 + 1e-3 * rng.normal(size=x.shape).astype(np.float32)))[2]
@@ -287,12 +313,19 @@ def make(name: str, case: Case) -> dict[str, np.ndarray]:
     return arrays
 
 
+def write(name: str, arrays: dict[str, np.ndarray]) -> None:
+    """Writes one golden file, if they are of the release that this script names."""
+    if transformers.__version__ != TRANSFORMERS:
+        raise SystemExit(f"transformers is {transformers.__version__}; the goldens are of {TRANSFORMERS}")
+    path = pathlib.Path(__file__).with_name(f"{name}.npz")
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    print(f"{path.name}: {path.stat().st_size} bytes")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for name, case in CASES.items():
-        path = pathlib.Path(__file__).with_name(f"{name}.npz")
-        np.savez_compressed(path, allow_pickle=False, **make(name, case))
-        print(f"{path.name}: {path.stat().st_size} bytes")
+        write(name, make(name, case))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reads the golden files that tests/golden/make_goldens.py has made."""
+"""Reads the golden files that the scripts in tests/golden have made."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import numpy as np
 from jax_moriep.config import MoEConfig, MoEParams
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != "spellings")
 
 
 class Golden:
@@ -30,3 +30,13 @@ class Golden:
         found = {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
         found.pop(but, None)
         return found
+
+
+def spellings() -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of ``spellings.npz`` by model, then by the rest of their name."""
+    models: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(FOLDER / "spellings.npz") as file:
+        for key in file.files:
+            model, rest = key.split("/", 1)
+            models.setdefault(model, {})[rest] = file[key]
+    return models

@@ -191,6 +191,21 @@ def test_nan_stays_in_its_row(name):
     assert not np.any(np.isnan(np.delete(np.asarray(out), row, 0)))
 
 
+@pytest.mark.parametrize("weight_input", [False, True])
+@pytest.mark.parametrize("sizes", ["an empty expert", "all rows to one", "no rows"])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_an_expert_without_rows_may_be_nan(name, sizes, weight_input):
+    clean = make_case(SIZES[sizes], make_spec(weight_input=weight_input), biases=True)
+    unused = clean.sizes == 0
+    rows, weights, *others = clean.operands
+    poisoned = [np.where(unused.reshape(-1, *[1] * (w.ndim - 1)), np.nan, w).astype(w.dtype) for w in others]
+    got = with_gradients(name, clean.spec)(clean.sizes, (rows, weights, *poisoned), clean.d_out)
+    for a, b in zip(got, clean.want(), strict=True):
+        assert_close(a, b, TOLERANCE["float32"])
+    for gradient in got[3:]:
+        assert not np.any(np.asarray(gradient)[unused])
+
+
 def test_blocked_is_bitwise_repeatable():
     case = make_case(SIZES["uneven"], make_spec(), biases=True)
     run = with_gradients("blocked", case.spec)

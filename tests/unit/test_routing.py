@@ -1,5 +1,7 @@
 """Routers against the blocks of transformers and against NumPy; the losses and the bias update."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,15 @@ from jax.test_util import check_grads
 
 from jax_moriep.config import GROUPED_ROUTERS, ROUTER_NAMES, SCORE_BIAS_ROUTERS, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError
-from jax_moriep.routing import ROUTERS, Route, losses, route, router_sums, update_score_bias
+from jax_moriep.routing import (
+    ROUTERS,
+    Route,
+    _keep_best_groups,
+    losses,
+    route,
+    router_sums,
+    update_score_bias,
+)
 
 E, K, H, T = 12, 3, 16, 20
 
@@ -104,18 +114,26 @@ def test_goldens_reach_every_router_and_the_rare_branches():
     oss = goldens["gpt_oss"]
     h = np.einsum("th,eih->tei", oss["x"], oss.params.w1) + oss.params.b1
     assert (np.abs(h) > oss.cfg.activation_limit).mean() > 0.05
-    # DeepSeek-V3 chooses from a group that it has not kept, where the bias is negative.
-    v3 = goldens["deepseek_v3_negative_bias"]
-    choice = 1 / (1 + np.exp(-v3["x"] @ v3.params.router)) + v3.params.score_bias
-    chosen = np.take_along_axis(choice, v3["ids"], axis=-1)
-    assert (chosen < choice.max(axis=-1, keepdims=True) - 2).any()
+    # With 0.0 in place of a masked expert of DeepSeek-V3, some tokens would go elsewhere.
+    for name in (
+        "deepseek_v3_negative_bias",
+        "deepseek_v3_one_group",
+        "glm4_moe_one_group",
+        "dots1_one_group",
+    ):
+        golden = goldens[name]
+        logits = golden["x"] @ golden.params.router
+        zeroed = oracle("deepseek_v3", logits, golden.params.score_bias, golden.cfg, masked=0.0)[0]
+        assert (np.sort(zeroed) != np.sort(golden["ids"])).any(), name
 
 
 # NumPy oracle
 
 
-def oracle(name, logits, bias, cfg):
-    """Ids, weights and scores by loops in float64."""
+def oracle(name, logits, bias, cfg, masked=None):
+    """Ids, weights and scores by loops in float64; ``masked`` stands for experts outside the kept groups."""
+    if masked is None:
+        masked = 0.0 if name == "deepseek_v2" else -np.inf
     all_ids, all_weights, all_scores = [], [], []
     for row in np.asarray(logits, np.float64):
         softmax = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
@@ -134,7 +152,7 @@ def oracle(name, logits, bias, cfg):
             kept = sorted(range(cfg.num_groups), key=lambda g: -best[g])[: cfg.top_groups]
             for e in range(len(row)):
                 if e // size not in kept:
-                    choice[e] = 0.0
+                    choice[e] = masked
         ids = sorted(range(len(row)), key=lambda e: (-choice[e], e))[: cfg.top_k]
         if name in ("topk_softmax", "gpt_oss"):
             weights = np.exp(row[ids] - row[ids].max())
@@ -177,6 +195,46 @@ def test_equal_candidates_go_to_the_lower_id():
     for name in ROUTER_NAMES:
         ids, _, _ = ROUTERS[name](jnp.zeros((2, E)), None, make_cfg(name))
         np.testing.assert_array_equal(ids, [[0, 1, 2]] * 2, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["topk_softmax", "gpt_oss", "llama4"])
+def test_zeros_of_either_sign_are_equal_candidates(name):
+    logits = jnp.asarray([[-1.0, -0.0, 0.0, -0.0, 0.0, -2.0], [0.0, -0.0, -0.0, 0.0, -0.0, -0.0]])
+    cfg = MoEConfig(6, K, H, 8, router=name)
+    for router in (ROUTERS[name], jax.jit(ROUTERS[name], static_argnums=2)):
+        np.testing.assert_array_equal(router(logits, None, cfg)[0], [[1, 2, 3], [0, 1, 2]])
+
+
+def test_groups_whose_scores_are_zeros_of_either_sign_are_equal_candidates():
+    scores = jnp.asarray([[-0.0, -0.0, 0.0, 0.0, -0.0, -0.0]])
+    cfg = MoEConfig(6, 2, H, 8, router="deepseek_v2", num_groups=3, top_groups=1)
+    kept = _keep_best_groups(scores, lambda grouped: grouped.max(axis=-1), -jnp.inf, cfg)
+    np.testing.assert_array_equal(np.isfinite(kept), [[True, True, False, False, False, False]])
+
+
+@pytest.mark.parametrize("top_groups", [1, 2, 3])
+def test_a_negative_bias_never_leaves_the_kept_groups(top_groups):
+    # As many experts as the kept groups have: the most that MoEConfig allows, so that all of them are taken.
+    size = E // 4
+    cfg = MoEConfig(
+        E,
+        top_groups * size,
+        H,
+        8,
+        router="deepseek_v3",
+        num_groups=4,
+        top_groups=top_groups,
+        score_bias=True,
+    )
+    params = MoEParams(make_params(cfg).router, None, None, score_bias=jnp.full(E, -7.0))
+    r = route(tokens(64), params, cfg)
+    ids, _, _ = oracle("deepseek_v3", r.logits, params.score_bias, cfg)
+    np.testing.assert_array_equal(r.ids, ids)
+    for row in np.asarray(r.ids):
+        assert len(set(row)) == cfg.top_k
+        assert len(set(row // size)) == top_groups
+    with pytest.raises(ConfigError, match=rf"top_k={cfg.top_k + 1} must be at most the {cfg.top_k} experts"):
+        dataclasses.replace(cfg, top_k=cfg.top_k + 1)
 
 
 def test_groups_of_one_expert():
@@ -388,12 +446,27 @@ def test_callable_router_of_wrong_kind(change, text):
         (jnp.zeros((T, H)), {"router": None}, r"params\.router=None must have shape \(16, 12\)"),
         (jnp.zeros((T, H)), {"score_bias": None}, r"params\.score_bias=None must have shape \(12,\)"),
         (jnp.zeros((T, H)), {"router_bias": jnp.zeros(E)}, r"params\.router_bias is given but cfg"),
+        ([[0.0] * H], {}, r"x='list' must be an array; pass route\(x, params, cfg\)"),
+        (None, {}, r"x='NoneType' must be an array"),
     ],
 )
 def test_bad_input(x, changes, text):
     cfg = make_cfg("deepseek_v3")
     with pytest.raises(ConfigError, match=text):
         route(x, MoEParams(**(vars(make_params(cfg)) | changes)), cfg)
+
+
+def test_arguments_in_another_order():
+    cfg = make_cfg("softmax_topk")
+    x, params = tokens(T), make_params(cfg)
+    for args, text in (
+        ((params, x, cfg), "x='MoEParams' must be an array"),
+        ((x, cfg, params), "params='MoEConfig' must be a jm.MoEParams"),
+        ((x, params, params), "cfg='MoEParams' must be a jm.MoEConfig"),
+    ):
+        with pytest.raises(ConfigError, match=text) as raised:
+            route(*args)
+        assert len(str(raised.value)) < 200
 
 
 # Losses

@@ -1,18 +1,22 @@
 """from_hf: layouts, both spellings of the experts, dtypes, and what it refuses."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import NAMES, Golden
+from goldens import NAMES, Golden, spellings
 
-from jax_moriep.config import MoEConfig
+from jax_moriep.config import ROUTER_NAMES, SCORE_BIAS_ROUTERS, MoEConfig
 from jax_moriep.errors import ConfigError
 from jax_moriep.weights import FAMILIES, from_hf
 
 E, H, INTER, SHARED = 4, 6, 2, 5
 WITH_STATE_DICT = [name for name in NAMES if Golden(name).part("hf.")]
+
+
+SPELLINGS = spellings()
 
 
 def make_cfg(**changes):
@@ -71,6 +75,43 @@ def test_goldens_cover_gpt_oss_mixtral_and_deepseek_v3():
     assert WITH_STATE_DICT == ["deepseek_v3", "gpt_oss", "mixtral"]
 
 
+def spelled(model, spelling):
+    """The layer's tensors of a real model by their whole names, and the prefix of its MoE block."""
+    tensors = {
+        key.removeprefix(f"{spelling}/"): value
+        for key, value in SPELLINGS[model].items()
+        if key.startswith(f"{spelling}/")
+    }
+    *prefix, _ = next(iter(tensors)).split(".")[:5]
+    return tensors, ".".join(prefix) + "."
+
+
+def below(tensors, prefix):
+    assert all(key.startswith(prefix) for key in tensors)
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
+def spelling_cfg(model):
+    return MoEConfig(**json.loads(str(SPELLINGS[model]["cfg"])))
+
+
+@pytest.mark.parametrize("model", SPELLINGS)
+def test_a_model_as_saved_gives_the_same_as_in_memory(model):
+    family = str(SPELLINGS[model]["family"])
+    memory, disk = (
+        from_hf(below(*spelled(model, spelling)), family, spelling_cfg(model))
+        for spelling in ("memory", "disk")
+    )
+    assert_params(disk, **{k: v for k, v in vars(memory).items() if v is not None})
+    assert len(np.unique(memory.w1)) > 80
+
+
+def test_spellings_have_every_family_and_differ_where_checkpoints_do():
+    assert {str(arrays["family"]) for arrays in SPELLINGS.values()} == set(FAMILIES)
+    same = {m for m in SPELLINGS if spelled(m, "memory")[0].keys() == spelled(m, "disk")[0].keys()}
+    assert same == {"gpt_oss", "llama4_text"}
+
+
 @pytest.mark.parametrize("family", ["mixtral", "minimax_m2", "qwen3_moe", "olmoe", "deepseek_v2"])
 def test_fused_and_per_expert_tensors_give_the_same(family):
     changes, more = {}, {}
@@ -110,7 +151,22 @@ def test_ernie_bias_in_memory_and_on_disk(prefix):
     np.testing.assert_array_equal(params.score_bias, block[name][0])
 
 
-def test_granite():
+def test_granite_in_memory():
+    block = {
+        "router.weight": numbered(E, H),
+        "experts.gate_up_proj": numbered(E, 2 * INTER, H),
+        "experts.down_proj": numbered(E, H, INTER),
+    }
+    params = from_hf(block, "granite", make_cfg(router="topk_softmax"))
+    assert_params(
+        params,
+        router=block["router.weight"].T,
+        w1=block["experts.gate_up_proj"],
+        w2=block["experts.down_proj"],
+    )
+
+
+def test_granite_on_disk():
     block = {
         "router.layer.weight": numbered(E, H),
         "input_linear.weight": numbered(E, 2 * INTER, H),
@@ -136,7 +192,8 @@ def test_gpt_oss_takes_gate_and_up_apart():
         "experts.down_proj": numbered(E, INTER, H),
         "experts.down_proj_bias": numbered(E, H),
     }
-    params = from_hf(block, "gpt_oss", make_cfg(router="gpt_oss", router_bias=True, expert_bias=True))
+    cfg = make_cfg(router="gpt_oss", router_bias=True, expert_bias=True, activation="swiglu_clamped")
+    params = from_hf(block, "gpt_oss", cfg)
     assert_params(
         params,
         router=block["router.weight"].T,
@@ -213,6 +270,122 @@ def test_refused(family, changes, change, text):
     block = {k: v for k, v in (fused() | change).items() if v is not None}
     with pytest.raises(ConfigError, match=text):
         from_hf(block, family, make_cfg(**changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "text"),
+    [
+        (
+            "gpt_oss",
+            {"activation": "silu"},
+            r"activation='silu' must be 'swiglu_clamped' for family='gpt_oss'",
+        ),
+        ("gpt_oss", {"router": "softmax_topk"}, r"router='softmax_topk' must be 'gpt_oss' or 'topk_softmax'"),
+        ("gpt_oss", {"routed_scaling": 2.0}, r"routed_scaling=2\.0 must be 1\.0 for family='gpt_oss'"),
+        ("qwen3_moe", {"router": "deepseek_v3"}, r"router='deepseek_v3' must be 'softmax_topk'"),
+        (
+            "qwen3_moe",
+            {"activation": "swiglu_clamped"},
+            r"activation='swiglu_clamped' must be 'silu' or 'gelu'",
+        ),
+        ("qwen2_moe", {"router": "topk_softmax"}, r"router='topk_softmax' must be 'softmax_topk'"),
+        ("olmoe", {"router": "llama4"}, r"router='llama4' must be 'softmax_topk'"),
+        ("mixtral", {"norm_topk": False}, r"norm_topk=False must be True for family='mixtral'"),
+        ("mixtral", {"router": "sigmoid_topk"}, r"router='sigmoid_topk' must be 'softmax_topk'"),
+        ("minimax_m2", {"norm_topk": False}, r"norm_topk=False must be True for family='minimax_m2'"),
+        ("minimax_m2", {"router": "deepseek_v3"}, r"router='deepseek_v3' must be 'sigmoid_topk'"),
+        ("deepseek_v2", {"router": "llama4"}, r"router='llama4' must be 'deepseek_v2' or 'softmax_topk'"),
+        ("deepseek_v3", {"router": "sigmoid_topk"}, r"router='sigmoid_topk' must be 'deepseek_v3'"),
+        ("ernie4_5_moe", {"norm_topk": False}, r"norm_topk=False must be True for family='ernie45'"),
+        ("ernie4_5_moe", {"router": "sigmoid_topk"}, r"router='sigmoid_topk' must be 'ernie45'"),
+        ("granitemoe", {"router": "softmax_topk"}, r"router='softmax_topk' must be 'topk_softmax' or"),
+        ("llama4_text", {"router": "topk_softmax"}, r"router='topk_softmax' must be 'llama4'"),
+    ],
+)
+def test_a_config_that_contradicts_the_family(model, changes, text):
+    family, cfg = str(SPELLINGS[model]["family"]), dataclasses.replace(spelling_cfg(model), **changes)
+    for spelling in ("memory", "disk"):
+        with pytest.raises(ConfigError, match=text):
+            from_hf(below(*spelled(model, spelling)), family, cfg)
+
+
+@pytest.mark.parametrize("model", SPELLINGS)
+def test_every_family_takes_one_formula_only(model):
+    """Of all routers, those that no model of the family has are refused; a callable is the user's own."""
+    family, cfg = str(SPELLINGS[model]["family"]), spelling_cfg(model)
+    block = below(*spelled(model, "memory"))
+    same_formula = ({"gpt_oss", "topk_softmax"}, {"deepseek_v2", "softmax_topk"})
+    fits = next((pair for pair in same_formula if cfg.router in pair), {cfg.router})
+    if family != "deepseek_v2" and cfg.router == "softmax_topk":
+        fits = {"softmax_topk"}
+    for router in SCORE_BIAS_ROUTERS if cfg.score_bias else ROUTER_NAMES:
+        changed = dataclasses.replace(cfg, router=router)
+        if router in fits:
+            from_hf(block, family, changed)
+        else:
+            with pytest.raises(ConfigError, match=f"router={router!r} must be"):
+                from_hf(block, family, changed)
+    from_hf(block, family, dataclasses.replace(cfg, router=lambda logits, bias, cfg: None))
+
+
+@pytest.mark.parametrize("model", SPELLINGS)
+@pytest.mark.parametrize("spelling", ["memory", "disk"])
+def test_whole_names_are_answered_with_their_prefix(model, spelling):
+    family, cfg = str(SPELLINGS[model]["family"]), spelling_cfg(model)
+    tensors, prefix = spelled(model, spelling)
+    attention = {prefix.rsplit(".", 2)[0] + ".self_attn.gate.weight": np.ones((4, 8), np.float32)}
+    with pytest.raises(ConfigError) as raised:
+        from_hf(tensors | attention, family, cfg)
+    text = str(raised.value)
+    assert f"pass the names below {prefix!r} without that prefix" in text
+    assert f"({len(tensors) + 1} in all)" in text
+    # Below the layer only, as some loaders have it.
+    layer, block = prefix.rsplit(".", 2)[0] + ".", prefix.split(".")[-2] + "."
+    with pytest.raises(ConfigError, match=f"below '{block}' without that prefix"):
+        from_hf(below(tensors, layer), family, cfg)
+
+
+def test_prefixes_of_several_layers_come_in_their_order():
+    block = fused()
+    layers = {f"model.layers.{i}.mlp.{k}": v for i in (10, 2, 9) for k, v in block.items()}
+    layer = r"'model\.layers\.{}\.mlp\.'"
+    text = f"below {layer.format(2)} or {layer.format(9)} without that prefix " + r"\(3 blocks in all\)"
+    with pytest.raises(ConfigError, match=text):
+        from_hf(layers, "mixtral", make_cfg())
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "usual"),
+    [
+        ("mixtral", "softmax_topk", "'model.layers.<i>.mlp.' or 'model.layers.<i>.block_sparse_moe.'"),
+        ("granite", "topk_softmax", "'model.layers.<i>.block_sparse_moe.'"),
+        ("llama4", "llama4", "'model.layers.<i>.feed_forward.'"),
+    ],
+)
+def test_names_without_a_block(family, router, usual):
+    cfg = make_cfg(router=router)
+    one = "it has ['lm_head.weight'] (1 in all)"
+    for state_dict, there in (({}, "it is empty"), ({"lm_head.weight": np.ones(3)}, one)):
+        with pytest.raises(ConfigError) as raised:
+            from_hf(state_dict, family, cfg)
+        assert there in str(raised.value)
+        assert f"usually {usual}, without that prefix" in str(raised.value)
+
+
+def test_arguments_of_another_type():
+    for args, text in (
+        (([np.ones(3)], "mixtral", make_cfg()), "state_dict='list' must be a mapping"),
+        ((fused(), "mixtral", {"num_experts": E}), r"cfg='dict' must be a jm\.MoEConfig"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            from_hf(*args)
+
+
+def test_the_quantised_gpt_oss_is_named():
+    block = below(*spelled("gpt_oss", "disk"))
+    block["experts.gate_up_proj_blocks"] = block.pop("experts.gate_up_proj").astype(np.uint8)
+    with pytest.raises(ConfigError, match=r"'experts\.gate_up_proj_blocks', a quantised tensor.*dequantise"):
+        from_hf(block, "gpt_oss", spelling_cfg("gpt_oss"))
 
 
 @pytest.mark.parametrize("field", ["router_bias", "expert_bias"])
