@@ -42,19 +42,19 @@ endfunction()
 function(moriep_probe language why_not)
   string(TOLOWER ${language} folder)
   set(folder ${CMAKE_BINARY_DIR}/probe-${folder})
-  set(defines)
+  set(settings)
   foreach(
     variable CMAKE_MAKE_PROGRAM CMAKE_TOOLCHAIN_FILE CMAKE_PREFIX_PATH CMAKE_CXX_COMPILER CUDAToolkit_ROOT CUDA_CUDART
              CMAKE_${language}_COMPILER CMAKE_${language}_HOST_COMPILER CMAKE_${language}_FLAGS
              CMAKE_${language}_ARCHITECTURES CMAKE_${language}_PLATFORM CMAKE_${language}_COMPILER_ROCM_ROOT)
     if(DEFINED ${variable})
-      list(APPEND defines "set(${variable} [==[${${variable}}]==] CACHE STRING \"\")\n")
+      string(APPEND settings "set(${variable} [==[${${variable}}]==] CACHE STRING \"\")\n")
     endif()
   endforeach()
   # What an earlier probe found may have been mended since.
   file(REMOVE_RECURSE ${folder})
   # A file, because a list in a variable does not survive a command line.
-  file(WRITE ${folder}/settings.cmake ${defines})
+  file(WRITE ${folder}/settings.cmake "${settings}")
   execute_process(
     COMMAND ${CMAKE_COMMAND} -S ${MORIEP_PROBE_DIR} -B ${folder} -G ${CMAKE_GENERATOR} -C ${folder}/settings.cmake
             -DLANGUAGE=${language}

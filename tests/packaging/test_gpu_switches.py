@@ -25,7 +25,16 @@ COMPILER_VARIABLES = {"cuda": "CUDACXX", "rocm": "HIPCXX"}
 def configure(build, *defines, **variables):
     """Configures the checkout in `build` with this environment's CMake, where no GPU's compiler is unless given."""
     absent = {name: str(build / "no-such-compiler") for name in COMPILER_VARIABLES.values()}
-    command = [TOOLS / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={TOOLS / 'ninja'}"]
+    command = [
+        TOOLS / "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={TOOLS / 'ninja'}",
+    ]
     command += [f"-DPython_EXECUTABLE={sys.executable}", *(f"-D{define}" for define in defines)]
     return subprocess.run(
         [str(word) for word in command],
@@ -39,7 +48,11 @@ def configure(build, *defines, **variables):
 
 def targets(build):
     text = (build / "build.ninja").read_text()
-    return {name for name in ("cpu", "interop", "cuda", "rocm") if f"libmoriep_{name}.so:" in text.replace(" ", ":")}
+    return {
+        name
+        for name in ("cpu", "interop", "cuda", "rocm")
+        if f"libmoriep_{name}.so:" in text.replace(" ", ":")
+    }
 
 
 @pytest.fixture
@@ -70,7 +83,9 @@ def test_the_missing_library_is_explained_at_run_time(broken, tmp_path, monkeypa
     build = tmp_path / "build"
     assert configure(build, "MORIEP_BUILD_ROCM=OFF", CUDACXX=broken).returncode == 0
     monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(build / "csrc"))
-    with pytest.raises(LibraryError, match=r"libmoriep_cuda.so \(not built: nvcc fatal : .*\); .*toolkit=pypi"):
+    with pytest.raises(
+        LibraryError, match=r"libmoriep_cuda.so \(not built: nvcc fatal : .*\); .*toolkit=pypi"
+    ):
         library.find("cuda")
     with pytest.raises(LibraryError, match=r"libmoriep_rocm.so \(not built: .*MORIEP_BUILD_ROCM=OFF\); "):
         library.find("rocm")
@@ -86,15 +101,30 @@ def test_a_compiler_that_was_mended_is_used_again(broken, tmp_path):
     assert "libmoriep_cuda.so is not built: nvcc fatal : another reason; " in done.stdout
 
 
+def test_the_trial_is_made_with_the_flags_and_the_compiler_of_the_build(broken, tmp_path):
+    Path(broken).write_text(
+        "#!/bin/sh\ncase \"$*\" in *'--one --two'*) echo 'nvcc fatal : told' >&2;; esac\nexit 1\n"
+    )
+    defines = [f"CMAKE_CUDA_COMPILER={broken}", "CMAKE_CUDA_FLAGS=--one --two", "MORIEP_BUILD_LIBRARY=OFF"]
+    done = configure(tmp_path / "build", *defines)
+    assert done.returncode == 0
+    assert "libmoriep_cuda.so is not built: nvcc fatal : told; " in done.stdout
+
+
 @pytest.mark.parametrize("backend", CURES)
 def test_on_fails_with_the_reason(backend, broken, tmp_path):
     switch = f"MORIEP_BUILD_{backend.upper()}"
     done = configure(
-        tmp_path / "build", "MORIEP_BUILD_LIBRARY=OFF", f"{switch}=ON", **{COMPILER_VARIABLES[backend]: broken}
+        tmp_path / "build",
+        "MORIEP_BUILD_LIBRARY=OFF",
+        f"{switch}=ON",
+        **{COMPILER_VARIABLES[backend]: broken},
     )
     assert done.returncode != 0
     text = " ".join(done.stdout.split())
-    assert re.search(rf"{switch}=ON must find a (CUDA|HIP) compiler that works: .*{CURES[backend]}", text), text
+    assert re.search(rf"{switch}=ON must find a (CUDA|HIP) compiler that works: .*{CURES[backend]}", text), (
+        text
+    )
     if backend == "cuda":
         assert "nvcc fatal : this is [no]; compiler" in text
 
