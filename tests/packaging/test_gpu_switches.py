@@ -23,19 +23,11 @@ COMPILER_VARIABLES = {"cuda": "CUDACXX", "rocm": "HIPCXX"}
 
 
 def configure(build, *defines, **variables):
-    """Configures the checkout in `build` with this environment's CMake, where no GPU's compiler is unless given."""
+    """Configures the checkout with this environment's CMake; no GPU's compiler is there unless given."""
     absent = {name: str(build / "no-such-compiler") for name in COMPILER_VARIABLES.values()}
-    command = [
-        TOOLS / "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        build,
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={TOOLS / 'ninja'}",
-    ]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", *(f"-D{define}" for define in defines)]
+    tools = [f"CMAKE_MAKE_PROGRAM={TOOLS / 'ninja'}", f"Python_EXECUTABLE={sys.executable}"]
+    command = [TOOLS / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
+    command += [f"-D{define}" for define in [*tools, *defines]]
     return subprocess.run(
         [str(word) for word in command],
         env=os.environ | absent | variables,
@@ -47,12 +39,9 @@ def configure(build, *defines, **variables):
 
 
 def targets(build):
-    text = (build / "build.ninja").read_text()
-    return {
-        name
-        for name in ("cpu", "interop", "cuda", "rocm")
-        if f"libmoriep_{name}.so:" in text.replace(" ", ":")
-    }
+    return set(
+        re.findall(r"^build \S*libmoriep_(\w+)\.so", (build / "build.ninja").read_text(), re.MULTILINE)
+    )
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The package as a user gets it: built as a wheel, installed into an empty environment, and run there.
 
-The wheel is built as a release's is: in an environment of its own, with NVIDIA's compiler from PyPI, on a machine
-whose CMake is Debian 12's and whose nvcc does not work.
+The wheel is built as a release's is: in an environment of its own, with NVIDIA's compiler from PyPI, on a
+machine whose CMake is Debian 12's and whose nvcc does not work.
 """
 
 import ctypes
@@ -191,9 +191,9 @@ def test_the_cuda_library_has_the_handlers_and_loads_where_there_is_no_gpu(libra
 
 
 def device_code(library):
-    """The (kind, compute capability) of each piece of device code in a library, kind 1 being PTX and 2 machine code.
+    """The (kind, compute capability) of each piece of device code in a library.
 
-    They are the entries of nvcc's fat binaries, each of which has a header of its own.
+    Kind 1 is PTX, 2 machine code. They are the entries of nvcc's fat binaries, each with a header of its own.
     """
     data, found, at = library.read_bytes(), [], 0
     while (at := data.find(struct.pack("<IH", 0xBA55ED50, 1), at)) >= 0:
