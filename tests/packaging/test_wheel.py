@@ -20,6 +20,9 @@ import pytest
 from jax_moriep.runtime import compat
 
 ROOT = Path(__file__).parents[2]
+# The first test waits for the wheel: a minute of two idle cores, and 275 MB of downloads where pip's cache is
+# empty, 104 MB of them CUDA's compiler.
+pytestmark = pytest.mark.timeout(1200)
 
 # What scikit-build-core asks of a CMake on the PATH before it takes it.
 OLD_CMAKE = """#!/bin/sh
