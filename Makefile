@@ -1,6 +1,7 @@
 # Every target sets up what it needs by itself: from a clean clone it takes a Python >= 3.11 and a C++ compiler.
 #   make demo    trains a small mixture-of-experts model on four processes
 #   make test    all tests; make lint, make bench and make clean say what they do
+#   make wheel   what a release ships: dist/*.whl with every backend that can be built here, CUDA's without any CUDA
 #   make test-rocm  tests on a simulated AMD GPU, which make rocm-sim sets up and builds (as root, Debian 12)
 # ARGS is passed on: make demo ARGS="--ranks 2"
 
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp test-gpu test-newest rocm-sim test-rocm lint build clean
+.PHONY: demo bench test test-cpp test-gpu test-newest rocm-sim test-rocm lint build wheel clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -61,8 +62,8 @@ test-newest:
 	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"
 else
 test-newest: .venv-newest/.ready
-	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w dist .
-	.venv-newest/bin/pip install -qq --no-deps --force-reinstall dist/jax_moriep-*.whl
+	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w build/newest-wheel .
+	.venv-newest/bin/pip install -qq --no-deps --force-reinstall build/newest-wheel/jax_moriep-*.whl
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
 	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
@@ -88,7 +89,13 @@ lint: .venv/.lint
 build: .venv/.ready
 	@$(BIN)/cmake --build build/editable
 
-.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt csrc/gpu/CMakeLists.txt cmake/FindXlaFfi.cmake
+# The libraries for the CPU, for CUDA with NVIDIA's compiler from PyPI (104 MB), and for ROCm where its compiler is.
+# In an environment of its own, as a user's; the first variable is for pip before 25.3, the second for later ones.
+wheel: .venv/.ready
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	  $(BIN)/pip wheel -q --no-deps -C cuda.toolkit=pypi -w dist .
+
+.venv/.ready: pyproject.toml constraints.txt CMakeLists.txt csrc/CMakeLists.txt csrc/gpu/CMakeLists.txt $(wildcard cmake/*)
 	@test -n "$(PYTHON)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq -c constraints.txt scikit-build-core cmake ninja jaxlib

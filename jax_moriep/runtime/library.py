@@ -19,8 +19,8 @@ _BUILD_HINT = (
     "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
 )
 _BUILD_HINTS = {
-    "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or point JAX_MORIEP_LIB_DIR at a build "
-    "folder",
+    "cuda": "reinstall jax_moriep from source with nvcc on the PATH, or on a machine without it by "
+    "`pip install . -C cuda.toolkit=pypi`, or point JAX_MORIEP_LIB_DIR at a build folder",
     "rocm": "reinstall jax_moriep from source where CMake finds ROCm's compiler, or point JAX_MORIEP_LIB_DIR "
     "at a build folder",
 }
@@ -45,6 +45,12 @@ def _hint(backend: str) -> str:
     return _BUILD_HINTS.get(backend, _BUILD_HINT)
 
 
+def _why_not_built(backend: str) -> str:
+    """What the build left about a library that it did not make; pip shows nobody a build's output."""
+    note = folder() / f"libmoriep_{backend}.txt"
+    return f" (not built: {note.read_text().strip()})" if note.is_file() else ""
+
+
 def find(backend: str) -> Path:
     """Path of a backend's library.
 
@@ -52,11 +58,14 @@ def find(backend: str) -> Path:
       backend: "cpu", "cuda" or "rocm".
 
     Raises:
-      LibraryError: there is no such file; the text names the folder and the cure.
+      LibraryError: there is no such file; the text names the folder, why it was not built, and the cure.
     """
     path = folder() / f"libmoriep_{backend}.so"
     if not path.is_file():
-        raise LibraryError(f"the native library of backend={backend!r} is not at {path}; {_hint(backend)}")
+        raise LibraryError(
+            f"the native library of backend={backend!r} is not at {path}{_why_not_built(backend)}; "
+            f"{_hint(backend)}"
+        )
     return path
 
 

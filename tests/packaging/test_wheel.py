@@ -1,7 +1,14 @@
-"""The package as a user gets it: built as a wheel, installed into an empty environment, and run there."""
+"""The package as a user gets it: built as a wheel, installed into an empty environment, and run there.
 
+The wheel is built as a release's is: in an environment of its own, with NVIDIA's compiler from PyPI, on a
+machine whose CMake is Debian 12's and whose nvcc does not work.
+"""
+
+import ctypes
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -10,7 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from jax_moriep.runtime import compat
+
 ROOT = Path(__file__).parents[2]
+# The first test waits for the wheel: a minute of two idle cores, and 275 MB of downloads where pip's cache is
+# empty, 104 MB of them CUDA's compiler.
+pytestmark = pytest.mark.timeout(1200)
+
+# What scikit-build-core asks of a CMake on the PATH before it takes it.
+OLD_CMAKE = """#!/bin/sh
+echo '{"version": {"string": "3.25.1", "major": 3, "minor": 25, "patch": 1, "suffix": "", "isDirty": false}}'
+test "$1 $2" = "-E capabilities"
+"""
 
 EP_MOE = """
 import sys
@@ -77,12 +95,33 @@ def run(*command, **variables):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Builds the wheel with this environment's tools, which are pinned, instead of fetching others."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+def build_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("build")
+
+
+@pytest.fixture(scope="module")
+def wheel(build_folder, tmp_path_factory):
+    """Builds the wheel in an environment that pip sets up, with the versions that constraints.txt pins."""
+    folder, programs = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("programs")
+    for name, text in (("cmake", OLD_CMAKE), ("nvcc", "#!/bin/sh\nexit 1\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    # The first name is for pip before 25.3, the second for later ones.
+    pins = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(ROOT / "constraints.txt"))
+    options = ["-C", "cuda.toolkit=pypi", "-C", f"build-dir={build_folder}"]
+    path = f"{programs}:{os.environ['PATH']}"
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", *options, "-w", folder, ROOT, PATH=path, **pins)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def libraries(wheel, tmp_path_factory):
+    """The path of each backend's library in the wheel."""
+    folder = tmp_path_factory.mktemp("libraries")
+    with zipfile.ZipFile(wheel) as archive:
+        paths = [Path(archive.extract(n, folder)) for n in archive.namelist() if n.endswith(".so")]
+    return {path.stem.removeprefix("libmoriep_"): path for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +153,67 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jax_moriep").rglob("*.py")}
     assert modules <= names
     others = {name for name in names - modules if ".dist-info/" not in name}
-    # A GPU's library is there if this machine has a compiler for it.
-    others -= {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cuda", "rocm")}
-    libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop")}
+    # ROCm's library is there if this machine has a compiler for it, else the reason why not.
+    others -= {f"jax_moriep/lib/libmoriep_rocm.{suffix}" for suffix in ("so", "txt")}
+    libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
     assert others == {"jax_moriep/py.typed", "jax_moriep/experts/triton/tuning.json"} | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_libraries_export_handlers_and_little_else(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".so")]
-        libraries = [archive.extract(name, tmp_path) for name in names]
-    for library in libraries:
-        symbols = run("nm", "--dynamic", "--defined-only", library).split("\n")
-        # Weak symbols are inline functions of the standard library, shared by every library of a process.
-        strong = {line.split()[-1] for line in symbols if line and line.split()[1] == "T"}
+def exports(library):
+    """The functions of a library that are not weak: those are inline ones of the standard library."""
+    symbols = run("nm", "--dynamic", "--defined-only", library).split("\n")
+    return {line.split()[-1] for line in symbols if line and line.split()[1] == "T"}
+
+
+def test_the_libraries_export_handlers_and_little_else(libraries):
+    for library in libraries.values():
+        strong = exports(library)
         assert strong
         assert {name for name in strong if not name.startswith(("Moriep", "moriep_"))} == set()
+
+
+def test_the_cuda_library_is_made_with_the_compiler_from_pypi(libraries, build_folder):
+    """And with nothing of a CUDA that this machine may have."""
+    commands = json.loads((build_folder / "compile_commands.json").read_text())
+    kernels = [entry["command"] for entry in commands if entry["file"].endswith("csrc/gpu/pull.cc")]
+    assert "/nvidia/cu13/bin/nvcc " in kernels[0]
+    caches = (build_folder / "CMakeCache.txt").read_text() + (build_folder / "build.ninja").read_text()
+    assert "/nvidia/cu13/lib/libcudart_static.a" in caches
+    assert not re.search(r"/usr/local/cuda|/opt/cuda", caches)
+
+
+def test_the_cuda_library_has_the_handlers_and_loads_where_there_is_no_gpu(libraries):
+    """CUDA's runtime is linked in: a machine without CUDA must be able to load and ask it."""
+    assert exports(libraries["cuda"]) >= {"MoriepDispatch", "MoriepCombine", "MoriepReplay"}
+    needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", libraries["cuda"]))
+    assert needed
+    assert not [name for name in needed if "cuda" in name or "nv" in name]
+    built = ctypes.CDLL(str(libraries["cuda"])).moriep_ffi_api_version()
+    assert divmod(built, 1000) <= compat.ffi_api_version()
+
+
+def device_code(library):
+    """The (kind, compute capability) of each piece of device code in a library.
+
+    Kind 1 is PTX, 2 machine code. They are the entries of nvcc's fat binaries, each with a header of its own.
+    """
+    data, found, at = library.read_bytes(), [], 0
+    while (at := data.find(struct.pack("<IH", 0xBA55ED50, 1), at)) >= 0:
+        header, size = struct.unpack_from("<HQ", data, at + 6)
+        entry, at = at + header, at + header + size
+        while entry < at:
+            kind, header, size, capability = struct.unpack_from("<H2xIQ12xI", data, entry)
+            found.append((kind, capability))
+            entry += header + size
+    return found
+
+
+def test_the_cuda_library_has_code_for_hopper_and_for_newer_devices(libraries):
+    sources = [path for path in (ROOT / "csrc/gpu").glob("*.cc") if "__global__" in path.read_text()]
+    found = device_code(libraries["cuda"])
+    assert set(found) == {(1, 90), (2, 90)}
+    assert min(found.count((1, 90)), found.count((2, 90))) >= len(sources)
 
 
 def test_ep_moe_runs_from_the_wheel(installed, tmp_path):
@@ -150,3 +233,4 @@ def test_the_command_runs_from_the_wheel(installed):
     found = json.loads(run(installed / "bin" / "jax-moriep", "doctor", "--json", JAX_PLATFORMS="cpu"))
     assert found["libraries"]["cpu"]["path"].startswith(str(installed))
     assert found["chosen"]["cpu"]["transport"] == "native"
+    assert found["libraries"]["cuda"]["reason"] is None
