@@ -18,6 +18,8 @@ int64_t row_bytes_of(const LocalCall& call) {
   return call.shape.hidden_size * element_bytes(call.type);
 }
 
+Arrivals arrivals_of(const LocalCall& call) { return {call.sources, call.count}; }
+
 gpuStream_t stream_of(const LocalCall& call) { return static_cast<gpuStream_t>(call.stream); }
 
 Status enqueue_rows(const LocalCall& call, const ExpandArgs& args) {
@@ -49,7 +51,7 @@ Status expand(const LocalCall& call, const ExpandBuffers& at) {
   auto* written = reinterpret_cast<uint32_t*>(at.workspace);
   int32_t* counts = at.workspace + chunks.written_words;
   const ArrivalPlanArgs plan{.sizes = sizes,
-                             .arrivals = call.arrivals,
+                             .arrivals = arrivals_of(call),
                              .ids = at.ids,
                              .weights = at.weights,
                              .rank = at.rank,
@@ -65,7 +67,7 @@ Status expand(const LocalCall& call, const ExpandBuffers& at) {
     return status;
   }
   return enqueue_rows(call, {.sizes = sizes,
-                             .arrivals = call.arrivals,
+                             .arrivals = arrivals_of(call),
                              .tokens = at.tokens,
                              .routes = at.routes,
                              .written = written,
@@ -79,7 +81,7 @@ Status reexpand(const LocalCall& call, const ReexpandBuffers& at) {
     return status;
   }
   const ExpandArgs args{.sizes = sizes,
-                        .arrivals = call.arrivals,
+                        .arrivals = arrivals_of(call),
                         .tokens = at.tokens,
                         .routes = at.routes,
                         .written = reinterpret_cast<uint32_t*>(at.workspace),
@@ -98,7 +100,7 @@ Status gather(const LocalCall& call, const GatherBuffers& at) {
     return status;
   }
   const GatherArgs args{.sizes = sizes,
-                        .arrivals = call.arrivals,
+                        .arrivals = arrivals_of(call),
                         .rows = at.rows,
                         .scalars = at.scalars,
                         .routes = at.routes,

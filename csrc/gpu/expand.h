@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "arrivals.h"
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
@@ -17,7 +16,8 @@ namespace moriep::gpu {
 struct LocalCall {
   Shape shape;
   RowType type = RowType::kF32;
-  Arrivals arrivals;
+  const int32_t* sources = nullptr;  // [N]: source rank * T + source token
+  const int32_t* count = nullptr;    // [1], how many of them are defined
   void* stream = nullptr;
 };
 

@@ -230,7 +230,8 @@ class Adapter {
   LocalCall call() const {
     return LocalCall{.shape = test_.shape,
                      .type = test_.type,
-                     .arrivals = {sources_.data(), count_.data()},
+                     .sources = sources_.data(),
+                     .count = count_.data(),
                      .stream = nullptr};
   }
   void expect(const char* what, int64_t index, double got, double want) const {
