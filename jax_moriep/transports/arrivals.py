@@ -16,7 +16,7 @@ from jax import lax
 
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime import compat, targets
-from jax_moriep.transports import rows as pure
+from jax_moriep.transports import rows as rows_of
 
 
 @jax.tree_util.register_dataclass
@@ -64,13 +64,17 @@ def expand(arrivals: Arrivals, rank: jax.Array, shape: ExchangeShape, platform: 
     if not _has_kernels(platform):
         came = _came(arrivals.sources, arrivals.count)
         num_tokens = shape.num_ranks * shape.num_tokens
-        place = pure.inverse(jnp.where(came, arrivals.sources, num_tokens), num_tokens)
-        ids = jnp.where((place >= 0)[:, None], pure.pick(arrivals.ids, jnp.maximum(place, 0), place >= 0), -1)
-        routes, group_sizes = pure.place_routes(ids.reshape(_routes_shape(shape)), rank, shape)
-        route, filled = pure.route_of_row(routes, shape.capacity)
-        place = pure.pick(place, route // shape.top_k, filled)
-        weights = pure.pick(arrivals.weights.reshape(-1), place * shape.top_k + route % shape.top_k, filled)
-        return Rows(pure.pick(arrivals.tokens, place, filled), weights, group_sizes, routes)
+        place = rows_of.inverse(jnp.where(came, arrivals.sources, num_tokens), num_tokens)
+        ids = jnp.where(
+            (place >= 0)[:, None], rows_of.pick(arrivals.ids, jnp.maximum(place, 0), place >= 0), -1
+        )
+        routes, group_sizes = rows_of.place_routes(ids.reshape(_routes_shape(shape)), rank, shape)
+        route, filled = rows_of.route_of_row(routes, shape.capacity)
+        place = rows_of.pick(place, route // shape.top_k, filled)
+        weights = rows_of.pick(
+            arrivals.weights.reshape(-1), place * shape.top_k + route % shape.top_k, filled
+        )
+        return Rows(rows_of.pick(arrivals.tokens, place, filled), weights, group_sizes, routes)
     x = arrivals.tokens
     results = (
         compat.result_type(x, (shape.capacity, x.shape[1]), x.dtype),
@@ -112,10 +116,10 @@ def reexpand(
     """
     if not _has_kernels(platform):
         num_tokens = shape.num_ranks * shape.num_tokens
-        place = pure.inverse(jnp.where(_came(sources, count), sources, num_tokens), num_tokens)
-        route, filled = pure.route_of_row(routes, shape.capacity)
-        place = pure.pick(place, route // shape.top_k, filled)
-        return pure.pick(tokens, jnp.maximum(place, 0), filled & (place >= 0))
+        place = rows_of.inverse(jnp.where(_came(sources, count), sources, num_tokens), num_tokens)
+        route, filled = rows_of.route_of_row(routes, shape.capacity)
+        place = rows_of.pick(place, route // shape.top_k, filled)
+        return rows_of.pick(tokens, jnp.maximum(place, 0), filled & (place >= 0))
     results = (
         compat.result_type(tokens, (shape.capacity, tokens.shape[1]), tokens.dtype),
         compat.result_type(tokens, (_reexpand_words(shape),), jnp.int32),
@@ -153,7 +157,7 @@ def gather(
     num_arrivals = shape.num_ranks * shape.num_tokens
     if not _has_kernels(platform):
         came = _came(sources, count)
-        found = pure.pick(routes.reshape(num_arrivals, shape.top_k), jnp.where(came, sources, 0), came)
+        found = rows_of.pick(routes.reshape(num_arrivals, shape.top_k), jnp.where(came, sources, 0), came)
         filled = came[:, None] & (found >= 0)
         row = jnp.where(filled, found, 0)
         # Changes no bit, but XLA keeps it: without it a product in front would be fused into the sum, which
@@ -162,8 +166,8 @@ def gather(
         rows = lax.reduce_precision(rows, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
         tokens = compat.zeros_like_varying((num_arrivals, rows.shape[1]), jnp.float32, rows, row)
         for k in range(shape.top_k):
-            tokens = tokens + pure.pick(rows, row[:, k], filled[:, k]).astype(jnp.float32)
-        scalars = None if row_scalars is None else pure.pick(row_scalars, row, filled)
+            tokens = tokens + rows_of.pick(rows, row[:, k], filled[:, k]).astype(jnp.float32)
+        scalars = None if row_scalars is None else rows_of.pick(row_scalars, row, filled)
         return tokens.astype(rows.dtype), scalars
     # An empty operand stands for "no scalars", so that one target serves the forward and the backward pass.
     carried = row_scalars is not None
