@@ -17,11 +17,3 @@ def test_every_order_of_arrivals_gives_the_bits_of_the_reference(monkeypatch):
         got = test_exchange.run(test_exchange.config(name, **sizes), x, ids, weights)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def test_nothing_of_it_stays(monkeypatch):
-    """The product's table and the names in a config are as they were."""
-    from jax_moriep import config, transports
-
-    assert token_major.NAME not in transports.IMPLEMENTATIONS
-    assert token_major.NAME not in config.TRANSPORTS
