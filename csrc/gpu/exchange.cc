@@ -5,24 +5,12 @@
 #include <string>
 
 #include "kernels.h"
+#include "launch.h"
 #include "moriep/layout.h"
 #include "rows.h"
 
 namespace moriep::gpu {
 namespace {
-
-// Blocks that move rows: a wave for each item, within the kernel's limit.
-int num_blocks(int32_t max_blocks, int64_t num_items) {
-  constexpr int64_t kWavesPerBlock = kThreads / kWave;
-  const int64_t wanted = (num_items + kWavesPerBlock - 1) / kWavesPerBlock;
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, max_blocks));
-}
-
-Status launched(gpuError_t error) {
-  if (error == gpuSuccess) return Status();
-  return Status(Code::kInternal,
-                std::string("a kernel was not launched: ") + gpuGetErrorString(error));
-}
 
 // A digest of everything that must be alike on all ranks; only its equality means anything.
 uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
@@ -49,8 +37,7 @@ struct Prepared {
   Sizes sizes;
   Stepping step;
   SlotLayout layout;
-  int32_t tokens_per_chunk = 1;
-  int32_t chunks_per_rank = 1;
+  Chunks chunks;
   int32_t* counts = nullptr;
   uint32_t* written = nullptr;
   gpuStream_t stream = nullptr;
@@ -71,45 +58,17 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
                                               " MiB; set JAX_MORIEP_ARENA_MB to at least " +
                                               std::to_string((2 * out->layout.bytes >> 20) + 1));
   }
-  constexpr int64_t kMaxItems = std::numeric_limits<int32_t>::max();
-  const int64_t parts = row_bytes / 32 + 1;  // of the narrowest words
-  const int64_t all_tokens = shape.num_ranks * shape.num_tokens;
-  if (shape.num_local_experts > kMaxLocalExperts || shape.top_k > kMaxTopK ||
-      all_tokens * shape.top_k > kMaxItems || all_tokens * parts > kMaxItems ||
-      (shape.capacity / kClearRows + 1) * parts > kMaxItems ||
-      shape.num_tokens > kMaxItems / kMaxRanks) {
+  if (Status status = count_sizes(shape, row_bytes, &out->sizes); !status.ok()) return status;
+  out->chunks = chunks_of(shape);
+  if ((out->chunks.written_words + out->chunks.counts) * 4 > kWorkspaceBytes) {
     return Status(Code::kInvalidArgument,
-                  "num_local_experts=" + std::to_string(shape.num_local_experts) + ", top_k=" +
-                      std::to_string(shape.top_k) + ", capacity=" + std::to_string(shape.capacity) +
-                      " and " + std::to_string(shape.num_tokens) +
-                      " tokens per rank are more than the GPU kernels count (1024 experts per "
-                      "rank, top_k 256); use transport='collective'");
-  }
-  out->tokens_per_chunk = static_cast<int32_t>(std::max<int64_t>(
-      1, plan_chunk_routes(static_cast<int>(shape.num_local_experts)) / shape.top_k));
-  out->chunks_per_rank = static_cast<int32_t>(
-      std::max<int64_t>(1, (shape.num_tokens + out->tokens_per_chunk - 1) / out->tokens_per_chunk));
-  const int64_t written_words = (shape.capacity + 31) / 32;
-  const int64_t num_counts = shape.num_ranks * out->chunks_per_rank * shape.num_local_experts;
-  if ((written_words + num_counts) * 4 > kWorkspaceBytes) {
-    return Status(Code::kInvalidArgument,
-                  "the plan of " + std::to_string(all_tokens) + " tokens over " +
-                      std::to_string(shape.num_local_experts) + " local experts and " +
-                      std::to_string(shape.capacity) +
+                  "the plan of " + std::to_string(shape.num_ranks * shape.num_tokens) +
+                      " tokens over " + std::to_string(shape.num_local_experts) +
+                      " local experts and " + std::to_string(shape.capacity) +
                       " rows does not fit the workspace; use transport='collective'");
   }
   out->written = reinterpret_cast<uint32_t*>(me.arena + kControlBytes);
-  out->counts = reinterpret_cast<int32_t*>(out->written + written_words);
-  out->sizes = Sizes{.num_ranks = static_cast<int32_t>(shape.num_ranks),
-                     .num_tokens = static_cast<int32_t>(shape.num_tokens),
-                     .top_k = static_cast<int32_t>(shape.top_k),
-                     .num_experts = static_cast<int32_t>(shape.num_experts),
-                     .num_local_experts = static_cast<int32_t>(shape.num_local_experts),
-                     .block = static_cast<int32_t>(shape.block),
-                     .capacity = static_cast<int32_t>(shape.capacity),
-                     .fanout = static_cast<int32_t>(std::min(shape.top_k, shape.num_ranks)),
-                     .num_words = static_cast<int32_t>(shape.num_words),
-                     .row_bytes = row_bytes};
+  out->counts = reinterpret_cast<int32_t*>(out->written + out->chunks.written_words);
   out->step = Stepping{.kind = kind,
                        .digest = digest_of(kind, call, with_scalars),
                        .rank = call.rank,
@@ -162,8 +121,8 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
                       .staged = staged_of(p.layout),
                       .ids = at.ids,
                       .weights = at.weights,
-                      .tokens_per_chunk = p.tokens_per_chunk,
-                      .chunks_per_rank = p.chunks_per_rank,
+                      .tokens_per_chunk = p.chunks.tokens_per_chunk,
+                      .chunks_per_rank = p.chunks.chunks_per_rank,
                       .counts = p.counts,
                       .written = p.written,
                       .routes = at.routes,
@@ -187,7 +146,7 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
       return status;
   }
   if (!second(call)) return Status();
-  const auto written_bytes = static_cast<size_t>((call.shape.capacity + 31) / 32 * 4);
+  const auto written_bytes = static_cast<size_t>(p.chunks.written_words * 4);
   if (Status status = launched(gpuMemsetAsync(p.written, 0, written_bytes, p.stream)); !status.ok())
     return status;
   const MarkArgs mark{p.team, p.sizes, p.step, at.routes, p.written};

@@ -2,6 +2,7 @@
 // synchronises with the host, allocates, or depends on what the host has counted.
 #pragma once
 
+#include "arrivals.h"
 #include "gpu_runtime.h"
 #include "team.h"
 
@@ -78,6 +79,52 @@ struct PullArgs {
 };
 gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args);
 
+// The same of arrivals, local to this rank. The sort: three launches, the first of which finds the
+// place of each token.
+struct ArrivalPlanArgs {
+  Sizes sizes;
+  Arrivals arrivals;
+  const int32_t* ids;    // [N, K]
+  const float* weights;  // [N, K]
+  const int32_t* rank;   // [1], as the program computes it
+  int32_t tokens_per_chunk;
+  int32_t chunks_per_rank;
+  int32_t* counts;    // workspace: [chunks, L]
+  uint32_t* written;  // workspace: a bit for each row
+  int32_t* places;    // workspace: [R, T], where each token has come to, -1 for nowhere
+  int32_t* routes;
+  int32_t* group_sizes;
+  float* row_weights;
+};
+gpuError_t launch_arrival_plan(gpuStream_t stream, const ArrivalPlanArgs& args);
+
+// The rows of arrivals: each token that has come is read once. Marks are those of the sort, or what
+// launch_mark_arrivals finds in a known plan, into `written` full of zeros.
+struct ExpandArgs {
+  Sizes sizes;
+  Arrivals arrivals;
+  const std::byte* tokens;  // [N, H]
+  const int32_t* routes;
+  uint32_t* written;
+  std::byte* rows;
+  float* row_weights;  // or null: along a known plan
+};
+gpuError_t launch_mark_arrivals(gpuStream_t stream, const ExpandArgs& args);
+gpuError_t launch_expand(gpuStream_t stream, int num_blocks, const ExpandArgs& args);
+
+// And back: adds the rows of each token that has come, in the order of k. Places beyond the tokens
+// that have come are not written.
+struct GatherArgs {
+  Sizes sizes;
+  Arrivals arrivals;
+  const std::byte* rows;
+  const float* scalars;  // [C], or null
+  const int32_t* routes;
+  std::byte* tokens;     // [N, H]
+  float* token_scalars;  // [N, K], or null
+};
+gpuError_t launch_gather(gpuStream_t stream, int num_blocks, RowType type, const GatherArgs& args);
+
 // Both halves of combine. Push: one row per (token, rank) into the slot of the token's owner.
 // Reduce: the owner adds what the ranks pushed, in their order, and its own part on the way.
 struct CombineArgs {
@@ -105,6 +152,9 @@ gpuError_t preload_plan();
 gpuError_t preload_pull(int* resident);
 gpuError_t preload_push(int* resident);
 gpuError_t preload_reduce(int* resident);
+gpuError_t preload_arrival_plan();
+gpuError_t preload_expand();
+gpuError_t preload_gather();
 
 // The same for one form of a kernel that moves rows.
 template <typename Kernel>

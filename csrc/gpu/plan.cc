@@ -1,6 +1,6 @@
-// The plan of a dispatch: a stable counting sort of the group's routes by local expert. Chunks of
-// routes are counted, then each chunk places its own behind those of the chunks before it; no order
-// depends on which block or wave comes first.
+// The plan of a dispatch, or of arrivals: a stable counting sort of the group's routes by local
+// expert. Chunks of routes are counted, then each chunk places its own behind those of the chunks
+// before it; no order depends on which block or wave comes first, nor on the order of arrivals.
 #include "plan.h"
 
 #include "kernels.h"
@@ -21,7 +21,8 @@ struct Chunk {
   int32_t num_tokens;
 };
 
-__device__ Chunk chunk_of_block(const PlanArgs& args) {
+template <typename Args>
+__device__ Chunk chunk_of_block(const Args& args) {
   const int32_t source = static_cast<int32_t>(blockIdx.x) / args.chunks_per_rank;
   const int32_t first =
       static_cast<int32_t>(blockIdx.x) % args.chunks_per_rank * args.tokens_per_chunk;
@@ -32,18 +33,60 @@ __device__ const std::byte* routing_of(const PlanArgs& args, int32_t source) {
   return slot_of(args.team, source, current_step(args.team));
 }
 
-__global__ void __launch_bounds__(kPlanThreads)
-    count_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
-  extern __shared__ int32_t shared[];
-  const Sizes& sizes = args.sizes;
-  if (args.team.num_ranks == 1) check_rank(args.team, args.step);
-  const bool good = wait_for_peers(args.team, args.step);
+// Where the sort finds a group's routing: as the ranks have staged it...
+__device__ bool begin(const PlanArgs& args) { return wait_for_peers(args.team, args.step); }
+__device__ int32_t rank_here(const PlanArgs& args) { return args.team.rank; }
+__device__ int32_t id_at(const PlanArgs& args, int32_t source, int64_t route) {
+  const auto* ids =
+      source == args.team.rank
+          ? args.ids
+          : reinterpret_cast<const int32_t*>(routing_of(args, source) + args.staged.ids);
+  return ids[route];
+}
+__device__ float weight_at(const PlanArgs& args, int32_t source, int64_t route) {
+  const auto* weights =
+      source == args.team.rank
+          ? args.weights
+          : reinterpret_cast<const float*>(routing_of(args, source) + args.staged.weights);
+  return weights[route];
+}
 
-  // The rows that have an owner are marked by the launch that follows.
+// ...or beside the tokens that have arrived.
+__device__ bool begin(const ArrivalPlanArgs&) { return true; }
+__device__ int32_t rank_here(const ArrivalPlanArgs& args) { return args.rank[0]; }
+__device__ int64_t arrival_at(const ArrivalPlanArgs& args, int32_t source, int64_t route) {
+  const int32_t top_k = args.sizes.top_k;
+  const int64_t token = static_cast<int64_t>(source) * args.sizes.num_tokens + route / top_k;
+  const int32_t place = args.places[token];
+  return place < 0 ? -1 : static_cast<int64_t>(place) * top_k + route % top_k;
+}
+__device__ int32_t id_at(const ArrivalPlanArgs& args, int32_t source, int64_t route) {
+  const int64_t at = arrival_at(args, source, route);
+  return at < 0 ? -1 : args.ids[at];
+}
+__device__ float weight_at(const ArrivalPlanArgs& args, int32_t source, int64_t route) {
+  return args.weights[arrival_at(args, source, route)];
+}
+
+// Where this rank's sums of a chunk's tokens go in their owner's arena.
+__device__ void find_slots(const PlanArgs& args, const Chunk& chunk, const int32_t* ids) {
+  const Sizes& sizes = args.sizes;
+  for (int32_t t = threadIdx.x; t < chunk.num_tokens; t += blockDim.x) {
+    const uint64_t ranks = ranks_of(sizes, ids + t * sizes.top_k);
+    const bool goes_here = (ranks >> args.team.rank & 1) != 0;
+    const int32_t token = chunk.first_token + t;
+    args.slots[static_cast<int64_t>(chunk.source) * sizes.num_tokens + token] =
+        goes_here ? token * sizes.fanout + count_bits(ranks & lanes_below(args.team.rank)) : -1;
+  }
+}
+// Arrivals are given back in the order in which they came.
+__device__ void find_slots(const ArrivalPlanArgs&, const Chunk&, const int32_t*) {}
+
+// Every rank's words come to this rank.
+__device__ void collect_words(const PlanArgs& args, bool good) {
+  const Sizes& sizes = args.sizes;
   const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t i = thread; i < (sizes.capacity + 31) / 32; i += num_threads) args.written[i] = 0;
-
   const int64_t num_words = static_cast<int64_t>(sizes.num_ranks) * sizes.num_words;
   for (int64_t i = thread; i < num_words; i += num_threads) {
     const auto source = static_cast<int32_t>(i / sizes.num_words);
@@ -54,6 +97,29 @@ __global__ void __launch_bounds__(kPlanThreads)
     // As a float this is NaN, as a count no program takes it for one.
     args.all_words[i] = good ? words[i % sizes.num_words] : kPoisonWord;
   }
+}
+// Those of arrivals are the transport's.
+__device__ void collect_words(const ArrivalPlanArgs&, bool) {}
+
+__device__ void check_program(const PlanArgs& args) {
+  if (args.team.num_ranks == 1) check_rank(args.team, args.step);
+}
+__device__ void check_program(const ArrivalPlanArgs&) {}
+
+template <typename Args>
+__global__ void __launch_bounds__(kPlanThreads)
+    count_kernel(const MORIEP_KERNEL_ARGUMENT Args args) {
+  extern __shared__ int32_t shared[];
+  const Sizes& sizes = args.sizes;
+  check_program(args);
+  const bool good = begin(args);
+
+  // The rows that have an owner are marked by the launch that follows.
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t i = thread; i < (sizes.capacity + 31) / 32; i += num_threads) args.written[i] = 0;
+
+  collect_words(args, good);
 
   int32_t* counts = shared;
   int32_t* ids = shared + sizes.num_local_experts;
@@ -62,19 +128,17 @@ __global__ void __launch_bounds__(kPlanThreads)
 
   const Chunk chunk = chunk_of_block(args);
   const int64_t first_route = static_cast<int64_t>(chunk.first_token) * sizes.top_k;
-  const auto* source_ids =
-      chunk.source == args.team.rank
-          ? args.ids
-          : reinterpret_cast<const int32_t*>(routing_of(args, chunk.source) + args.staged.ids);
   int32_t* routes = args.routes +
                     static_cast<int64_t>(chunk.source) * sizes.num_tokens * sizes.top_k +
                     first_route;
-  const int32_t first_expert = args.team.rank * sizes.num_local_experts;
+  const int32_t rank = rank_here(args);
+  const int32_t first_expert = rank * sizes.num_local_experts;
   const int32_t i = threadIdx.x;
   if (i < chunk.num_tokens * sizes.top_k) {
-    const int32_t id = good ? source_ids[first_route + i] : -1;
+    const int32_t id = good ? id_at(args, chunk.source, first_route + i) : -1;
     ids[i] = id;
-    const bool here = rank_of(sizes, id) == args.team.rank;
+    const int32_t owner = rank_of(sizes, id);
+    const bool here = owner >= 0 && owner == rank;
     // The local expert stands in for the row until the next launch.
     routes[i] = here ? id - first_expert : kNotHere;
     if (here) atomicAdd(&counts[id - first_expert], 1);
@@ -84,13 +148,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   for (int32_t e = threadIdx.x; e < sizes.num_local_experts; e += blockDim.x) {
     args.counts[static_cast<int64_t>(blockIdx.x) * sizes.num_local_experts + e] = counts[e];
   }
-  for (int32_t t = threadIdx.x; t < chunk.num_tokens; t += blockDim.x) {
-    const uint64_t ranks = ranks_of(sizes, ids + t * sizes.top_k);
-    const bool goes_here = (ranks >> args.team.rank & 1) != 0;
-    const int32_t token = chunk.first_token + t;
-    args.slots[static_cast<int64_t>(chunk.source) * sizes.num_tokens + token] =
-        goes_here ? token * sizes.fanout + count_bits(ranks & lanes_below(args.team.rank)) : -1;
-  }
+  find_slots(args, chunk, ids);
 }
 
 // Where the runs of all experts start, for one wave: an exclusive sum of the aligned totals.
@@ -112,7 +170,8 @@ __device__ void start_runs(const Sizes& sizes, const int32_t* totals, int32_t* s
 
 // Marks the rows of the experts' runs, one or more waves for each. Runs that share a word of the
 // marks belong to several waves: hence the atomic, whose order does not matter.
-__device__ void mark_runs(const PlanArgs& args, const int32_t* totals, const int32_t* starts) {
+template <typename Args>
+__device__ void mark_runs(const Args& args, const int32_t* totals, const int32_t* starts) {
   const Sizes& sizes = args.sizes;
   const auto waves = static_cast<int32_t>(num_waves());
   const int32_t pieces = max(1, waves / sizes.num_local_experts);
@@ -131,11 +190,12 @@ __device__ void mark_runs(const PlanArgs& args, const int32_t* totals, const int
   }
 }
 
+template <typename Args>
 __global__ void __launch_bounds__(kPlanThreads)
-    place_kernel(const MORIEP_KERNEL_ARGUMENT PlanArgs args) {
+    place_kernel(const MORIEP_KERNEL_ARGUMENT Args args) {
   extern __shared__ int32_t shared[];
   const Sizes& sizes = args.sizes;
-  const bool good = wait_for_peers(args.team, args.step);
+  const bool good = begin(args);
   const int32_t num_experts = sizes.num_local_experts;
   const int32_t num_chunks = args.chunks_per_rank * sizes.num_ranks;
   const int32_t waves = static_cast<int32_t>(blockDim.x) / kWave;
@@ -191,11 +251,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     const int32_t row =
         starts[expert] + before[expert] + in_wave[wave * num_experts + expert] + in_front;
     if (row < sizes.capacity) {
-      const auto* weights = chunk.source == args.team.rank
-                                ? args.weights
-                                : reinterpret_cast<const float*>(routing_of(args, chunk.source) +
-                                                                 args.staged.weights);
-      args.row_weights[row] = weights[first_route + i];
+      args.row_weights[row] = weight_at(args, chunk.source, first_route + i);
       routes[i] = row;
     } else {
       routes[i] = kDropped;
@@ -227,42 +283,103 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where each token of the group has come to.
+__global__ void __launch_bounds__(kThreads)
+    arrive_kernel(const MORIEP_KERNEL_ARGUMENT ArrivalPlanArgs args) {
+  const int32_t count = num_arrivals(args.sizes, args.arrivals);
+  const auto num_threads = static_cast<int32_t>(gridDim.x * blockDim.x);
+  for (auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x); i < count;
+       i += num_threads) {
+    const int32_t token = token_at(args.sizes, args.arrivals, i);
+    if (token >= 0) args.places[token] = i;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    mark_arrivals_kernel(const MORIEP_KERNEL_ARGUMENT ExpandArgs args) {
+  const Sizes& sizes = args.sizes;
+  const int64_t num_routes = static_cast<int64_t>(num_arrivals(sizes, args.arrivals)) * sizes.top_k;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_routes;
+       i += num_threads) {
+    const int32_t token = token_at(sizes, args.arrivals, static_cast<int32_t>(i / sizes.top_k));
+    if (token < 0) continue;
+    const int32_t row = args.routes[static_cast<int64_t>(token) * sizes.top_k + i % sizes.top_k];
+    if (row >= 0 && row < sizes.capacity) atomicOr(&args.written[row / 32], 1u << (row % 32));
+  }
+}
+
 int num_plan_threads(int num_local_experts) {
   return num_local_experts <= kNarrowExperts ? kPlanThreads : kWidePlanThreads;
 }
 
-}  // namespace
-
-int plan_chunk_routes(int num_local_experts) { return num_plan_threads(num_local_experts); }
-
-gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args) {
+template <typename Args>
+gpuError_t sort(gpuStream_t stream, const Args& args) {
   const int num_experts = args.sizes.num_local_experts;
   const int threads = num_plan_threads(num_experts);
   const int num_chunks = args.chunks_per_rank * args.sizes.num_ranks;
   const size_t count_bytes = sizeof(int32_t) * static_cast<size_t>(num_experts + threads);
   const size_t place_bytes = static_cast<size_t>(num_experts) *
                              (3 * sizeof(int32_t) + sizeof(uint16_t) * (threads / kWave));
-  count_kernel<<<num_chunks, threads, count_bytes, stream>>>(args);
-  place_kernel<<<num_chunks, threads, place_bytes, stream>>>(args);
+  count_kernel<Args><<<num_chunks, threads, count_bytes, stream>>>(args);
+  place_kernel<Args><<<num_chunks, threads, place_bytes, stream>>>(args);
   return gpuGetLastError();
+}
+
+// Blocks of a kernel with little to do for each of so many items.
+int num_thread_blocks(int64_t num_items) {
+  return static_cast<int>(num_items < kThreads * 256 ? (num_items + kThreads - 1) / kThreads + 1
+                                                     : 256);
+}
+
+template <typename... Kernel>
+gpuError_t preload_all(Kernel*... kernel) {
+  gpuFuncAttributes found;
+  for (const void* entry : {reinterpret_cast<const void*>(kernel)...}) {
+    const gpuError_t error = gpuFuncGetAttributes(&found, entry);
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+}  // namespace
+
+int plan_chunk_routes(int num_local_experts) { return num_plan_threads(num_local_experts); }
+
+gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args) { return sort(stream, args); }
+
+gpuError_t launch_arrival_plan(gpuStream_t stream, const ArrivalPlanArgs& args) {
+  const int64_t num_tokens = int64_t{args.sizes.num_ranks} * args.sizes.num_tokens;
+  if (num_tokens > 0) {
+    const gpuError_t error =
+        gpuMemsetAsync(args.places, 0xff, static_cast<size_t>(num_tokens) * 4, stream);
+    if (error != gpuSuccess) return error;
+  }
+  arrive_kernel<<<num_thread_blocks(num_tokens), kThreads, 0, stream>>>(args);
+  return sort(stream, args);
 }
 
 gpuError_t launch_mark(gpuStream_t stream, const MarkArgs& args) {
   const int64_t num_routes =
       static_cast<int64_t>(args.sizes.num_ranks) * args.sizes.num_tokens * args.sizes.top_k;
-  const auto num_blocks = static_cast<int>(
-      num_routes < kThreads * 256 ? (num_routes + kThreads - 1) / kThreads + 1 : 256);
-  mark_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
+  mark_kernel<<<num_thread_blocks(num_routes), kThreads, 0, stream>>>(args);
+  return gpuGetLastError();
+}
+
+gpuError_t launch_mark_arrivals(gpuStream_t stream, const ExpandArgs& args) {
+  const int64_t num_routes =
+      static_cast<int64_t>(args.sizes.num_ranks) * args.sizes.num_tokens * args.sizes.top_k;
+  mark_arrivals_kernel<<<num_thread_blocks(num_routes), kThreads, 0, stream>>>(args);
   return gpuGetLastError();
 }
 
 gpuError_t preload_plan() {
-  gpuFuncAttributes found;
-  for (const auto kernel : {count_kernel, place_kernel}) {
-    const gpuError_t error = gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
-    if (error != gpuSuccess) return error;
-  }
-  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(mark_kernel));
+  return preload_all(count_kernel<PlanArgs>, place_kernel<PlanArgs>, mark_kernel);
+}
+
+gpuError_t preload_arrival_plan() {
+  return preload_all(arrive_kernel, count_kernel<ArrivalPlanArgs>, place_kernel<ArrivalPlanArgs>,
+                     mark_arrivals_kernel);
 }
 
 }  // namespace moriep::gpu

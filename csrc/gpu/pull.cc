@@ -1,4 +1,4 @@
-// Second half of dispatch and replay: the rows.
+// The rows: second half of dispatch and replay, and of arrivals.
 #include "kernels.h"
 #include "rows.h"
 #include "step.h"
@@ -18,8 +18,8 @@ __device__ Word filled(bool poison) {
 
 // One part of one token: read once, written to all rows that the token has here, unless this rank
 // has failed. Its routes are read before that is known.
-template <typename Word>
-__device__ void pull_part(const PullArgs& args, const std::byte* from, const int32_t* routes,
+template <typename Word, typename Args>
+__device__ void pull_part(const Args& args, const std::byte* from, const int32_t* routes,
                           int64_t first, bool good) {
   const Sizes& sizes = args.sizes;
   const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
@@ -53,8 +53,8 @@ __device__ void pull_part(const PullArgs& args, const std::byte* from, const int
 
 // One part of kClearRows rows: those without an owner are cleared; all are poisoned once this rank
 // has failed.
-template <typename Word>
-__device__ void clear_part(const PullArgs& args, int32_t group, int64_t first, bool good) {
+template <typename Word, typename Args>
+__device__ void clear_part(const Args& args, int32_t group, int64_t first, bool good) {
   const Sizes& sizes = args.sizes;
   const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
   constexpr uint32_t kAll = (1u << kClearRows) - 1;
@@ -79,15 +79,19 @@ __device__ void clear_part(const PullArgs& args, int32_t group, int64_t first, b
   }
 }
 
-template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
+// A token and the rows that it has here.
+struct Found {
+  const std::byte* from;
+  const int32_t* routes;  // or null: none
+};
+
+// All rows of this rank: those of `num_tokens` tokens, each of which `find(place)` finds, and those
+// that nobody owns.
+template <typename Word, typename Args, typename Find>
+__device__ void fill_rows(const Args& args, uint32_t num_tokens, bool good, Find find) {
   const Sizes& sizes = args.sizes;
-  const bool good = wait_for_peers(args.team, args.step);
-  const uint64_t step = current_step(args.team);
-  const auto ranks = static_cast<uint32_t>(sizes.num_ranks);
   const uint32_t parts = num_parts(sizes.row_bytes, sizeof(Word), kCopyWords);
-  const uint32_t num_pulls = ranks * static_cast<uint32_t>(sizes.num_tokens) * parts;
+  const uint32_t num_pulls = num_tokens * parts;
   const uint32_t num_clears =
       static_cast<uint32_t>((sizes.capacity + kClearRows - 1) / kClearRows) * parts;
   // Neighbours in the order of items go to different blocks: rows that nobody owns lie together,
@@ -102,6 +106,20 @@ __global__ void __launch_bounds__(kThreads)
       clear_part<Word>(args, static_cast<int32_t>(place), first, good);
       continue;
     }
+    const Found found = find(place);
+    if (found.routes != nullptr) pull_part<Word>(args, found.from, found.routes, first, good);
+  }
+}
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
+  const Sizes& sizes = args.sizes;
+  const bool good = wait_for_peers(args.team, args.step);
+  const uint64_t step = current_step(args.team);
+  const auto ranks = static_cast<uint32_t>(sizes.num_ranks);
+  const uint32_t num_tokens = ranks * static_cast<uint32_t>(sizes.num_tokens);
+  fill_rows<Word>(args, num_tokens, good, [&](uint32_t place) -> Found {
     // Beginning with the next rank, so that not all read the same peer at the same time.
     const uint32_t source = (static_cast<uint32_t>(args.team.rank) + 1 + place % ranks) % ranks;
     const int64_t token = place / ranks;
@@ -109,29 +127,63 @@ __global__ void __launch_bounds__(kThreads)
                                 ? args.x + token * sizes.row_bytes
                                 : slot_of(args.team, static_cast<int32_t>(source), step) +
                                       args.staged.rows + token * args.staged.row_stride;
-    pull_part<Word>(args, from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k,
-                    first, good);
-  }
+    return {from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k};
+  });
   leave_step(args.team, args.step);
+}
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    expand_kernel(const MORIEP_KERNEL_ARGUMENT ExpandArgs args) {
+  const Sizes& sizes = args.sizes;
+  const auto count = static_cast<uint32_t>(num_arrivals(sizes, args.arrivals));
+  fill_rows<Word>(args, count, true, [&](uint32_t place) -> Found {
+    const int32_t token = token_at(sizes, args.arrivals, static_cast<int32_t>(place));
+    const int32_t* routes = args.routes + static_cast<int64_t>(token) * sizes.top_k;
+    return {args.tokens + place * sizes.row_bytes, token < 0 ? nullptr : routes};
+  });
+}
+
+// Calls f<Word>() with the widest word in which rows of these addresses can be copied.
+template <typename F>
+gpuError_t with_copy_word(int64_t row_bytes, const void* a, const void* b, F f) {
+  if (fits_words(16, row_bytes, a, b)) {
+    f.template operator()<uint4>();
+  } else if (fits_words(2, row_bytes, a, b)) {
+    f.template operator()<uint16_t>();
+  } else {
+    f.template operator()<uint8_t>();
+  }
+  return gpuGetLastError();
 }
 
 }  // namespace
 
 gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args) {
-  const int64_t row_bytes = args.sizes.row_bytes;
-  if (fits_words(16, row_bytes, args.x, args.rows)) {
-    pull_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
-  } else if (fits_words(2, row_bytes, args.x, args.rows)) {
-    pull_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
-  } else {
-    pull_kernel<uint8_t><<<num_blocks, kThreads, 0, stream>>>(args);
-  }
-  return gpuGetLastError();
+  return with_copy_word(args.sizes.row_bytes, args.x, args.rows, [&]<typename Word>() {
+    pull_kernel<Word><<<num_blocks, kThreads, 0, stream>>>(args);
+  });
+}
+
+gpuError_t launch_expand(gpuStream_t stream, int num_blocks, const ExpandArgs& args) {
+  return with_copy_word(args.sizes.row_bytes, args.tokens, args.rows, [&]<typename Word>() {
+    expand_kernel<Word><<<num_blocks, kThreads, 0, stream>>>(args);
+  });
 }
 
 gpuError_t preload_pull(int* resident) {
   for (const auto kernel : {pull_kernel<uint4>, pull_kernel<uint16_t>, pull_kernel<uint8_t>}) {
     const gpuError_t error = preload_rows(kernel, kThreads, resident);
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+gpuError_t preload_expand() {
+  int resident = 0;  // It waits for nobody, so nothing limits its blocks.
+  for (const auto kernel :
+       {expand_kernel<uint4>, expand_kernel<uint16_t>, expand_kernel<uint8_t>}) {
+    const gpuError_t error = preload_rows(kernel, kThreads, &resident);
     if (error != gpuSuccess) return error;
   }
   return gpuSuccess;

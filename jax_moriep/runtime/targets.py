@@ -16,9 +16,13 @@ from jax_moriep.runtime import library
 DISPATCH = "moriep_dispatch"
 REPLAY = "moriep_replay"
 COMBINE = "moriep_combine"
+EXPAND = "moriep_expand"
+REEXPAND = "moriep_reexpand"
+GATHER = "moriep_gather"
 DLPACK_CALL = "moriep_dlpack_call"
 
 _SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+_EXPAND_SYMBOLS = {EXPAND: "MoriepExpand", REEXPAND: "MoriepReexpand", GATHER: "MoriepGather"}
 # As XLA spells its platforms: another spelling is accepted, and never used.
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM"}
 _INTEROP_SYMBOLS = {"cpu": "MoriepDlpackCpu", "CUDA": "MoriepDlpackCuda", "ROCM": "MoriepDlpackRocm"}
@@ -43,6 +47,26 @@ def register(backend: str) -> None:
             capsule = jax.ffi.pycapsule(getattr(lib, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
         _registered.add(backend)
+
+
+def register_expand(backend: str) -> None:
+    """Registers a GPU backend's handlers of the adapter between token-major and row-major, once.
+
+    Args:
+      backend: "cuda" or "rocm".
+
+    Raises:
+      LibraryError: the library is missing or does not fit.
+    """
+    name = f"{backend} expand"
+    with _lock:
+        if name in _registered:
+            return
+        lib = library.load(backend)
+        for target, symbol in _EXPAND_SYMBOLS.items():
+            capsule = jax.ffi.pycapsule(getattr(lib, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
+        _registered.add(name)
 
 
 def register_interop() -> None:

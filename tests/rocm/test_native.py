@@ -19,6 +19,12 @@ def test_exchanges_of_several_processes_and_of_several_ranks_on_a_stream(memory)
     simulated.run(program, deadline=300, JAX_MORIEP_TEST_STEPS="50", **MEMORY[memory])
 
 
+@pytest.mark.parametrize("memory", ["ordinary", "adversarial"])
+def test_rows_of_arrivals(memory):
+    """The adapter that makes a row-major transport of a token-major one."""
+    simulated.run(simulated.LIBRARY / "gpu" / "rocm" / "rocm_expand_test", deadline=120, **MEMORY[memory])
+
+
 @pytest.mark.parametrize(
     ("devices", "memory"), [(1, "ordinary"), (1, "adversarial"), (2, "adversarial"), (4, "adversarial")]
 )

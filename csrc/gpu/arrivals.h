@@ -1,0 +1,30 @@
+// What a token-major transport has brought to this rank, inside kernels. Its arrays come from
+// outside this package: nothing in them is trusted as an index.
+#pragma once
+
+#include "gpu_runtime.h"
+#include "team.h"
+
+namespace moriep::gpu {
+
+struct Arrivals {
+  const int32_t* sources;  // [N]: source rank * T + source token; undefined from `count` on
+  const int32_t* count;    // [1]
+};
+
+__device__ inline int32_t num_group_tokens(const Sizes& sizes) {
+  return sizes.num_ranks * sizes.num_tokens;
+}
+
+// How many tokens have come.
+__device__ inline int32_t num_arrivals(const Sizes& sizes, const Arrivals& arrivals) {
+  return min(max(arrivals.count[0], 0), num_group_tokens(sizes));
+}
+
+// The token of the group that came at a place, or -1 where there is no such token.
+__device__ inline int32_t token_at(const Sizes& sizes, const Arrivals& arrivals, int32_t place) {
+  const int32_t token = arrivals.sources[place];
+  return token >= 0 && token < num_group_tokens(sizes) ? token : -1;
+}
+
+}  // namespace moriep::gpu
