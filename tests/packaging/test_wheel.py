@@ -156,7 +156,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     # ROCm's library is there if this machine has a compiler for it, else the reason why not.
     others -= {f"jax_moriep/lib/libmoriep_rocm.{suffix}" for suffix in ("so", "txt")}
     libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
-    assert others == {"jax_moriep/py.typed", "jax_moriep/experts/triton/tuning.json"} | libraries
+    data = {f"jax_moriep/{name}" for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip")}
+    assert others == data | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
