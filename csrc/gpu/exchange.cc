@@ -57,8 +57,8 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   if (fp8 && call.type == RowType::kU8) {
     return Status(Code::kInvalidArgument, "bytes cannot be sent as fp8; pass floating tokens");
   }
-  out->layout = SlotLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes,
-                               with_scalars);
+  out->layout =
+      SlotLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes, with_scalars);
   if (shape.num_ranks > 1 && out->layout.bytes > me.group->slot_bytes()) {
     return Status(Code::kInvalidArgument, "a step needs " +
                                               std::to_string(out->layout.bytes >> 20) +
@@ -105,7 +105,8 @@ gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const Call& cal
   const StageArgs args{p.team, p.sizes, p.step, staged_of(p, call), x, ids, weights, words};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
   const BlockLimits& most = me.max_blocks;
-  const int blocks = num_blocks(p.wire == Wire::kFp8 ? most.fp8_stage : most.stage, p.sizes.num_tokens * parts);
+  const int blocks =
+      num_blocks(p.wire == Wire::kFp8 ? most.fp8_stage : most.stage, p.sizes.num_tokens * parts);
   return launch_stage(p.stream, blocks, call.type, p.wire, args);
 }
 
@@ -223,8 +224,8 @@ Status preload_kernels(LocalRank& me) {
   me.max_blocks = kNoLimits;
   if (me.group->num_ranks() > 1) {
     // Each block looks for its peers and fences its own writes: no more of them than run at once.
-    for (int32_t* blocks : {&most.stage, &most.pull, &most.push, &most.reduce, &most.fp8_stage,
-                            &most.fp8_pull}) {
+    for (int32_t* blocks :
+         {&most.stage, &most.pull, &most.push, &most.reduce, &most.fp8_stage, &most.fp8_pull}) {
       *blocks = processors * std::max(1, *blocks);
     }
     me.max_blocks = most;

@@ -54,8 +54,7 @@ __device__ inline Fp8Scale fp8_scale(uint32_t largest) {
   if (largest < kSmallestBits) return {0, 0};
   if (largest >= 0x7f800000u) return {0x7fc00000u, 0};
   // A mantissa beyond the format's largest takes the next power of two.
-  const uint32_t exponent =
-      ((largest + (0x7fffffu - Numbers::kMantissa)) >> 23) - Numbers::kTop;
+  const uint32_t exponent = ((largest + (0x7fffffu - Numbers::kMantissa)) >> 23) - Numbers::kTop;
   return {exponent << 23, (254u - exponent) << 23};
 }
 

@@ -70,8 +70,8 @@ __device__ void clear_part(const Args& args, int32_t group, const Part& part, bo
   const uint32_t written = good ? marks & kAll : 0;
   const int lane = lane_id();
   const int32_t own = first_row + lane;
-  if (args.row_weights != nullptr && part.first == lane && lane < kClearRows && own < sizes.capacity &&
-      (written >> lane & 1) == 0) {
+  if (args.row_weights != nullptr && part.first == lane && lane < kClearRows &&
+      own < sizes.capacity && (written >> lane & 1) == 0) {
     args.row_weights[own] = good ? 0.0f : __uint_as_float(0x7fffffffu);
   }
   const Word word = filled<Word>(!good);
@@ -153,9 +153,8 @@ __global__ void __launch_bounds__(kThreads)
 
 gpuError_t launch_pull(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
                        const PullArgs& args) {
-  with_move(type, wire, args.sizes.row_bytes, args.x, args.rows, [&]<typename Move>() {
-    pull_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args);
-  });
+  with_move(type, wire, args.sizes.row_bytes, args.x, args.rows,
+            [&]<typename Move>() { pull_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args); });
   return gpuGetLastError();
 }
 
@@ -167,9 +166,8 @@ gpuError_t launch_expand(gpuStream_t stream, int num_blocks, const ExpandArgs& a
 }
 
 gpuError_t preload_pull(Wire wire, int* resident) {
-  return for_all_moves(wire, [&]<typename Move>() {
-    return preload_rows(pull_kernel<Move>, kThreads, resident);
-  });
+  return for_all_moves(
+      wire, [&]<typename Move>() { return preload_rows(pull_kernel<Move>, kThreads, resident); });
 }
 
 gpuError_t preload_expand() {

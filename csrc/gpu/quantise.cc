@@ -77,8 +77,8 @@ gpuError_t preload_quantise() {
       for (const Fp8Format format : {Fp8Format::kE4M3FN, Fp8Format::kE4M3FNUZ}) {
         with_quantiser(type, wide, format, [&]<typename Move>() {
           gpuFuncAttributes found;
-          const gpuError_t error = gpuFuncGetAttributes(
-              &found, reinterpret_cast<const void*>(quantise_kernel<Move>));
+          const gpuError_t error =
+              gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(quantise_kernel<Move>));
           if (first == gpuSuccess) first = error;
         });
       }

@@ -61,9 +61,8 @@ gpuError_t launch_stage(gpuStream_t stream, int num_blocks, RowType type, Wire w
 }
 
 gpuError_t preload_stage(Wire wire, int* resident) {
-  return for_all_moves(wire, [&]<typename Move>() {
-    return preload_rows(stage_kernel<Move>, kThreads, resident);
-  });
+  return for_all_moves(
+      wire, [&]<typename Move>() { return preload_rows(stage_kernel<Move>, kThreads, resident); });
 }
 
 }  // namespace moriep::gpu

@@ -95,9 +95,9 @@ void check_processes(int32_t num_ranks) {
   const auto children = fork_ranks(num_ranks, [&](int32_t me) {
     check::set_deadline(deadline(150, kProcessSteps, kProcessStepMs));
     const auto group = join(*shared, me, num_ranks, 60);
-    for (const auto& [type, wire] : {std::pair{RowType::kF32, Wire::kRows},
-                                     std::pair{RowType::kBF16, Wire::kRows},
-                                     std::pair{RowType::kBF16, Wire::kFp8}}) {
+    for (const auto& [type, wire] :
+         {std::pair{RowType::kF32, Wire::kRows}, std::pair{RowType::kBF16, Wire::kRows},
+          std::pair{RowType::kBF16, Wire::kFp8}}) {
       Case test{shape_of(num_ranks, 33, 3, 72, 10, 4), type};
       test.with_scalars = true;
       test.wire = wire;
@@ -316,8 +316,7 @@ TEST(faults_are_named, 60) {
   {  // Bytes on the fp8 wire.
     const auto group = ranks_on_one_device(1);
     const Status status = gpu::dispatch(
-        *group->local(0),
-        Call{.shape = test.shape, .type = RowType::kU8, .wire = Wire::kFp8}, {});
+        *group->local(0), Call{.shape = test.shape, .type = RowType::kU8, .wire = Wire::kFp8}, {});
     CHECK_EQ(status.code(), Code::kInvalidArgument);
     CHECK_CONTAINS(status.text(), "bytes cannot be sent as fp8");
   }

@@ -24,8 +24,8 @@ struct Numbers {
     if (fnuz ? code == 0x80 : (code & 0x7f) == 0x7f) return kNan;
     const int exponent = code >> 3 & 15;
     const double fraction = (code & 7) / 8.0;
-    const double magnitude = exponent == 0 ? std::ldexp(fraction, 1 - bias)
-                                           : std::ldexp(1 + fraction, exponent - bias);
+    const double magnitude =
+        exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias);
     return (code & 0x80) != 0 ? -magnitude : magnitude;
   }
 
@@ -107,9 +107,7 @@ uint32_t wild_bits(RowType type, uint64_t seed, int64_t token, int64_t h) {
   const uint32_t top = type == RowType::kF16 ? 31 : 255;
   const uint32_t fraction = random & ((1u << fraction_bits) - 1);
   const uint32_t sign = (random >> 31) << (type == RowType::kF16 ? 15 : 31);
-  const auto with = [&](uint32_t exponent) {
-    return sign | exponent << fraction_bits | fraction;
-  };
+  const auto with = [&](uint32_t exponent) { return sign | exponent << fraction_bits | fraction; };
   uint32_t bits = 0;
   const auto any = static_cast<uint32_t>(pick(seed, token, h, 1, top));
   switch (kind) {
