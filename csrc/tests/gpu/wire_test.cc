@@ -101,7 +101,7 @@ void expect(const std::string& what, double got, double want) {
 // one, an infinity or NaN among them, the largest that there are, or any; mostly ordinary ones.
 uint32_t wild_bits(RowType type, uint64_t seed, int64_t token, int64_t h) {
   const int64_t group = h / kFp8Group;
-  const int64_t kind = pick(seed, token, group, -1, 10);
+  const int64_t kind = pick(seed, token, group, -1, 11);
   const auto random = static_cast<uint32_t>(pick(seed, token, h, 0, int64_t{1} << 32));
   const int fraction_bits = type == RowType::kF16 ? 10 : 23;
   const uint32_t top = type == RowType::kF16 ? 31 : 255;
@@ -126,10 +126,13 @@ uint32_t wild_bits(RowType type, uint64_t seed, int64_t token, int64_t h) {
     case 4:
       bits = with(any);
       break;
+    case 5:  // about as small as a group may be
+      bits = with(top == 255 ? 25 + static_cast<uint32_t>(pick(seed, token, group, -2, 4)) : 1);
+      break;
     default:
       bits = with(top / 2 - any % 14);
       // Halfway between two codes, often.
-      if (kind > 7) bits &= ~((1u << (fraction_bits - 4)) - 1);
+      if (kind > 8) bits &= ~((1u << (fraction_bits - 4)) - 1);
   }
   return type == RowType::kBF16 ? bits >> 16 : bits;
 }
