@@ -28,13 +28,13 @@ _INFINITY_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
 
 
-def format_of(backend: str | None) -> jnp.dtype:
-    """The float8 of a backend: AMD's MI300 series computes in e4m3fnuz, all others in e4m3fn.
+def format_of(architecture: str) -> jnp.dtype:
+    """The float8 of a platform: AMD's MI300 series computes in e4m3fnuz, others in e4m3fn.
 
     Args:
-      backend: "cpu", "cuda", "rocm", or None where programs are only lowered.
+      architecture: of the devices, as ``plan.Link`` has it; "" for those that are no GPUs.
     """
-    return jnp.dtype(jnp.float8_e4m3fnuz if backend == "rocm" else jnp.float8_e4m3fn)
+    return jnp.dtype(jnp.float8_e4m3fnuz if architecture.startswith("gfx") else jnp.float8_e4m3fn)
 
 
 def packed_width(hidden_size: int) -> int:

@@ -22,6 +22,7 @@ class Pair {
   static Case case_of(int64_t num_tokens, int64_t hidden_size, RowType type, Wire wire) {
     const int64_t block = std::clamp<int64_t>(num_tokens / 16, 8, 128);
     Case test{shape_of(2, num_tokens, 8, hidden_size, 64, block, 0.5), type};
+    test.shape.num_words = 0;
     test.wire = wire;
     return test;
   }

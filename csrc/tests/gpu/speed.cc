@@ -134,9 +134,10 @@ class Exchanges {
   void dispatch(Wire wire = Wire::kRows) {
     Call call = call_;
     call.wire = wire;
-    CHECK_OK(gpu::dispatch(me_, call,
-                           {bytes(x_), ids_.data(), weights_.data(), bytes(rows_),
-                            row_weights_.data(), sizes_.data(), routes_.data(), slots_.data(), nullptr, nullptr}));
+    CHECK_OK(
+        gpu::dispatch(me_, call,
+                      {bytes(x_), ids_.data(), weights_.data(), bytes(rows_), row_weights_.data(),
+                       sizes_.data(), routes_.data(), slots_.data(), nullptr, nullptr}));
   }
   void plan() { check_gpu(launch_plan(static_cast<gpuStream_t>(call_.stream), plan_), "plan"); }
   void replay() {

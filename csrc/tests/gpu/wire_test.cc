@@ -347,7 +347,7 @@ void check_dispatch(Group& group, const Case& test) {
       CHECK_OK(dispatch(*group.local(r), call,
                         {side.x.data(), side.ids.data(), side.weights.data(), side.rows.data(),
                          side.row_weights.data(), side.group_sizes.data(), side.routes.data(),
-                         side.slots.data()}));
+                         side.slots.data(), nullptr, nullptr}));
     }
   }
   check_gpu(gpuDeviceSynchronize(), "dispatch");
@@ -384,6 +384,7 @@ TEST(rows_are_what_the_wire_makes_of_tokens, 300) {
     for (const RowType type : kTypes) {
       for (const int64_t hidden_size : kHiddenSizes) {
         Case test{shape_of(num_ranks, hidden_size > 1000 ? 3 : 9, 3, hidden_size, 7, 4), type};
+        test.shape.num_words = 0;
         test.seed = ++seed;
         check_dispatch(group, test);
       }
