@@ -4,13 +4,13 @@ What a token becomes, to the bit, here and in the kernels of ``csrc/gpu`` (``fp8
 
 - The scale of a group is the smallest power of two that brings its largest magnitude into the format's range.
   So dividing by it is exact, whether done by a division or by the reciprocal, on every platform.
-- A code is the float8 nearest to value / scale, of two the even one. Magnitudes beyond 15/16 of 2^128, or of 2^16
-  in float16, count as that: the next float8 would be an infinity of the token's dtype.
+- A code is the float8 nearest to value / scale, of two the even one. Magnitudes beyond 15/16 of 2^128, or of
+  2^16 in float16, count as that: the next float8 would be an infinity of the token's dtype.
 - A group whose magnitudes are all below 2^-100 is zeros, scale 0: platforms differ in what they flush there.
 - A group with an infinity or a NaN comes back as NaN, all of it: its scale is NaN, its codes are zeros.
 
-Transports that do not quantise by themselves move ``pack``'s bytes as they are; a zero byte row, which is what
-padding is, unpacks to zeros.
+Transports that do not quantise by themselves move ``pack``'s bytes as they are; a zero byte row, which is
+what padding is, unpacks to zeros.
 """
 
 from __future__ import annotations

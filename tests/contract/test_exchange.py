@@ -266,7 +266,7 @@ def test_fp8_wire(transport):
 
 
 def check_fp8_wire(transport, num_ranks, dtype):
-    """The rows are to the bit those of tokens that were packed and unpacked before, wherever an expert lives."""
+    """The rows are to the bit those of tokens that were packed and unpacked before, wherever they go."""
     plain = config(transport, hidden=200)
     cfg = config(transport, hidden=200, wire_dtype="fp8")
     rng = np.random.default_rng(10)

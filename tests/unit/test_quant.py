@@ -52,7 +52,7 @@ def packed(x, name):
 
 
 def wild(dtype, width):
-    """Rows whose groups are ordinary, tiny, huge, of all sizes, halfway between codes, zeros or not finite."""
+    """Rows whose groups are ordinary, tiny, huge, of all sizes, halfway between codes, zero or not finite."""
     rng = np.random.default_rng(width)
     shape = (24, width)
     ordinary = rng.normal(size=shape)
