@@ -228,7 +228,7 @@ TEST(ranks_on_one_stream, 300) {
           test.with_scalars = hidden != 1 && type != RowType::kU8;
           test.seed = ++seed;
           check_case(*group, test);
-          if (type == RowType::kU8 || routing > Routing::kOneExpert) continue;
+          if (type == RowType::kU8 || routing != Routing::kUniform) continue;
           test.wire = Wire::kFp8;
           check_case(*group, test);
         }
