@@ -96,8 +96,7 @@ struct AsFp8 {
   }
 
   __device__ void send(std::byte* staged, int64_t row_scales, const Part& part) const {
-    write(reinterpret_cast<Codes*>(staged), reinterpret_cast<uint32_t*>(staged + row_scales),
-          part);
+    write(reinterpret_cast<Codes*>(staged), reinterpret_cast<uint32_t*>(staged + row_scales), part);
   }
   __device__ void write(Codes* to, uint32_t* scales_to, const Part& part) const {
 #pragma unroll
@@ -229,21 +228,26 @@ void with_move(RowType type, Wire wire, int64_t row_bytes, const void* a, const 
   });
 }
 
-// The first error of f<Move>() over all that move rows on a wire.
+inline gpuError_t first_error(std::initializer_list<gpuError_t> errors) {
+  for (const gpuError_t error : errors) {
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+// The first error of f<Move>() over all that copy.
+template <typename F>
+gpuError_t for_all_copies(F f) {
+  return first_error({f.template operator()<AsRows<uint4>>(),
+                      f.template operator()<AsRows<uint16_t>>(),
+                      f.template operator()<AsRows<uint8_t>>()});
+}
+
+// The same over all that move rows on a wire.
 template <typename F>
 gpuError_t for_all_moves(Wire wire, F f) {
-  const auto first_error = [](std::initializer_list<gpuError_t> errors) {
-    for (const gpuError_t error : errors) {
-      if (error != gpuSuccess) return error;
-    }
-    return gpuSuccess;
-  };
+  if (wire == Wire::kRows) return for_all_copies(f);
   constexpr Fp8Format kFormat = kWireFormat;
-  if (wire == Wire::kRows) {
-    return first_error({f.template operator()<AsRows<uint4>>(),
-                        f.template operator()<AsRows<uint16_t>>(),
-                        f.template operator()<AsRows<uint8_t>>()});
-  }
   return first_error({f.template operator()<AsFp8<RowType::kF32, true, kFormat>>(),
                       f.template operator()<AsFp8<RowType::kF32, false, kFormat>>(),
                       f.template operator()<AsFp8<RowType::kBF16, true, kFormat>>(),

@@ -172,9 +172,8 @@ gpuError_t preload_pull(Wire wire, int* resident) {
 
 gpuError_t preload_expand() {
   int resident = 0;  // It waits for nobody, so nothing limits its blocks.
-  return for_all_moves(Wire::kRows, [&]<typename Move>() {
-    return preload_rows(expand_kernel<Move>, kThreads, &resident);
-  });
+  return for_all_copies(
+      [&]<typename Move>() { return preload_rows(expand_kernel<Move>, kThreads, &resident); });
 }
 
 }  // namespace moriep::gpu
