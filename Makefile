@@ -46,10 +46,11 @@ test-gpu: build
 	$(BIN)/cmake -S . -B build/test-$(GPU) -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
 	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=$(if $(filter cuda,$(GPU)),ON,OFF) \
 	  -DMORIEP_BUILD_ROCM=$(if $(filter rocm,$(GPU)),ON,OFF) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-	$(BIN)/cmake --build build/test-$(GPU) --target $(GPU)_exchange_test $(GPU)_expand_test $(GPU)_speed \
-	  $(GPU)_peer
+	$(BIN)/cmake --build build/test-$(GPU) --target $(GPU)_exchange_test $(GPU)_expand_test $(GPU)_wire_test \
+	  $(GPU)_speed $(GPU)_peer
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_exchange_test
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_expand_test
+	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_wire_test
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
 	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu

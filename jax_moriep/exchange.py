@@ -141,9 +141,8 @@ def ordered_dispatch(
     # Not over the other operands' axes: what the words say there, all_words says too.
     (words,) = _varying_over(link.axis_name, words)
     with jax.named_scope("moriep.dispatch"):
-        outputs: Any = _dispatch(
-            link, cfg.wire_dtype == "fp8", x, ids, weights.astype(jnp.float32), words, token
-        )
+        packed = cfg.wire_dtype == "fp8" and not link.opened.quantises
+        outputs: Any = _dispatch(link, packed, x, ids, weights.astype(jnp.float32), words, token)
     rows, row_weights, group_sizes, all_words, plan, token = outputs
     return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), all_words, token
 
@@ -255,19 +254,19 @@ def _to_token(order: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(
     link: Link,
-    fp8: bool,
+    packed: bool,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
     words: jax.Array,
     token: jax.Array,
 ) -> Any:
-    return _dispatch_fwd(link, fp8, x, ids, weights, words, token)[0]
+    return _dispatch_fwd(link, packed, x, ids, weights, words, token)[0]
 
 
 def _dispatch_fwd(
     link: Link,
-    fp8: bool,
+    packed: bool,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
@@ -275,7 +274,8 @@ def _dispatch_fwd(
     token: jax.Array,
 ) -> tuple[Any, Plan]:
     transport = IMPLEMENTATIONS[link.transport]
-    wire = quant.pack(x) if fp8 else x
+    fp8 = quant.format_of(link.architecture)
+    wire = quant.pack(x, fp8) if packed else x
     rows, row_weights, group_sizes, all_words, own, order = transport.dispatch(
         link, wire, ids, weights, words, _to_order(token)
     )
@@ -285,13 +285,13 @@ def _dispatch_fwd(
     rows, row_weights, group_sizes, all_words, plan, order = checkpoint_name(
         (rows, row_weights, group_sizes, all_words, plan, order), DISPATCH_NAME
     )
-    if fp8:
-        rows = quant.unpack(rows, x.shape[1], x.dtype)
+    if packed:
+        rows = quant.unpack(rows, x.shape[1], x.dtype, fp8)
     return (rows, row_weights, group_sizes, all_words, plan, _to_token(order)), plan
 
 
-def _dispatch_bwd(link: Link, fp8: bool, plan: Plan, cotangents: Any) -> tuple[Any, ...]:
-    del fp8  # The gradient passes the quantisation as if it were not there (straight through).
+def _dispatch_bwd(link: Link, packed: bool, plan: Plan, cotangents: Any) -> tuple[Any, ...]:
+    del packed  # The gradient passes the quantisation as if it were not there (straight through).
     d_rows, d_row_weights, _, _, _, d_token = cotangents
     d_x, d_weights, order = IMPLEMENTATIONS[link.transport].combine(
         link, d_rows, plan.ids, plan.own, _to_order(d_token), row_scalars=d_row_weights

@@ -127,10 +127,13 @@ class Opened:
     Attributes:
       group: name of the table that maps devices to groups and ranks; empty on the transports that need none.
       attributes: of its custom calls, (name, int or str) each.
+      quantises: dispatch takes tokens as they are and itself sends them as float8, as ``quant`` defines it;
+        otherwise an fp8 wire is ``quant``'s bytes, which are packed before it and unpacked after.
     """
 
     group: str = ""
     attributes: tuple[tuple[str, int | str], ...] = ()
+    quantises: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,40 @@
-"""The fp8 wire: a token as float8 values with one f32 scale per 128 of them, packed into bytes.
+"""The fp8 wire: a token as float8 values with one f32 scale per 128 of them.
 
-Transports move the bytes as they are; a zero byte row, which is what padding is, unpacks to zeros.
+What a token becomes, to the bit, here and in the kernels of ``csrc/gpu`` (``fp8.h``, ``moves.h``):
+
+- The scale of a group is the smallest power of two that brings its largest magnitude into the format's range.
+  So dividing by it is exact, whether done by a division or by the reciprocal, on every platform.
+- A code is the float8 nearest to value / scale, of two the even one. Magnitudes beyond 15/16 of 2^128, or of
+  2^16 in float16, count as that: the next float8 would be an infinity of the token's dtype.
+- A group whose magnitudes are all below 2^-100 is zeros, scale 0: platforms differ in what they flush there.
+- A group with an infinity or a NaN comes back as NaN, all of it: its scale is NaN, its codes are zeros.
+
+Transports that do not quantise by themselves move ``pack``'s bytes as they are; a zero byte row, which is
+what padding is, unpacks to zeros.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 GROUP = 128
-_FORMAT = jnp.float8_e4m3fn
 _SCALE_BYTES = 4
+_SMALLEST = 2.0**-100
+_INFINITY_BITS = 0x7F800000
+_NAN_BITS = 0x7FC00000
+
+
+def format_of(architecture: str) -> jnp.dtype:
+    """The float8 of a platform: AMD's MI300 series computes in e4m3fnuz, others in e4m3fn.
+
+    Args:
+      architecture: of the devices, as ``plan.Link`` has it; "" for those that are no GPUs.
+    """
+    return jnp.dtype(jnp.float8_e4m3fnuz if architecture.startswith("gfx") else jnp.float8_e4m3fn)
 
 
 def packed_width(hidden_size: int) -> int:
@@ -19,11 +42,12 @@ def packed_width(hidden_size: int) -> int:
     return -(-hidden_size // GROUP) * (GROUP + _SCALE_BYTES)
 
 
-def pack(x: jax.Array) -> jax.Array:
+def pack(x: jax.Array, format: jnp.dtype) -> jax.Array:
     """Quantises rows.
 
     Args:
       x: [T, H], floating.
+      format: the float8.
 
     Returns:
       u8[T, packed_width(H)]: the float8 values of all groups, then their scales.
@@ -32,31 +56,59 @@ def pack(x: jax.Array) -> jax.Array:
     groups = -(-width // GROUP)
     values = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * GROUP - width)))
     values = values.reshape(num_rows, groups, GROUP)
-    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    scales = jnp.where(largest == 0, 0.0, largest / float(jnp.finfo(_FORMAT).max))
-    scaled = jnp.where(scales == 0, 0.0, values / jnp.where(scales == 0, 1.0, scales))
-    value_bytes = lax.bitcast_convert_type(scaled.astype(_FORMAT), jnp.uint8).reshape(
-        num_rows, groups * GROUP
-    )
+    scales, inverses = _scales(values, format)
+    most = 15 / 16 * 2.0 ** (16 if x.dtype == jnp.float16 else 128)
+    scaled = jnp.where(inverses == 0, 0.0, jnp.clip(values, -most, most) * inverses)
+    codes = _rounded(scaled, format).astype(format)
+    code_bytes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(num_rows, groups * GROUP)
     scale_bytes = lax.bitcast_convert_type(scales[..., 0], jnp.uint8).reshape(num_rows, groups * _SCALE_BYTES)
-    return jnp.concatenate([value_bytes, scale_bytes], axis=1)
+    return jnp.concatenate([code_bytes, scale_bytes], axis=1)
 
 
-def unpack(packed: jax.Array, hidden_size: int, dtype: jnp.dtype) -> jax.Array:
+def unpack(packed: jax.Array, hidden_size: int, dtype: jnp.dtype, format: jnp.dtype) -> jax.Array:
     """Restores rows that ``pack`` made.
 
     Args:
       packed: u8[C, packed_width(hidden_size)].
       hidden_size: H.
       dtype: of the result.
+      format: the float8.
 
     Returns:
       [C, H].
     """
     num_rows = packed.shape[0]
     groups = -(-hidden_size // GROUP)
-    value_bytes = packed[:, : groups * GROUP].reshape(num_rows, groups, GROUP)
+    code_bytes = packed[:, : groups * GROUP].reshape(num_rows, groups, GROUP)
     scale_bytes = packed[:, groups * GROUP :].reshape(num_rows, groups, _SCALE_BYTES)
-    values = lax.bitcast_convert_type(value_bytes, _FORMAT).astype(jnp.float32)
+    values = lax.bitcast_convert_type(code_bytes, format).astype(jnp.float32)
     scales = lax.bitcast_convert_type(scale_bytes, jnp.float32)
     return (values * scales[..., None]).reshape(num_rows, groups * GROUP)[:, :hidden_size].astype(dtype)
+
+
+def _scales(values: jax.Array, format: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """f32[T, G, 1] each: a group's scale and its reciprocal, by the bits of its largest magnitude.
+
+    As integers, infinities and NaNs are larger than all numbers. The reciprocal is 0 where codes are zeros.
+    """
+    fraction, exponent = math.frexp(float(jnp.finfo(format).max))
+    mantissa = int((2 * fraction - 1) * 2**23)
+    bits = lax.bitcast_convert_type(values, jnp.uint32) & 0x7FFFFFFF
+    largest = jnp.max(bits, axis=-1, keepdims=True)
+    # A mantissa beyond that of the format's largest number carries into the exponent.
+    power = ((largest + (0x7FFFFF - mantissa)) >> 23) - (exponent - 1)
+    smallest = (127 + int(math.log2(_SMALLEST))) << 23
+    used = (largest >= smallest) & (largest < _INFINITY_BITS)
+    unused = jnp.where(largest < smallest, jnp.uint32(0), jnp.uint32(_NAN_BITS))
+    scales = jnp.where(used, power << 23, unused)
+    inverses = jnp.where(used, (254 - power) << 23, jnp.uint32(0))
+    return lax.bitcast_convert_type(scales, jnp.float32), lax.bitcast_convert_type(inverses, jnp.float32)
+
+
+def _rounded(scaled: jax.Array, format: jnp.dtype) -> jax.Array:
+    """The nearest values that the format has, so that a cast to it has nothing left to round."""
+    info = jnp.finfo(format)
+    step = float(info.smallest_subnormal)
+    near_zero = jnp.round(scaled * (1 / step)) * step
+    normal = lax.reduce_precision(scaled, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(scaled) < float(info.smallest_normal), near_zero, normal)

@@ -30,7 +30,8 @@ struct Cpu {
     call->order = *order;
     call->order_out = order_out;
     call->config = std::string(attributes.config);
-    return Status();
+    Wire wire;
+    return decode_wire(attributes.wire, false, &wire);
   }
 
   // Runs a step on its rank's thread. XLA keeps the buffers alive until the future is ready.

@@ -11,6 +11,7 @@
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
+#include "moriep/wire.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace moriep {
@@ -29,6 +30,8 @@ struct Attributes {
   int64_t num_experts;
   int64_t num_local_experts;
   int64_t block;
+  std::string_view
+      wire;  // of a dispatch: "fp8" where the backend quantises, "" for tokens as given
 };
 
 }  // namespace moriep
@@ -38,7 +41,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::moriep::Attributes,
                                       ::xla::ffi::StructMember<std::string_view>("config"),
                                       ::xla::ffi::StructMember<int64_t>("num_experts"),
                                       ::xla::ffi::StructMember<int64_t>("num_local_experts"),
-                                      ::xla::ffi::StructMember<int64_t>("block"));
+                                      ::xla::ffi::StructMember<int64_t>("block"),
+                                      ::xla::ffi::StructMember<std::string_view>("wire"));
 
 namespace moriep {
 
@@ -97,6 +101,13 @@ inline Status decode_type(const ffi::AnyBuffer& rows, bool summed, RowType* type
       break;
   }
   return bad_argument("rows must be float32, bfloat16 or float16");
+}
+
+// `quantises`: the backend can send tokens as float8.
+inline Status decode_wire(std::string_view text, bool quantises, Wire* wire) {
+  *wire = text.empty() ? Wire::kRows : Wire::kFp8;
+  if (text.empty() || (quantises && text == "fp8")) return Status();
+  return bad_argument("wire=" + std::string(text) + " is not one of this backend's; pass bytes");
 }
 
 inline std::byte* bytes_of(const ffi::AnyBuffer& buffer) {

@@ -38,7 +38,7 @@ struct Gpu {
     call->order = order;
     call->order_out = order_out;
     call->stream = at.stream;
-    return Status();
+    return decode_wire(attributes.wire, true, &call->wire);
   }
 
   template <typename Op>

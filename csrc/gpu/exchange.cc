@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "moriep/layout.h"
+#include "moriep/wire.h"
 #include "rows.h"
 
 namespace moriep::gpu {
@@ -22,6 +23,7 @@ uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
   const Shape& s = call.shape;
   take(static_cast<uint64_t>(kind));
   take(static_cast<uint64_t>(call.type));
+  take(static_cast<uint64_t>(call.wire));
   take(with_scalars ? 1 : 0);
   for (const int64_t size : {s.num_ranks, s.num_tokens, s.top_k, s.hidden_size, s.num_experts,
                              s.num_local_experts, s.block, s.capacity, s.num_words}) {
@@ -36,6 +38,7 @@ struct Prepared {
   Team team;
   Sizes sizes;
   Stepping step;
+  Wire wire = Wire::kRows;
   SlotLayout layout;
   Chunks chunks;
   int32_t* counts = nullptr;
@@ -49,7 +52,13 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   if (Status status = me.group->failure(); !status.ok()) return status;
 
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
-  out->layout = SlotLayout::of(kind, shape, row_bytes, with_scalars);
+  const bool fp8 = kind == Kind::kDispatch && call.wire == Wire::kFp8;
+  out->wire = fp8 ? Wire::kFp8 : Wire::kRows;
+  if (fp8 && call.type == RowType::kU8) {
+    return Status(Code::kInvalidArgument, "bytes cannot be sent as fp8; pass floating tokens");
+  }
+  out->layout =
+      SlotLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes, with_scalars);
   if (shape.num_ranks > 1 && out->layout.bytes > me.group->slot_bytes()) {
     return Status(Code::kInvalidArgument, "a step needs " +
                                               std::to_string(out->layout.bytes >> 20) +
@@ -78,28 +87,40 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   return Status();
 }
 
-Staged staged_of(const SlotLayout& layout) {
-  return {layout.ids, layout.weights, layout.words, layout.rows, layout.row_stride};
+Staged staged_of(const Prepared& p, const Call& call) {
+  return {.ids = p.layout.ids,
+          .weights = p.layout.weights,
+          .words = p.layout.words,
+          .rows = p.layout.rows,
+          .row_stride = p.layout.row_stride,
+          .row_scales = fp8_scales_offset(call.shape.hidden_size)};
 }
 
 bool first(const Call& call) { return call.shape.num_ranks > 1 && call.half != Half::kSecond; }
 bool second(const Call& call) { return call.half != Half::kFirst; }
 
-gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const std::byte* x,
-                         const int32_t* ids, const float* weights, const int32_t* words) {
-  const StageArgs args{p.team, p.sizes, p.step, staged_of(p.layout), x, ids, weights, words};
+gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const Call& call,
+                         const std::byte* x, const int32_t* ids, const float* weights,
+                         const int32_t* words) {
+  const StageArgs args{p.team, p.sizes, p.step, staged_of(p, call), x, ids, weights, words};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
-  return launch_stage(p.stream, num_blocks(me.max_blocks.stage, p.sizes.num_tokens * parts), args);
+  const BlockLimits& most = me.max_blocks;
+  const int blocks =
+      num_blocks(p.wire == Wire::kFp8 ? most.fp8_stage : most.stage, p.sizes.num_tokens * parts);
+  return launch_stage(p.stream, blocks, call.type, p.wire, args);
 }
 
-gpuError_t enqueue_pull(const LocalRank& me, const Prepared& p, const std::byte* x,
-                        const int32_t* routes, std::byte* rows, float* row_weights) {
-  const PullArgs args{p.team, p.sizes,   p.step, staged_of(p.layout), x,
+gpuError_t enqueue_pull(const LocalRank& me, const Prepared& p, const Call& call,
+                        const std::byte* x, const int32_t* routes, std::byte* rows,
+                        float* row_weights) {
+  const PullArgs args{p.team, p.sizes,   p.step, staged_of(p, call), x,
                       routes, p.written, rows,   row_weights};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
   const int64_t pulls = int64_t{p.sizes.num_ranks} * p.sizes.num_tokens;
   const int64_t items = (pulls + p.sizes.capacity / kClearRows + 1) * parts;
-  return launch_pull(p.stream, num_blocks(me.max_blocks.pull, items), args);
+  const BlockLimits& most = me.max_blocks;
+  const int blocks = num_blocks(p.wire == Wire::kFp8 ? most.fp8_pull : most.pull, items);
+  return launch_pull(p.stream, blocks, call.type, p.wire, args);
 }
 
 }  // namespace
@@ -110,7 +131,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, at.weights, at.words));
+    if (Status status = launched(enqueue_stage(me, p, call, at.x, at.ids, at.weights, at.words));
         !status.ok())
       return status;
   }
@@ -118,7 +139,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   const PlanArgs plan{.team = p.team,
                       .sizes = p.sizes,
                       .step = p.step,
-                      .staged = staged_of(p.layout),
+                      .staged = staged_of(p, call),
                       .ids = at.ids,
                       .weights = at.weights,
                       .tokens_per_chunk = p.chunks.tokens_per_chunk,
@@ -132,7 +153,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
                       .words = at.words,
                       .all_words = at.all_words};
   if (Status status = launched(launch_plan(p.stream, plan)); !status.ok()) return status;
-  return launched(enqueue_pull(me, p, at.x, at.routes, at.rows, at.row_weights));
+  return launched(enqueue_pull(me, p, call, at.x, at.routes, at.rows, at.row_weights));
 }
 
 Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
@@ -141,7 +162,7 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, at.x, at.ids, nullptr, nullptr));
+    if (Status status = launched(enqueue_stage(me, p, call, at.x, at.ids, nullptr, nullptr));
         !status.ok())
       return status;
   }
@@ -151,7 +172,7 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
     return status;
   const MarkArgs mark{p.team, p.sizes, p.step, at.routes, p.written};
   if (Status status = launched(launch_mark(p.stream, mark)); !status.ok()) return status;
-  return launched(enqueue_pull(me, p, at.x, at.routes, at.rows, nullptr));
+  return launched(enqueue_pull(me, p, call, at.x, at.routes, at.rows, nullptr));
 }
 
 Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
@@ -186,23 +207,28 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
 
 Status preload_kernels(LocalRank& me) {
   constexpr int32_t kNoLimit = std::numeric_limits<int32_t>::max();
-  BlockLimits resident{kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  constexpr BlockLimits kNoLimits{kNoLimit, kNoLimit, kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  BlockLimits most = kNoLimits;
   int processors = 0;
   for (const gpuError_t error :
        {gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, me.device),
-        preload_stage(&resident.stage), preload_plan(), preload_pull(&resident.pull),
-        preload_push(&resident.push), preload_reduce(&resident.reduce)}) {
+        preload_stage(Wire::kRows, &most.stage), preload_stage(Wire::kFp8, &most.fp8_stage),
+        preload_plan(), preload_pull(Wire::kRows, &most.pull),
+        preload_pull(Wire::kFp8, &most.fp8_pull), preload_push(&most.push),
+        preload_reduce(&most.reduce)}) {
     if (error != gpuSuccess) {
       return Status(Code::kFailedPrecondition,
                     std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));
     }
   }
-  me.max_blocks = {kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  me.max_blocks = kNoLimits;
   if (me.group->num_ranks() > 1) {
     // Each block looks for its peers and fences its own writes: no more of them than run at once.
-    me.max_blocks = {
-        processors * std::max(1, resident.stage), processors * std::max(1, resident.pull),
-        processors * std::max(1, resident.push), processors * std::max(1, resident.reduce)};
+    for (int32_t* blocks :
+         {&most.stage, &most.pull, &most.push, &most.reduce, &most.fp8_stage, &most.fp8_pull}) {
+      *blocks = processors * std::max(1, *blocks);
+    }
+    me.max_blocks = most;
   }
   return Status();
 }

@@ -10,6 +10,7 @@
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
+#include "moriep/wire.h"
 
 namespace moriep::gpu {
 
@@ -21,6 +22,7 @@ enum class Half { kBoth, kFirst, kSecond };
 struct Call {
   Shape shape;
   RowType type = RowType::kF32;
+  Wire wire = Wire::kRows;  // of a dispatch
   std::string_view config;
   const int32_t* rank = nullptr;   // [1]
   const int32_t* order = nullptr;  // [1]

@@ -4,6 +4,7 @@
 
 #include "arrivals.h"
 #include "gpu_runtime.h"
+#include "moriep/wire.h"
 #include "team.h"
 
 namespace moriep::gpu {
@@ -15,6 +16,7 @@ struct Staged {
   int64_t words;
   int64_t rows;
   int64_t row_stride;
+  int64_t row_scales;  // of the scales in a row that travels as float8
 };
 
 // First half of dispatch and replay: copies to this rank's slot the tokens that another rank needs
@@ -29,7 +31,8 @@ struct StageArgs {
   const float* weights;  // or null: replay
   const int32_t* words;
 };
-gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& args);
+gpuError_t launch_stage(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
+                        const StageArgs& args);
 
 // Second half of dispatch, first: every route of the group gets its row, and this rank every rank's
 // words. Two launches: count the routes of each chunk, then place them.
@@ -77,7 +80,12 @@ struct PullArgs {
   std::byte* rows;
   float* row_weights;  // or null: replay
 };
-gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args);
+gpuError_t launch_pull(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
+                       const PullArgs& args);
+
+// Alone, for whoever sends tokens otherwise: x [T, H] to codes u8[T, H] and scales f32[T, groups].
+gpuError_t launch_quantise(gpuStream_t stream, const std::byte* x, RowType type, int64_t num_tokens,
+                           int64_t hidden_size, uint8_t* codes, float* scales, Fp8Format format);
 
 // The same of arrivals, local to this rank. The sort: three launches, the first of which finds the
 // place of each token.
@@ -147,14 +155,15 @@ gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type, const
 
 // Load every kernel on the current device, so that none is loaded inside a recording. `resident` is
 // lowered to the blocks of the kernel, in any of its forms, that a processor holds at once.
-gpuError_t preload_stage(int* resident);
+gpuError_t preload_stage(Wire wire, int* resident);
 gpuError_t preload_plan();
-gpuError_t preload_pull(int* resident);
+gpuError_t preload_pull(Wire wire, int* resident);
 gpuError_t preload_push(int* resident);
 gpuError_t preload_reduce(int* resident);
 gpuError_t preload_arrival_plan();
 gpuError_t preload_expand();
 gpuError_t preload_gather();
+gpuError_t preload_quantise();
 
 // The same for one form of a kernel that moves rows.
 template <typename Kernel>

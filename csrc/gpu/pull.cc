@@ -1,5 +1,6 @@
 // The rows: second half of dispatch and replay, and of arrivals.
 #include "kernels.h"
+#include "moves.h"
 #include "rows.h"
 #include "step.h"
 
@@ -16,36 +17,43 @@ __device__ Word filled(bool poison) {
   }
 }
 
+// A token and the rows that it has here.
+struct Found {
+  const std::byte* from;
+  const int32_t* routes;  // or null: none
+  bool sent = false;      // through an arena
+};
+
 // One part of one token: read once, written to all rows that the token has here, unless this rank
-// has failed. Its routes are read before that is known.
-template <typename Word, typename Args>
-__device__ void pull_part(const Args& args, const std::byte* from, const int32_t* routes,
-                          int64_t first, bool good) {
+// has failed. Its routes are read before that is known. Rows of a token that was not sent have the
+// values that another rank would get.
+template <typename Move, typename Args>
+__device__ void pull_part(const Args& args, const Found& found, int64_t row_scales,
+                          const Part& part, bool good) {
   const Sizes& sizes = args.sizes;
-  const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
-  Word words[kCopyWords];
+  Move move;
   bool read = false;
   for (int k0 = 0; k0 < sizes.top_k; k0 += kWave) {
-    int32_t route = k0 + lane_id() < sizes.top_k ? routes[k0 + lane_id()] : -1;
+    int32_t route = k0 + lane_id() < sizes.top_k ? found.routes[k0 + lane_id()] : -1;
     if (route >= sizes.capacity) route = -1;
     if (ballot(good && route >= 0) == 0) continue;
     if (!read) {
       read = true;
-#pragma unroll
-      for (int i = 0; i < kCopyWords; ++i) {
-        if (first + i * kWave < row_words) {
-          words[i] = reinterpret_cast<const Word*>(from)[first + i * kWave];
-        }
+      if (found.sent) {
+        move.receive(found.from, row_scales, part);
+      } else {
+        move.read(found.from, part);
       }
+      move.restore();
     }
     const int num_routes = min(kWave, sizes.top_k - k0);
     for (int k = 0; k < num_routes; ++k) {
       const int32_t row = from_lane(route, k);
       if (row < 0) continue;
-      auto* to = reinterpret_cast<Word*>(args.rows + row * sizes.row_bytes);
+      auto* to = reinterpret_cast<typename Move::Word*>(args.rows + row * sizes.row_bytes);
 #pragma unroll
       for (int i = 0; i < kCopyWords; ++i) {
-        if (first + i * kWave < row_words) store_streamed(to + first + i * kWave, words[i]);
+        if (part.has(i)) store_streamed(to + part.word(i), move.words[i]);
       }
     }
   }
@@ -54,17 +62,16 @@ __device__ void pull_part(const Args& args, const std::byte* from, const int32_t
 // One part of kClearRows rows: those without an owner are cleared; all are poisoned once this rank
 // has failed.
 template <typename Word, typename Args>
-__device__ void clear_part(const Args& args, int32_t group, int64_t first, bool good) {
+__device__ void clear_part(const Args& args, int32_t group, const Part& part, bool good) {
   const Sizes& sizes = args.sizes;
-  const int64_t row_words = sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
   constexpr uint32_t kAll = (1u << kClearRows) - 1;
   const int32_t first_row = group * kClearRows;
   const uint32_t marks = args.written[first_row / 32] >> (first_row % 32);
   const uint32_t written = good ? marks & kAll : 0;
   const int lane = lane_id();
   const int32_t own = first_row + lane;
-  if (args.row_weights != nullptr && first == lane && lane < kClearRows && own < sizes.capacity &&
-      (written >> lane & 1) == 0) {
+  if (args.row_weights != nullptr && part.first == lane && lane < kClearRows &&
+      own < sizes.capacity && (written >> lane & 1) == 0) {
     args.row_weights[own] = good ? 0.0f : __uint_as_float(0x7fffffffu);
   }
   const Word word = filled<Word>(!good);
@@ -74,21 +81,17 @@ __device__ void clear_part(const Args& args, int32_t group, int64_t first, bool 
     auto* to = reinterpret_cast<Word*>(args.rows + row * sizes.row_bytes);
 #pragma unroll
     for (int i = 0; i < kCopyWords; ++i) {
-      if (first + i * kWave < row_words) store_streamed(to + first + i * kWave, word);
+      if (part.has(i)) store_streamed(to + part.word(i), word);
     }
   }
 }
 
-// A token and the rows that it has here.
-struct Found {
-  const std::byte* from;
-  const int32_t* routes;  // or null: none
-};
-
 // All rows of this rank: those of `num_tokens` tokens, each of which `find(place)` finds, and those
 // that nobody owns.
-template <typename Word, typename Args, typename Find>
-__device__ void fill_rows(const Args& args, uint32_t num_tokens, bool good, Find find) {
+template <typename Move, typename Args, typename Find>
+__device__ void fill_rows(const Args& args, uint32_t num_tokens, int64_t row_scales, bool good,
+                          Find find) {
+  using Word = typename Move::Word;
   const Sizes& sizes = args.sizes;
   const uint32_t parts = num_parts(sizes.row_bytes, sizeof(Word), kCopyWords);
   const uint32_t num_pulls = num_tokens * parts;
@@ -100,18 +103,18 @@ __device__ void fill_rows(const Args& args, uint32_t num_tokens, bool good, Find
       static_cast<int64_t>(threadIdx.x / kWave) * gridDim.x + static_cast<int64_t>(blockIdx.x);
   for (int64_t item = first_item; item < int64_t{num_pulls} + num_clears; item += num_waves()) {
     const auto index = static_cast<uint32_t>(item < num_pulls ? item : item - num_pulls);
-    const int64_t first = static_cast<int64_t>(index % parts) * kCopyWords * kWave + lane_id();
+    const Part part = part_of_row(index % parts, sizes.row_bytes, sizeof(Word));
     const uint32_t place = index / parts;
     if (item >= num_pulls) {
-      clear_part<Word>(args, static_cast<int32_t>(place), first, good);
+      clear_part<Word>(args, static_cast<int32_t>(place), part, good);
       continue;
     }
     const Found found = find(place);
-    if (found.routes != nullptr) pull_part<Word>(args, found.from, found.routes, first, good);
+    if (found.routes != nullptr) pull_part<Move>(args, found, row_scales, part, good);
   }
 }
 
-template <typename Word>
+template <typename Move>
 __global__ void __launch_bounds__(kThreads)
     pull_kernel(const MORIEP_KERNEL_ARGUMENT PullArgs args) {
   const Sizes& sizes = args.sizes;
@@ -119,74 +122,58 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t step = current_step(args.team);
   const auto ranks = static_cast<uint32_t>(sizes.num_ranks);
   const uint32_t num_tokens = ranks * static_cast<uint32_t>(sizes.num_tokens);
-  fill_rows<Word>(args, num_tokens, good, [&](uint32_t place) -> Found {
+  fill_rows<Move>(args, num_tokens, args.staged.row_scales, good, [&](uint32_t place) -> Found {
     // Beginning with the next rank, so that not all read the same peer at the same time.
     const uint32_t source = (static_cast<uint32_t>(args.team.rank) + 1 + place % ranks) % ranks;
     const int64_t token = place / ranks;
-    const std::byte* from = static_cast<int32_t>(source) == args.team.rank
-                                ? args.x + token * sizes.row_bytes
-                                : slot_of(args.team, static_cast<int32_t>(source), step) +
-                                      args.staged.rows + token * args.staged.row_stride;
-    return {from, args.routes + (source * sizes.num_tokens + token) * sizes.top_k};
+    const int32_t* routes = args.routes + (source * sizes.num_tokens + token) * sizes.top_k;
+    if (static_cast<int32_t>(source) == args.team.rank) {
+      return {args.x + token * sizes.row_bytes, routes};
+    }
+    return {slot_of(args.team, static_cast<int32_t>(source), step) + args.staged.rows +
+                token * args.staged.row_stride,
+            routes, true};
   });
   leave_step(args.team, args.step);
 }
 
-template <typename Word>
+template <typename Move>
 __global__ void __launch_bounds__(kThreads)
     expand_kernel(const MORIEP_KERNEL_ARGUMENT ExpandArgs args) {
   const Sizes& sizes = args.sizes;
   const auto count = static_cast<uint32_t>(num_arrivals(sizes, args.arrivals));
-  fill_rows<Word>(args, count, true, [&](uint32_t place) -> Found {
+  fill_rows<Move>(args, count, 0, true, [&](uint32_t place) -> Found {
     const int32_t token = token_at(sizes, args.arrivals, static_cast<int32_t>(place));
     const int32_t* routes = args.routes + static_cast<int64_t>(token) * sizes.top_k;
     return {args.tokens + place * sizes.row_bytes, token < 0 ? nullptr : routes};
   });
 }
 
-// Calls f<Word>() with the widest word in which rows of these addresses can be copied.
-template <typename F>
-gpuError_t with_copy_word(int64_t row_bytes, const void* a, const void* b, F f) {
-  if (fits_words(16, row_bytes, a, b)) {
-    f.template operator()<uint4>();
-  } else if (fits_words(2, row_bytes, a, b)) {
-    f.template operator()<uint16_t>();
-  } else {
-    f.template operator()<uint8_t>();
-  }
+}  // namespace
+
+gpuError_t launch_pull(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
+                       const PullArgs& args) {
+  with_move(type, wire, args.sizes.row_bytes, args.x, args.rows,
+            [&]<typename Move>() { pull_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args); });
   return gpuGetLastError();
 }
 
-}  // namespace
-
-gpuError_t launch_pull(gpuStream_t stream, int num_blocks, const PullArgs& args) {
-  return with_copy_word(args.sizes.row_bytes, args.x, args.rows, [&]<typename Word>() {
-    pull_kernel<Word><<<num_blocks, kThreads, 0, stream>>>(args);
-  });
-}
-
 gpuError_t launch_expand(gpuStream_t stream, int num_blocks, const ExpandArgs& args) {
-  return with_copy_word(args.sizes.row_bytes, args.tokens, args.rows, [&]<typename Word>() {
-    expand_kernel<Word><<<num_blocks, kThreads, 0, stream>>>(args);
+  with_copy(args.sizes.row_bytes, args.tokens, args.rows, [&]<typename Move>() {
+    expand_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args);
   });
+  return gpuGetLastError();
 }
 
-gpuError_t preload_pull(int* resident) {
-  for (const auto kernel : {pull_kernel<uint4>, pull_kernel<uint16_t>, pull_kernel<uint8_t>}) {
-    const gpuError_t error = preload_rows(kernel, kThreads, resident);
-    if (error != gpuSuccess) return error;
-  }
-  return gpuSuccess;
+gpuError_t preload_pull(Wire wire, int* resident) {
+  return for_all_moves(
+      wire, [&]<typename Move>() { return preload_rows(pull_kernel<Move>, kThreads, resident); });
 }
 
 gpuError_t preload_expand() {
   int resident = 0;  // It waits for nobody, so nothing limits its blocks.
-  for (const auto kernel :
-       {expand_kernel<uint4>, expand_kernel<uint16_t>, expand_kernel<uint8_t>}) {
-    const gpuError_t error = preload_rows(kernel, kThreads, &resident);
-    if (error != gpuSuccess) return error;
-  }
-  return gpuSuccess;
+  return for_all_copies(
+      [&]<typename Move>() { return preload_rows(expand_kernel<Move>, kThreads, &resident); });
 }
 
 }  // namespace moriep::gpu

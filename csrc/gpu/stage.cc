@@ -1,5 +1,6 @@
 // First half of dispatch and replay.
 #include "kernels.h"
+#include "moves.h"
 #include "plan.h"
 #include "rows.h"
 #include "step.h"
@@ -7,7 +8,7 @@
 namespace moriep::gpu {
 namespace {
 
-template <typename Word>
+template <typename Move>
 __global__ void __launch_bounds__(kThreads)
     stage_kernel(const MORIEP_KERNEL_ARGUMENT StageArgs args) {
   const Sizes& sizes = args.sizes;
@@ -27,9 +28,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = thread; i < sizes.num_words; i += num_threads) words[i] = args.words[i];
   }
 
-  constexpr int kBytes = sizeof(Word);
+  constexpr int kBytes = sizeof(typename Move::Word);
   const uint32_t parts = num_parts(sizes.row_bytes, kBytes, kCopyWords);
-  const int64_t row_words = sizes.row_bytes / kBytes;
   const auto num_items = static_cast<uint32_t>(sizes.num_tokens) * parts;
   for (int64_t item = wave_index(); item < num_items; item += num_waves()) {
     const uint32_t token = static_cast<uint32_t>(item) / parts;
@@ -41,42 +41,28 @@ __global__ void __launch_bounds__(kThreads)
       needed |= rank >= 0 && rank != args.team.rank;
     }
     if (ballot(needed) == 0) continue;
-    const auto* from = reinterpret_cast<const Word*>(args.x + token * sizes.row_bytes);
-    auto* to = reinterpret_cast<Word*>(slot + args.staged.rows + token * args.staged.row_stride);
-    const int64_t first = static_cast<int64_t>(part) * kCopyWords * kWave + lane_id();
-    Word words[kCopyWords];
-#pragma unroll
-    for (int i = 0; i < kCopyWords; ++i) {
-      if (first + i * kWave < row_words) words[i] = from[first + i * kWave];
-    }
-#pragma unroll
-    for (int i = 0; i < kCopyWords; ++i) {
-      if (first + i * kWave < row_words) to[first + i * kWave] = words[i];
-    }
+    const Part mine = part_of_row(part, sizes.row_bytes, kBytes);
+    Move move;
+    move.read(args.x + token * sizes.row_bytes, mine);
+    move.send(slot + args.staged.rows + token * args.staged.row_stride, args.staged.row_scales,
+              mine);
   }
   signal_peers(args.team, args.step);
 }
 
 }  // namespace
 
-gpuError_t launch_stage(gpuStream_t stream, int num_blocks, const StageArgs& args) {
-  const int64_t row_bytes = args.sizes.row_bytes;
-  if (fits_words(16, row_bytes, args.x, nullptr)) {
-    stage_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
-  } else if (fits_words(2, row_bytes, args.x, nullptr)) {
-    stage_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
-  } else {
-    stage_kernel<uint8_t><<<num_blocks, kThreads, 0, stream>>>(args);
-  }
+gpuError_t launch_stage(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
+                        const StageArgs& args) {
+  with_move(type, wire, args.sizes.row_bytes, args.x, nullptr, [&]<typename Move>() {
+    stage_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args);
+  });
   return gpuGetLastError();
 }
 
-gpuError_t preload_stage(int* resident) {
-  for (const auto kernel : {stage_kernel<uint4>, stage_kernel<uint16_t>, stage_kernel<uint8_t>}) {
-    const gpuError_t error = preload_rows(kernel, kThreads, resident);
-    if (error != gpuSuccess) return error;
-  }
-  return gpuSuccess;
+gpuError_t preload_stage(Wire wire, int* resident) {
+  return for_all_moves(
+      wire, [&]<typename Move>() { return preload_rows(stage_kernel<Move>, kThreads, resident); });
 }
 
 }  // namespace moriep::gpu

@@ -13,6 +13,7 @@
 
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
+#include "moriep/wire.h"
 
 namespace moriep {
 
@@ -39,6 +40,7 @@ struct Case {
   Routing routing = Routing::kUniform;
   bool with_scalars = false;
   uint64_t seed = 0;
+  Wire wire = Wire::kRows;  // float8 holds the numbers here exactly
 };
 
 class Oracle {

@@ -72,6 +72,8 @@ def open(  # noqa: A001 - the contract's name
         name = groups.name
     if cfg is None or shape is None:
         return Opened(name)
+    # The kernels of GPUs quantise on the way. The CPU's loops would do it no faster than XLA's.
+    quantises = cfg.wire_dtype == "fp8" and place.platform == "gpu"
     return Opened(
         name,
         (
@@ -81,7 +83,9 @@ def open(  # noqa: A001 - the contract's name
             ("num_experts", shape.num_experts),
             ("num_local_experts", shape.num_local_experts),
             ("block", shape.block),
+            ("wire", "fp8" if quantises else ""),
         ),
+        quantises,
     )
 
 

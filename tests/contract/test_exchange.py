@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep import exchange as exchange_module
+from jax_moriep import quant
 from jax_moriep.plan import ExchangeShape
+from jax_moriep.runtime import compat
 from tests.contract import oracle
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
@@ -261,6 +263,26 @@ def test_fp8_wire(transport):
         assert (np.abs(rows[rank] - want[rank].rows) <= bound).all()
     grad = jax.jit(jax.grad(lambda x: exchange(cfg, 4)(x, flat(ids), flat(weights), 0.0)[0].sum()))(flat(x))
     np.testing.assert_allclose(np.asarray(grad), np.repeat(flat(weights).sum(1)[:, None], 200, 1), rtol=1e-5)
+
+
+def check_fp8_wire(transport, num_ranks, dtype):
+    """The rows are to the bit those of tokens that were packed and unpacked before, wherever they go."""
+    plain = config(transport, hidden=200)
+    cfg = config(transport, hidden=200, wire_dtype="fp8")
+    rng = np.random.default_rng(10)
+    x, ids, weights = random_case(rng, num_ranks, 4, cfg)
+    x = np.asarray(jnp.asarray(x * 2.0 ** rng.integers(-14, 12, x.shape), dtype))
+    fp8 = quant.format_of(compat.architecture(jax.devices()[0]))
+    rounded = quant.unpack(quant.pack(flat(x), fp8), 200, x.dtype, fp8)
+    assert np.any(np.asarray(rounded) != flat(x))
+    _, rows, *_ = run(cfg, x, ids, weights, dtype)
+    _, want, *_ = run(plain, np.asarray(rounded).reshape(x.shape), ids, weights, dtype)
+    np.testing.assert_array_equal(rows, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fp8_wire_does_not_depend_on_the_way(transport, dtype):
+    check_fp8_wire(transport, 3, dtype)
 
 
 def test_native_and_reference_agree_to_the_bit():

@@ -29,7 +29,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
     "cpu": [r"moriep/", r"[a-z_]+\.h$"],
-    "gpu": [r"moriep/", r"[a-z_]+\.h$"],
+    "gpu": [r"moriep/", r"[a-z0-9_]+\.h$"],
     "interop": [r"[a-z_]+\.h$"],
     "tests": [r"moriep/", r"(\.\./)?cpu/", r"gpu/", r"interop/", r"(\.\./)?[a-z_]+\.h$"],
 }

@@ -25,6 +25,12 @@ def test_rows_of_arrivals(memory):
     simulated.run(simulated.LIBRARY / "gpu" / "rocm" / "rocm_expand_test", deadline=120, **MEMORY[memory])
 
 
+@pytest.mark.parametrize("memory", ["ordinary", "adversarial"])
+def test_the_fp8_wire_to_the_bit(memory):
+    program = simulated.LIBRARY / "gpu" / "rocm" / "rocm_wire_test"
+    simulated.run(program, deadline=300, JAX_MORIEP_TEST_STEPS="50", **MEMORY[memory])
+
+
 @pytest.mark.parametrize(
     ("devices", "memory"), [(1, "ordinary"), (1, "adversarial"), (2, "adversarial"), (4, "adversarial")]
 )

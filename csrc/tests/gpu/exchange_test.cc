@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "exercise.h"
 
@@ -94,13 +95,16 @@ void check_processes(int32_t num_ranks) {
   const auto children = fork_ranks(num_ranks, [&](int32_t me) {
     check::set_deadline(deadline(150, kProcessSteps, kProcessStepMs));
     const auto group = join(*shared, me, num_ranks, 60);
-    for (const RowType type : {RowType::kF32, RowType::kBF16}) {
+    for (const auto& [type, wire] :
+         {std::pair{RowType::kF32, Wire::kRows}, std::pair{RowType::kBF16, Wire::kRows},
+          std::pair{RowType::kBF16, Wire::kFp8}}) {
       Case test{shape_of(num_ranks, 33, 3, 72, 10, 4), type};
       test.with_scalars = true;
+      test.wire = wire;
       const Oracle want(test);
       Exercise exercise(*group->local(me), test, want);
       std::vector<std::byte> dispatched, combined;
-      const int rounds = (num_steps(kProcessSteps) + 5) / 6;
+      const int rounds = (num_steps(kProcessSteps) + 8) / 9;
       for (int i = 0; i < rounds; ++i) {
         const bool look = i % look_every(rounds) == 0 || i == rounds - 1;
         if (look) exercise.poison_results();
@@ -224,6 +228,9 @@ TEST(ranks_on_one_stream, 300) {
           test.with_scalars = hidden != 1 && type != RowType::kU8;
           test.seed = ++seed;
           check_case(*group, test);
+          if (type == RowType::kU8 || routing != Routing::kUniform) continue;
+          test.wire = Wire::kFp8;
+          check_case(*group, test);
         }
       }
     }
@@ -235,10 +242,11 @@ TEST(ranks_on_one_stream, 300) {
 
 constexpr int kStreamSteps = 2000;
 
-TEST(many_steps_give_the_same_bits, deadline(120, kStreamSteps, 10)) {
+void check_many_steps(Wire wire) {
   const auto group = ranks_on_one_device(3);
   Case test{shape_of(3, 50, 4, 136, 12, 8), RowType::kBF16};
   test.with_scalars = true;
+  test.wire = wire;
   const Oracle want(test);
   Exercises all = exercises_of(*group, test, want);
   std::vector<std::vector<std::byte>> dispatched, combined;
@@ -264,6 +272,13 @@ TEST(many_steps_give_the_same_bits, deadline(120, kStreamSteps, 10)) {
   }
 }
 
+TEST(many_steps_give_the_same_bits, deadline(120, kStreamSteps, 10)) {
+  check_many_steps(Wire::kRows);
+}
+TEST(many_steps_of_float8_give_the_same_bits, deadline(120, kStreamSteps, 10)) {
+  check_many_steps(Wire::kFp8);
+}
+
 TEST(faults_are_named, 60) {
   const Case test{shape_of(2, 9, 2, 32, 4, 4), RowType::kF32};
   const Oracle want(test);
@@ -286,6 +301,24 @@ TEST(faults_are_named, 60) {
     CHECK_OK(a.dispatch(Half::kSecond));
     check_gpu(gpuDeviceSynchronize(), "kind");
     CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
+  }
+  {  // Another wire.
+    const auto group = ranks_on_one_device(2);
+    Case other = test;
+    other.wire = Wire::kFp8;
+    Exercise a(*group->local(0), test, want), b(*group->local(1), other, want);
+    CHECK_OK(a.dispatch(Half::kFirst));
+    CHECK_OK(b.dispatch(Half::kFirst));
+    CHECK_OK(a.dispatch(Half::kSecond));
+    check_gpu(gpuDeviceSynchronize(), "wire");
+    CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
+  }
+  {  // Bytes on the fp8 wire.
+    const auto group = ranks_on_one_device(1);
+    const Status status = gpu::dispatch(
+        *group->local(0), Call{.shape = test.shape, .type = RowType::kU8, .wire = Wire::kFp8}, {});
+    CHECK_EQ(status.code(), Code::kInvalidArgument);
+    CHECK_CONTAINS(status.text(), "bytes cannot be sent as fp8");
   }
   {  // A peer that never comes.
     const auto group = ranks_on_one_device(2, 0.5);

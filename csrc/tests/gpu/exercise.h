@@ -191,6 +191,7 @@ class Exercise {
   Call call(Half half) const {
     return Call{.shape = test_.shape,
                 .type = test_.type,
+                .wire = test_.wire,
                 .config = "test",
                 .rank = rank_of_me_.data(),
                 .order = order_.data(),
@@ -263,7 +264,7 @@ class Exercise {
          << "; R=" << shape.num_ranks << " T=" << shape.num_tokens << " K=" << shape.top_k
          << " H=" << shape.hidden_size << " E=" << shape.num_experts
          << " L=" << shape.num_local_experts << " block=" << shape.block << " C=" << shape.capacity
-         << " type=" << static_cast<int>(test_.type)
+         << " type=" << static_cast<int>(test_.type) << " wire=" << static_cast<int>(test_.wire)
          << " routing=" << static_cast<int>(test_.routing) << " seed=" << test_.seed;
     check::fail(__FILE__, __LINE__, text.str());
   }

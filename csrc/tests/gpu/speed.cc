@@ -5,7 +5,9 @@
 #include <numeric>
 #include <random>
 
+#include "filled.h"
 #include "gpu/kernels.h"
+#include "pair.h"
 #include "timing.h"
 
 namespace moriep::gpu {
@@ -15,57 +17,12 @@ constexpr int64_t kHidden = 7168;
 constexpr int64_t kRowBytes = kHidden * 2;
 constexpr int32_t kExperts = 32;
 constexpr int32_t kTopK = 8;
-constexpr int kCheckThreads = 256;
 
 __global__ void copy_kernel(const uint4* from, uint4* to, int64_t size) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
        i += stride) {
     to[i] = from[i];
-  }
-}
-
-// A whole number from -7 to 7, of which sums of eight are exact in bfloat16.
-__device__ float small(uint32_t seed, int64_t row, int64_t h) {
-  uint32_t bits = static_cast<uint32_t>(row * kHidden + h) * 2 + seed;
-  bits = (bits ^ bits >> 16) * 0x7feb352du;
-  bits = (bits ^ bits >> 15) * 0x846ca68bu;
-  return static_cast<float>((bits ^ bits >> 16) % 15) - 7.0f;
-}
-
-__device__ float value_of(uint16_t bits) {
-  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
-
-// Rows of small numbers; not numbers where nobody owns the row.
-__global__ void fill_kernel(uint16_t* rows, const int32_t* owners, uint32_t seed) {
-  const auto row = static_cast<int64_t>(blockIdx.x);
-  const bool owned = owners == nullptr || owners[row] >= 0;
-  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
-    const uint32_t bits = __float_as_uint(small(seed, row, h));
-    rows[row * kHidden + h] = owned ? static_cast<uint16_t>(bits >> 16) : 0xffff;
-  }
-}
-
-// Counts the numbers that are not those of the row's owner, or zero where it has none.
-__global__ void check_rows_kernel(const uint16_t* rows, const int32_t* owners, uint32_t seed,
-                                  uint32_t* wrong) {
-  const auto row = static_cast<int64_t>(blockIdx.x);
-  const int32_t owner = owners[row];
-  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
-    const float want = owner < 0 ? 0.0f : small(seed, owner, h);
-    if (value_of(rows[row * kHidden + h]) != want) atomicAdd(wrong, 1u);
-  }
-}
-
-// Counts the numbers that are not the sum over the token's rows.
-__global__ void check_sums_kernel(const uint16_t* y, const int32_t* routes, uint32_t seed,
-                                  uint32_t* wrong) {
-  const auto token = static_cast<int64_t>(blockIdx.x);
-  for (int64_t h = threadIdx.x; h < kHidden; h += blockDim.x) {
-    float want = 0;
-    for (int k = 0; k < kTopK; ++k) want += small(seed, routes[token * kTopK + k], h);
-    if (!(value_of(y[token * kHidden + h]) == want)) atomicAdd(wrong, 1u);
   }
 }
 
@@ -147,7 +104,8 @@ class Exchanges {
               .order_out = order_out_.data(),
               .half = Half::kBoth,
               .stream = stream} {
-    fill_kernel<<<static_cast<int>(num_tokens), kCheckThreads>>>(x_.data(), nullptr, kSeedX);
+    fill_kernel<<<static_cast<int>(num_tokens), kCheckThreads>>>(x_.data(), nullptr, kHidden, 0,
+                                                                 kSeedX);
     check_gpu(gpuGetLastError(), "fill");
     const int64_t chunk = plan_chunk_routes(kExperts) / kTopK;
     plan_ = PlanArgs{.team = {},
@@ -173,9 +131,11 @@ class Exchanges {
 
   const Shape& shape() const { return host_.shape; }
 
-  void dispatch() {
+  void dispatch(Wire wire = Wire::kRows) {
+    Call call = call_;
+    call.wire = wire;
     CHECK_OK(
-        gpu::dispatch(me_, call_,
+        gpu::dispatch(me_, call,
                       {bytes(x_), ids_.data(), weights_.data(), bytes(rows_), row_weights_.data(),
                        sizes_.data(), routes_.data(), slots_.data(), nullptr, nullptr}));
   }
@@ -201,7 +161,7 @@ class Exchanges {
   void make_expert_rows() {
     y_.poison();
     fill_kernel<<<static_cast<int>(host_.shape.capacity), kCheckThreads>>>(
-        rows_.data(), owners_.data(), kSeedRows);
+        rows_.data(), owners_.data(), kHidden, 0, kSeedRows);
     check_gpu(gpuGetLastError(), "fill");
     check_gpu(gpuDeviceSynchronize(), "fill");
   }
@@ -222,14 +182,14 @@ class Exchanges {
   bool rows_are_right() {
     return none_wrong([&](uint32_t* wrong) {
       check_rows_kernel<<<static_cast<int>(host_.shape.capacity), kCheckThreads>>>(
-          rows_.data(), owners_.data(), kSeedX, wrong);
+          rows_.data(), owners_.data(), kHidden, kSeedX, wrong);
     });
   }
   bool sums_are_right() {
     const Array<int32_t> routes(host_.routes);
     return none_wrong([&](uint32_t* wrong) {
       check_sums_kernel<<<static_cast<int>(host_.shape.num_tokens), kCheckThreads>>>(
-          y_.data(), routes.data(), kSeedRows, wrong);
+          y_.data(), routes.data(), kTopK, kHidden, kSeedRows, wrong);
     });
   }
 
@@ -287,6 +247,7 @@ class Bench {
     for (const int64_t tokens : {128, 1024, 4096, 8192}) {
       if (only_tokens > 0 && tokens != only_tokens) continue;
       for (const int blocks : blocks_per_processor) exchanges(tokens, blocks);
+      pairs(tokens);
     }
     return report_.finish();
   }
@@ -328,11 +289,12 @@ class Bench {
   void exchanges(int64_t tokens, int blocks) {
     Exchanges all(group_, tokens, lanes_.stream(0));
     const BlockLimits usual = all.limits();
-    if (blocks > 0) all.limits().pull = all.limits().reduce = blocks * num_processors_;
+    if (blocks > 0)
+      all.limits().pull = all.limits().fp8_pull = all.limits().reduce = blocks * num_processors_;
     const auto say = [&](const char* what, const Time& time, int64_t rows, bool right) {
       const double speed = static_cast<double>(rows * kRowBytes) / time.best_us * 1e-6;
-      std::printf("T=%-5lld limit %-4d %-9s %8.1f us (median %.1f)", static_cast<long long>(tokens),
-                  blocks, what, time.best_us, time.median_us);
+      std::printf("T=%-5lld limit %-4d %-19s %8.1f us (median %.1f)",
+                  static_cast<long long>(tokens), blocks, what, time.best_us, time.median_us);
       Fields fields = Fields()
                           .integer("tokens", tokens)
                           .integer("blocks_per_processor", blocks)
@@ -353,6 +315,10 @@ class Bench {
     const bool right = all.plan_is_right(true) && all.rows_are_right();
     say("dispatch", whole, dispatched, right);
     all.poison_plan();
+    all.poison_rows();
+    const Time fp8 = time(repeats_, [&] { all.dispatch(Wire::kFp8); });
+    say("dispatch, fp8 wire", fp8, dispatched, all.plan_is_right(true) && all.rows_are_right());
+    all.poison_plan();
     const Time plan = time(repeats_, [&] { all.plan(); });
     say("plan", plan, 0, all.plan_is_right(false));
     say("rows only", {whole.best_us - plan.best_us, whole.median_us - plan.median_us}, dispatched,
@@ -365,6 +331,33 @@ class Bench {
     say("combine", combine, 9 * tokens, all.sums_are_right());
     CHECK_OK(group_.failure());
     all.limits() = usual;
+  }
+
+  // Both ranks of a group on this device; beside bfloat16 and the fp8 wire the bytes of packed
+  // tokens, which are what a wire costs whose rows other kernels pack before and unpack after.
+  void pairs(int64_t tokens) {
+    constexpr int64_t kPacked = kHidden / kFp8Group * (kFp8Group + 4);
+    const Case plain = Pair::case_of(tokens, kHidden, RowType::kBF16, Wire::kRows);
+    const Oracle routing(plain);
+    Group group(2, std::chrono::duration<double>(10), int64_t{256} << 20);
+    for (int32_t r = 0; r < 2; ++r) CHECK_OK(group.add_local(r, 0));
+    CHECK_OK(group.link_locals());
+    const auto measure = [&](const char* what, const Case& test) {
+      Pair pair(group, routing, test, lanes_.stream(0));
+      pair.poison_rows();
+      const Time taken = time(repeats_, [&] { pair.dispatch(); });
+      const bool right = pair.rows_are_right();
+      CHECK_OK(group.failure());
+      std::printf("T=%-5lld two ranks  %-19s %8.1f us (median %.1f) for both%s\n",
+                  static_cast<long long>(tokens), what, taken.best_us, taken.median_us,
+                  right ? "" : "  WRONG");
+      report_.add(
+          Fields().integer("tokens", tokens).integer("ranks", 2).text("op", what).time(taken),
+          right);
+    };
+    measure("dispatch", plain);
+    measure("dispatch, fp8 wire", Pair::case_of(tokens, kHidden, RowType::kBF16, Wire::kFp8));
+    measure("dispatch of bytes", Pair::case_of(tokens, kPacked, RowType::kU8, Wire::kRows));
   }
 
   const int repeats_;
