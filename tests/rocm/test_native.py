@@ -23,11 +23,9 @@ def test_exchanges_of_several_processes_and_of_several_ranks_on_a_stream(memory)
     ("devices", "memory"), [(1, "ordinary"), (1, "adversarial"), (2, "adversarial"), (4, "adversarial")]
 )
 def test_the_layer_and_its_exchanges(devices, memory):
-    """With several devices without what jax's collectives take part in: RCCL is not simulated."""
-    chosen = "not reference and not layer" if devices > 1 else ""
     said, _ = simulated.run(
         simulated.PYTHON,
-        *("-m", "pytest", "-q", "tests/gpu", "-k", chosen),
+        *("-m", "pytest", "-q", "tests/gpu"),
         devices=devices,
         deadline=300,
         PYTHONPATH=simulated.JAX_PATH,

@@ -97,6 +97,11 @@ hipError_t run(const HostOperation& host, int, std::span<std::byte>) {
   return hipSuccess;
 }
 
+hipError_t run(const ServiceOperation& service, int device, std::span<std::byte>) {
+  if (settings().trace) std::fprintf(stderr, "rocm-sim: device %d runs %s\n", device, service.name);
+  return service.run(service.data.get());
+}
+
 hipError_t run(const ChildOperation& child, int device, std::span<std::byte> kernarg) {
   return child.graph->execute(device, kernarg);
 }
