@@ -83,24 +83,31 @@ std::optional<Communicator::Part> Communicator::part(uint64_t split) {
 }
 
 Failure Communicator::wait(const std::string& call, const std::function<bool(Failure*)>& advance,
-                           const std::function<int()>& waits_for) {
+                           const std::function<std::set<int>()>& missing) {
   const auto until = Clock::now() + std::chrono::duration<double>(deadline_seconds());
   while (true) {
     const uint32_t bell = board_->bell();
     // Looked at first: what a process did before it ended, `advance` sees.
-    std::vector<bool> ended;
-    for (const auto& process : processes_) ended.push_back(process->ended());
+    std::set<int> ended;
+    for (int peer = 0; peer < ranks_; ++peer) {
+      if (has_ended(peer)) ended.insert(peer);
+    }
     const bool late = Clock::now() > until;
     Failure failure;
     if (advance(&failure)) return {};
     if (failure.code != ncclSuccess) return failure;
     if (aborted()) return {};
-    const int peer = waits_for();
-    const std::string text = call + " of rank " + std::to_string(rank_) + " of " +
-                             std::to_string(ranks_) + " waited for " + who(peer);
-    if (!ended.empty() && ended[static_cast<size_t>(peer)]) {
-      return {ncclRemoteError, text + ", which has ended"};
+    bool gone = false;
+    std::string names;
+    for (const int peer : missing()) {
+      names += (names.empty() ? "" : ", ") + std::string("rank ") + std::to_string(peer) +
+               " (process " + std::to_string(processes_[static_cast<size_t>(peer)]->pid()) +
+               (ended.contains(peer) ? ", which has ended)" : ")");
+      gone |= ended.contains(peer);
     }
+    const std::string text = call + " of rank " + std::to_string(rank_) + " of " +
+                             std::to_string(ranks_) + " waited for " + names;
+    if (gone) return {ncclRemoteError, text};
     if (late) {
       return {ncclRemoteError, text + " longer than ROCM_SIM_COLLECTIVE_DEADLINE=" +
                                    std::to_string(static_cast<int>(deadline_seconds())) + " s"};
@@ -117,14 +124,6 @@ void Communicator::abort() {
 void Communicator::fail(ncclResult_t code) {
   ncclResult_t none = ncclSuccess;
   error_.compare_exchange_strong(none, code);
-}
-
-std::string Communicator::who(int peer) const {
-  std::string text = "rank " + std::to_string(peer);
-  if (!processes_.empty()) {
-    text += " (process " + std::to_string(processes_[static_cast<size_t>(peer)]->pid()) + ")";
-  }
-  return text;
 }
 
 }  // namespace gfx942::collectives

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ class Communicator {
   int ranks() const { return ranks_; }
   Board& board() const { return *board_; }
   bool shares_process(int peer) const;
+  bool has_ended(int peer) const { return processes_[static_cast<size_t>(peer)]->ended(); }
 
   // Casts the rank's vote of its next split, and gives the split's number.
   uint64_t vote(int color, int key);
@@ -43,9 +45,10 @@ class Communicator {
   std::optional<Part> part(uint64_t split);
 
   // Asks `advance` again at each change until it is true. It fails when a peer has ended or the
-  // deadline passes; an abort ends it without a failure. `waits_for` gives a rank that is missing.
+  // deadline passes; an abort ends it without a failure. `missing` gives the peers that it waits
+  // for.
   Failure wait(const std::string& call, const std::function<bool(Failure*)>& advance,
-               const std::function<int()>& waits_for);
+               const std::function<std::set<int>()>& missing);
 
   // One piece of work of this rank at a time.
   std::mutex& turn() { return turn_; }
@@ -57,8 +60,6 @@ class Communicator {
   ncclResult_t error() const { return error_.load(std::memory_order_acquire); }
 
  private:
-  std::string who(int peer) const;
-
   const std::shared_ptr<Board> board_;
   const int rank_;
   const int ranks_;

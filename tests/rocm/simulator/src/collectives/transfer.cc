@@ -1,23 +1,23 @@
 #include "transfer.h"
 
-#include <algorithm>
 #include <cstring>
 
 namespace gfx942::collectives {
 namespace {
 
-// The sender's memory, in this process for as long as it takes to read it.
-Failure fetch(const Post& post, bool same_process, void* to, size_t bytes) {
+// Copies from the sender's memory, which is mapped for as long as that takes. False when it is
+// gone.
+bool fetch(const Post& post, bool same_process, void* to, size_t bytes) {
   if (same_process) {
     std::memmove(to, reinterpret_cast<const void*>(post.address), bytes);
-    return {};
+    return true;
   }
   void* from = nullptr;
-  if (hipIpcOpenMemHandle(&from, post.handle, hipIpcMemLazyEnablePeerAccess) == hipSuccess) {
-    std::memcpy(to, from, bytes);
-    if (hipIpcCloseMemHandle(from) == hipSuccess) return {};
+  if (hipIpcOpenMemHandle(&from, post.handle, hipIpcMemLazyEnablePeerAccess) != hipSuccess) {
+    return false;
   }
-  return {ncclRemoteError, "the memory that a rank sends from is gone"};
+  std::memcpy(to, from, bytes);
+  return hipIpcCloseMemHandle(from) == hipSuccess;
 }
 
 }  // namespace
@@ -78,9 +78,13 @@ bool Transfer::advance_receive(Communicator& communicator, Failure* failure) {
                     " do not make the same call, of the same size, type and root"};
     return false;
   }
-  if (bytes_ != 0) {
-    *failure = fetch(post, communicator.shares_process(peer_), buffer_, bytes_);
-    if (failure->code != ncclSuccess) return false;
+  if (bytes_ != 0 && !fetch(post, communicator.shares_process(peer_), buffer_, bytes_)) {
+    // Whoever waits says that a peer has ended.
+    if (!communicator.has_ended(peer_)) {
+      *failure = {ncclRemoteError, "the memory that rank " + std::to_string(peer_) +
+                                       " sends from was freed before it was read"};
+    }
+    return false;
   }
   mailbox.taken.store(taken + 1, std::memory_order_release);
   communicator.board().ring();
@@ -89,9 +93,12 @@ bool Transfer::advance_receive(Communicator& communicator, Failure* failure) {
 }
 
 Failure move(Communicator& communicator, const std::string& call, std::vector<Transfer> transfers) {
-  const auto undone = [&] {
-    return std::find_if(transfers.begin(), transfers.end(),
-                        [](const Transfer& one) { return !one.done(); });
+  const auto missing = [&] {
+    std::set<int> peers;
+    for (const Transfer& one : transfers) {
+      if (!one.done()) peers.insert(one.peer());
+    }
+    return peers;
   };
   const auto advance = [&](Failure* failure) {
     std::vector<bool> blocked[2];
@@ -101,9 +108,9 @@ Failure move(Communicator& communicator, const std::string& call, std::vector<Tr
       if (!is_blocked) is_blocked = !transfer.advance(communicator, failure);
       if (failure->code != ncclSuccess) return false;
     }
-    return undone() == transfers.end();
+    return missing().empty();
   };
-  return communicator.wait(call, advance, [&] { return undone()->peer(); });
+  return communicator.wait(call, advance, missing);
 }
 
 }  // namespace gfx942::collectives
