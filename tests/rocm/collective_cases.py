@@ -31,7 +31,7 @@ def draw(shape: tuple[int, int], dtype: str, num_ranks: int) -> np.ndarray:
 
 
 def each_rank(function, x: np.ndarray) -> dict[int, np.ndarray]:
-    """A function of one rank's [ranks * rows, columns] on every rank: results by rank, of this process's ranks."""
+    """A function of [ranks * rows, columns] on every rank: results by rank, of this process's ranks."""
     mesh = Mesh(np.array(jax.devices()), ("i",))
     sharding = NamedSharding(mesh, P("i"))
     given = jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -98,9 +98,7 @@ def without_rank_one(how: str) -> str:
 
 
 def main(port: str, num_ranks: str, rank: str, case: str, result: Path) -> None:
-    jax.distributed.initialize(
-        f"127.0.0.1:{port}", int(num_ranks), int(rank), local_device_ids=[int(rank)]
-    )
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(num_ranks), int(rank), local_device_ids=[int(rank)])
     name, *arguments = case.split()
     result.write_bytes(pickle.dumps(globals()[name](*arguments)))
     # A process that ends otherwise waits for the others, of which one may be gone.

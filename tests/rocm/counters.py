@@ -1,4 +1,4 @@
-"""Reads what launches did: the file that ROCM_SIM_COUNT names, a line of JSON for each launch, copy and fill."""
+"""Reads what launches did: the file of ROCM_SIM_COUNT, a line of JSON for each launch, copy and fill."""
 
 import collections
 import json

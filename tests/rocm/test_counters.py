@@ -23,9 +23,7 @@ def code_object(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted(code_object, tmp_path_factory):
     path = tmp_path_factory.mktemp("counts") / "counts"
-    simulated.run(
-        simulated.PYTHON, "-m", cases.__name__, code_object, devices=2, ROCM_SIM_COUNT=str(path)
-    )
+    simulated.run(simulated.PYTHON, "-m", cases.__name__, code_object, devices=2, ROCM_SIM_COUNT=str(path))
     return path
 
 

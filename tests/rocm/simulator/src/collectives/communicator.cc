@@ -90,7 +90,7 @@ Failure Communicator::wait(const std::string& call, const std::function<bool(Fai
     // Looked at first: what a process did before it ended, `advance` sees.
     std::set<int> ended;
     for (int peer = 0; peer < ranks_; ++peer) {
-      if (has_ended(peer)) ended.insert(peer);
+      if (processes_[static_cast<size_t>(peer)]->ended()) ended.insert(peer);
     }
     const bool late = Clock::now() > until;
     Failure failure;

@@ -31,7 +31,6 @@ class Communicator {
   int ranks() const { return ranks_; }
   Board& board() const { return *board_; }
   bool shares_process(int peer) const;
-  bool has_ended(int peer) const { return processes_[static_cast<size_t>(peer)]->ended(); }
 
   // Casts the rank's vote of its next split, and gives the split's number.
   uint64_t vote(int color, int key);

@@ -78,12 +78,9 @@ bool Transfer::advance_receive(Communicator& communicator, Failure* failure) {
                     " do not make the same call, of the same size, type and root"};
     return false;
   }
+  // A process that ends closes its memory first, and hipFree waits for streams: it has not ended
+  // yet and will have.
   if (bytes_ != 0 && !fetch(post, communicator.shares_process(peer_), buffer_, bytes_)) {
-    // Whoever waits says that a peer has ended.
-    if (!communicator.has_ended(peer_)) {
-      *failure = {ncclRemoteError, "the memory that rank " + std::to_string(peer_) +
-                                       " sends from was freed before it was read"};
-    }
     return false;
   }
   mailbox.taken.store(taken + 1, std::memory_order_release);
