@@ -35,8 +35,8 @@ def test_the_fp8_wire_to_the_bit(memory):
     ("devices", "memory"), [(1, "ordinary"), (1, "adversarial"), (2, "adversarial"), (4, "adversarial")]
 )
 def test_the_layer_and_its_exchanges(devices, memory):
-    """With several devices without what jax's collectives take part in: RCCL is not simulated."""
-    chosen = "not reference and not layer" if devices > 1 else ""
+    # With several devices only what takes all of them.
+    chosen = f"[{devices}] or -{devices}] or [{devices}-" if devices > 1 else ""
     said, _ = simulated.run(
         simulated.PYTHON,
         *("-m", "pytest", "-q", "tests/gpu", "-k", chosen),

@@ -10,6 +10,8 @@
 #include <optional>
 #include <string>
 
+#include "counts.h"
+
 namespace gfx942 {
 
 struct Dim3 {
@@ -46,7 +48,11 @@ struct Allocation {
   MemoryKind kind = MemoryKind::kOrdinary;
   bool writable = true;
   std::string what;  // for error texts, such as "hipMalloc 4096 bytes on device 0"
+  // Whose it is: a device of this process, or kHostMemory, or kPeerMemory of another process.
+  int device = 0;
 };
+constexpr int kHostMemory = -1;
+constexpr int kPeerMemory = -2;
 
 // What kernels may touch. Called from the machine's threads; `generation` changes with every change
 // of the table, so that looked-up allocations can be kept until then.
@@ -90,6 +96,8 @@ struct Fault {
 
 // Runs a kernel to its end; blocks. Several launches may run at the same time on different threads
 // and in different processes that share memory, and may wait for each other.
-std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options);
+// `counts`, unless it is null, has added to it what the launch did.
+std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options,
+                         Counts* counts = nullptr);
 
 }  // namespace gfx942

@@ -4,6 +4,7 @@ Usage: generate_stubs.py OUTPUT LIBRARY...   The libraries are those of the whee
 
 - ``hip_stubs.c`` and ``hip.map``: the HIP calls, as weak functions that the runtime's own replace, and the
   symbol versions of all of them;
+- ``rccl_stubs.c``: the calls of RCCL, as such weak functions too;
 - ``<library>.c`` and ``<library>.map`` for each other ROCm library that the wheels need;
 - ``stubs.cmake``, which lists the latter.
 
@@ -18,18 +19,20 @@ from pathlib import Path
 
 HIP = "libamdhip64.so.7"
 HIP_NOT_SUPPORTED = 801
+RCCL = "librccl.so.1"
+NCCL_INTERNAL_ERROR = 3
 
 # Libraries whose symbols have no versions, by the beginnings of their symbols' names.
 UNVERSIONED = {
     "hipblasLt": "libhipblaslt.so.1",
     "hipfft": "libhipfft.so.0",
-    "nccl": "librccl.so.1",
+    "nccl": RCCL,
     "rocblas_": "librocblas.so.5",
     "rocprofiler_": "librocprofiler-sdk.so.1",
     "rsmi_": "librocm_smi64.so.1",
 }
-# The simulator's own rocm_smi.cc serves this one.
-SERVED = {"librocm_smi64.so.1"}
+# The simulator has its own of these: collectives/ and rocm_smi.cc.
+SERVED = {RCCL, "librocm_smi64.so.1"}
 
 # What any other call of a library returns: its "not implemented" or nearest.
 ERRORS = {
@@ -37,7 +40,6 @@ ERRORS = {
     "libhipblaslt.so.1": 7,  # HIPBLAS_STATUS_NOT_SUPPORTED
     "libhipfft.so.0": 16,  # HIPFFT_NOT_SUPPORTED
     "libhsa-runtime64.so.1": 0x1000,  # HSA_STATUS_ERROR
-    "librccl.so.1": 3,  # ncclInternalError
     "librocblas.so.5": 2,  # rocblas_status_not_implemented
     "librocprofiler-sdk.so.1": 1,  # ROCPROFILER_STATUS_ERROR
 }
@@ -58,7 +60,10 @@ SUCCEED = {
     "rocprofiler_force_configure",
 }
 # Calls that return a text. They are made to describe an error that another stub has reported.
-TEXTS = {"ncclGetErrorString", "ncclGetLastError", "rocprofiler_get_status_string"}
+TEXTS = {"rocprofiler_get_status_string"}
+
+# The simulator's own function of that name replaces the stub.
+WEAK = '__attribute__((weak, visibility("default"))) '
 
 PREAMBLE = """#include <stdio.h>
 
@@ -142,9 +147,9 @@ def main(output: Path, libraries: list[str]) -> None:
 
     hip = wanted[HIP]
     names = set().union(*hip.values())
-    attribute = '__attribute__((weak, visibility("default"))) '
-    (output / "hip_stubs.c").write_text(stubs(HIP, names, HIP_NOT_SUPPORTED, attribute))
+    (output / "hip_stubs.c").write_text(stubs(HIP, names, HIP_NOT_SUPPORTED, WEAK))
     (output / "hip.map").write_text(version_script(hip, "hip*; __hip*; "))
+    (output / "rccl_stubs.c").write_text(stubs(RCCL, wanted[RCCL][""], NCCL_INTERNAL_ERROR, WEAK))
 
     made = []
     for library, error in ERRORS.items():

@@ -51,9 +51,11 @@ Descriptor::Descriptor(uint64_t address) {
   if (preload_dwords != 0) entry += 256;
 }
 
-Dispatch::Dispatch(const Launch& what, const AddressSpace& space, const Options& how)
+Dispatch::Dispatch(const Launch& what, const AddressSpace& space, const Options& how,
+                   Counts* counted)
     : launch(what),
       options(how),
+      counts(counted),
       descriptor(what.kernel.descriptor),
       memory(space, how.adversarial_memory) {
   code = code_of(launch.kernel.text, launch.kernel.text_bytes);
@@ -70,7 +72,8 @@ Dispatch::Dispatch(const Launch& what, const AddressSpace& space, const Options&
   std::memcpy(&packet[8], &launch.kernel.descriptor, 8);
   std::memcpy(&packet[10], &launch.kernarg, 8);
   memory.add({reinterpret_cast<uint64_t>(packet.data()), sizeof(packet), MemoryKind::kUncached,
-              false, "the dispatch packet"});
+              false, "the dispatch packet", kHostMemory});
+  memory.count(launch, counts);
 }
 
 std::unique_ptr<Workgroup> Dispatch::start_workgroup(uint64_t number, uint32_t slot) {

@@ -34,10 +34,11 @@ struct Descriptor {
 };
 
 struct Dispatch {
-  Dispatch(const Launch& what, const AddressSpace& space, const Options& how);
+  Dispatch(const Launch& what, const AddressSpace& space, const Options& how, Counts* counted);
 
   const Launch& launch;
   const Options& options;
+  Counts* const counts;  // null unless somebody counts
   Descriptor descriptor;
   Memory memory;
   std::shared_ptr<Code> code;

@@ -6,6 +6,8 @@
 #include <memory>
 #include <string>
 
+#include "../counts.h"
+
 namespace gfx942 {
 
 struct Wave;
@@ -76,6 +78,7 @@ struct Instruction {
   uint8_t bytes = 4;
   uint8_t num_operands = 0;
   bool is_vector = false;  // not executed by the scalar unit
+  InstructionKind kind = InstructionKind::kScalar;
   std::array<Operand, 7> operand;
   std::array<uint32_t, 4> raw{};  // the encoding, for what the text states in names
 

@@ -181,8 +181,8 @@ Places lds_places(Wave& wave, const Instruction& i, int address_operand, uint32_
   Places places;
   places.mask = wave.exec();
   for_lanes(places.mask, [&](int lane) {
-    places.of[static_cast<size_t>(lane)] =
-        lds_at(wave, uint64_t{address[lane]} + offset, bytes, use, lane);
+    // The sum has 32 bits: compilers take a negative address and an offset that leads back.
+    places.of[static_cast<size_t>(lane)] = lds_at(wave, address[lane] + offset, bytes, use, lane);
   });
   return places;
 }

@@ -96,9 +96,31 @@ const Allocation& Memory::find(uint64_t address, uint32_t bytes, Use use, int la
   return a;
 }
 
+void Memory::add_to_counts(const Allocation& allocation, uint64_t address, uint32_t bytes,
+                           Use use) {
+  Home home = Home::kPeer;
+  if (allocation.first == launch_->kernarg) {
+    home = Home::kArguments;
+  } else if (allocation.device == kHostMemory) {
+    home = Home::kHost;
+  } else if (allocation.device == launch_->device) {
+    home = Home::kOwn;
+  }
+  constexpr uint64_t kLineBytes = 64;
+  Traffic& traffic = counts_->traffic[static_cast<size_t>(home)];
+  (use == Use::kLoad    ? traffic.read
+   : use == Use::kStore ? traffic.written
+                        : traffic.atomic) += bytes;
+  auto& lines = use == Use::kLoad ? traffic.lines_read : traffic.lines_written;
+  for (uint64_t line = address / kLineBytes; line <= (address + bytes - 1) / kLineBytes; ++line) {
+    lines.insert(line);
+  }
+}
+
 Place Memory::at(uint64_t address, uint32_t bytes, Use use, int lane) {
   check_alignment(address, bytes, use, lane);
   const Allocation& allocation = find(address, bytes, use, lane);
+  if (counts_ != nullptr) add_to_counts(allocation, address, bytes, use);
   return {reinterpret_cast<std::byte*>(address),
           caches_ != nullptr && allocation.kind == MemoryKind::kOrdinary};
 }

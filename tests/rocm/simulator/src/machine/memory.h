@@ -41,15 +41,23 @@ class Memory {
   // The checked place of `bytes` bytes. Call refresh() once before the lanes of an instruction.
   Place at(uint64_t address, uint32_t bytes, Use use, int lane);
   void refresh();
+  // Counts what is asked for from now on, of a launch with these arguments on this device.
+  void count(const Launch& launch, Counts* counts) {
+    launch_ = &launch;
+    counts_ = counts;
+  }
   // Memory of the machine itself, such as the dispatch packet.
   void add(Allocation allocation) { own_.push_back(std::move(allocation)); }
 
  private:
   std::string neighbour(uint64_t address) const;
   const Allocation& find(uint64_t address, uint32_t bytes, Use use, int lane);
+  void add_to_counts(const Allocation& allocation, uint64_t address, uint32_t bytes, Use use);
 
   const AddressSpace& space_;
   std::unique_ptr<Caches> caches_;
+  const Launch* launch_ = nullptr;
+  Counts* counts_ = nullptr;
   uint64_t generation_ = 0;
   std::vector<Allocation> own_;
   std::vector<Allocation> recent_;

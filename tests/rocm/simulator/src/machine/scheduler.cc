@@ -98,6 +98,7 @@ bool Scheduler::take_turn(Wave& wave) {
   const uint32_t shortest = std::max(1U, longest / 16);
   uint32_t left = shortest + random_() % (longest - shortest + 1);
   Code& code = *dispatch_.code;
+  Counts* const counts = dispatch_.counts;
   // A load with a scope that repeats is most likely a wait for another wave.
   uint64_t scoped_load = 0;
   while (wave.state == WaveState::kRunning && left-- != 0) {
@@ -120,6 +121,7 @@ bool Scheduler::take_turn(Wave& wave) {
       scoped_load = wave.pc;
     }
     wave.pc += current->bytes;
+    if (counts != nullptr) ++counts->instructions[static_cast<size_t>(current->kind)];
     if (current->is_vector && wave.has_vector_mode()) {
       execute_in_vector_mode(wave, *current);
     } else {
@@ -213,7 +215,8 @@ void arrive_at_barrier(Wave& wave, const Instruction& i) {
   open_barrier(group);
 }
 
-std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options) {
+std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const Options& options,
+                         Counts* counts) {
   const Dim3& size = launch.workgroup_size;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   const Dim3& count = launch.num_workgroups;
@@ -231,7 +234,7 @@ std::optional<Fault> run(const Launch& launch, const AddressSpace& memory, const
     return invalid(std::to_string(launch.lds_bytes) + " bytes of LDS must be at most 65536");
   }
   try {
-    Dispatch dispatch(launch, memory, options);
+    Dispatch dispatch(launch, memory, options, counts);
     std::optional<Fault> fault = Scheduler(dispatch).run();
     if (Caches* caches = dispatch.memory.caches()) caches->write_back_all();
     return fault;

@@ -2,6 +2,7 @@
 #include "api.h"
 #include "graph.h"
 #include "handles.h"
+#include "service.h"
 
 using namespace gfx942::runtime;  // NOLINT: the entry points belong to no namespace.
 
@@ -89,6 +90,11 @@ hipError_t hipStreamWaitEvent(hipStream_t handle, hipEvent_t event_handle, unsig
 hipError_t hipLaunchHostFunc(hipStream_t stream, hipHostFn_t function, void* user_data) {
   if (function == nullptr) return remember(hipErrorInvalidValue);
   return submit(stream, HostOperation{function, user_data});
+}
+
+hipError_t hipSimEnqueue(hipStream_t stream, const hipSimService* service) {
+  std::shared_ptr<void> data(service->data, service->release);
+  return submit(stream, ServiceOperation{service->name, service->run, std::move(data)});
 }
 
 hipError_t hipEventCreateWithFlags(hipEvent_t* out, unsigned int flags) {

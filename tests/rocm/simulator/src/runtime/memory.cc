@@ -72,7 +72,11 @@ bool Memory::covers(const Range& range) const {
 }
 
 void Memory::insert(const Block& block) {
-  blocks_[block.allocation.first] = block;
+  Block& kept = blocks_[block.allocation.first] = block;
+  const bool host = block.owner == Owner::kHost || block.owner == Owner::kRegistered;
+  kept.allocation.device = host                          ? kHostMemory
+                           : block.owner == Owner::kPeer ? kPeerMemory
+                                                         : block.device;
   if (block.owner == Owner::kDevice) used_[block.device] += block.allocation.bytes;
   generation_.fetch_add(1, std::memory_order_release);
 }

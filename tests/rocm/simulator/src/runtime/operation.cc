@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "count.h"
 #include "graph.h"
 #include "memory.h"
 #include "settings.h"
@@ -58,13 +59,17 @@ hipError_t run(const KernelOperation& kernel, int device, std::span<std::byte> k
                  launch.num_workgroups.z, launch.workgroup_size.x, launch.workgroup_size.y,
                  launch.workgroup_size.z);
   }
-  const auto fault = gfx942::run(launch, memory(), settings().machine);
+  std::optional<Counts> counts;
+  if (counting()) counts.emplace();
+  const auto fault = gfx942::run(launch, memory(), settings().machine, counts ? &*counts : nullptr);
+  if (counts) write_counts(launch, *counts);
   if (!fault) return hipSuccess;
   std::fprintf(stderr, "rocm-sim: %s\n", fault->text.c_str());
   return error_of(fault->code);
 }
 
-hipError_t run(const CopyOperation& copy, int, std::span<std::byte>) {
+hipError_t run(const CopyOperation& copy, int device, std::span<std::byte>) {
+  if (counting()) write_counts(copy, device);
   const bool done = memory().access({target(copy), source(copy)},
                                     [&] { std::memmove(copy.to, copy.from, copy.bytes); });
   if (done) return hipSuccess;
@@ -73,7 +78,8 @@ hipError_t run(const CopyOperation& copy, int, std::span<std::byte>) {
   return hipErrorIllegalAddress;
 }
 
-hipError_t run(const FillOperation& fill, int, std::span<std::byte>) {
+hipError_t run(const FillOperation& fill, int device, std::span<std::byte>) {
+  if (counting()) write_counts(fill, device);
   const bool done = memory().access({{fill.to, extent(fill), false, true}}, [&] {
     for (uint64_t row = 0; row < fill.height; ++row) {
       auto* to = static_cast<std::byte*>(fill.to) + row * fill.pitch;
@@ -95,6 +101,11 @@ hipError_t run(const FillOperation& fill, int, std::span<std::byte>) {
 hipError_t run(const HostOperation& host, int, std::span<std::byte>) {
   host.function(host.user_data);
   return hipSuccess;
+}
+
+hipError_t run(const ServiceOperation& service, int device, std::span<std::byte>) {
+  if (settings().trace) std::fprintf(stderr, "rocm-sim: device %d runs %s\n", device, service.name);
+  return service.run(service.data.get());
 }
 
 hipError_t run(const ChildOperation& child, int device, std::span<std::byte> kernarg) {

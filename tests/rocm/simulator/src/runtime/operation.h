@@ -47,6 +47,13 @@ struct HostOperation {
   void* user_data = nullptr;
 };
 
+// A piece of another library of the simulator (service.h).
+struct ServiceOperation {
+  const char* name = nullptr;
+  hipError_t (*run)(void* data) = nullptr;
+  std::shared_ptr<void> data;
+};
+
 struct EmptyOperation {};
 
 struct ChildOperation {
@@ -54,7 +61,7 @@ struct ChildOperation {
 };
 
 using Operation = std::variant<EmptyOperation, KernelOperation, CopyOperation, FillOperation,
-                               HostOperation, ChildOperation>;
+                               HostOperation, ServiceOperation, ChildOperation>;
 
 // What a copy or fill would be refused for, before it is queued.
 hipError_t check(const CopyOperation& copy);

@@ -37,6 +37,7 @@ Settings read() {
   settings.memory_bytes = static_cast<uint64_t>(number("ROCM_SIM_MEMORY_GIB", 16)) << 30;
   settings.delay_microseconds = static_cast<uint32_t>(number("ROCM_SIM_DELAY_US", 100));
   settings.trace = number("ROCM_SIM_TRACE", 0) != 0;
+  if (const char* file = std::getenv("ROCM_SIM_COUNT")) settings.count_file = file;
   settings.cache_uncached = number("ROCM_SIM_CACHE_UNCACHED", 0) != 0;
   Options& machine = settings.machine;
   machine.deadline_seconds = number("ROCM_SIM_DEADLINE", machine.deadline_seconds);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../launch.h"
@@ -16,6 +17,7 @@ struct Settings {
   // synchronise is seen to have forgotten.
   uint32_t delay_microseconds = 0;
   bool trace = false;
+  std::string count_file;       // empty: nothing is counted
   bool cache_uncached = false;  // uncached memory is ordinary memory
   Options machine;
 };
