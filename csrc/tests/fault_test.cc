@@ -269,11 +269,13 @@ TEST(noise_in_a_peers_arena_stays_in_bounds, 30) {
       std::vector<float> row_weights(static_cast<size_t>(shape.capacity));
       std::vector<int32_t> sizes(static_cast<size_t>(shape.num_local_experts)),
           routes(static_cast<size_t>(2 * shape.num_routes())),
-          slots(static_cast<size_t>(2 * shape.num_tokens));
-      return dispatch(
-          me, Call{shape, test.type, 0, ""},
-          {reinterpret_cast<const std::byte*>(x.data()), want.ids(0).data(), weights.data(),
-           rows.data(), row_weights.data(), sizes.data(), routes.data(), slots.data()});
+          slots(static_cast<size_t>(2 * shape.num_tokens)),
+          all_words(static_cast<size_t>(2 * shape.num_words));
+      const auto words = want.words(0);
+      return dispatch(me, Call{shape, test.type, 0, ""},
+                      {reinterpret_cast<const std::byte*>(x.data()), want.ids(0).data(),
+                       weights.data(), rows.data(), row_weights.data(), sizes.data(), routes.data(),
+                       slots.data(), words.data(), all_words.data()});
     });
     while (me.arena().control().posted.load(std::memory_order_acquire) == 0)
       std::this_thread::yield();
