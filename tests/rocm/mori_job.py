@@ -36,6 +36,7 @@ class Job:
         self.mesh = Mesh(np.array(jax.devices()), ("ep",))
         self.dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[options.get("dtype", "float32")]
         kernel = options.get("kernel", "auto")
+        self.low_latency = kernel == "IntraNodeLL"
         self.experts = options.get("experts", 3 * ranks + 3)
         tuning = jm.Tuning(mori_kernel=kernel, block_num=options.get("blocks", 2), warp_num_per_block=4)
         self.cfg = jm.MoEConfig(
@@ -81,8 +82,10 @@ class Job:
         return jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=SHARDED, out_specs=out_specs))
 
     def ranks_of(self, ids: np.ndarray) -> list[int]:
-        """The ranks of one token, in the order of their first expert."""
+        """The ranks of a token as MORI adds them: by their first expert, with IntraNodeLL by their last."""
         found = [e // self.shape.num_local_experts for e in ids.tolist() if 0 <= e < self.experts]
+        if self.low_latency:
+            return list(dict.fromkeys(found[::-1]))[::-1]
         return list(dict.fromkeys(found))
 
     def arriving(self, drawn: dict) -> set[tuple[int, int]]:
