@@ -156,9 +156,9 @@ def ordered_combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.
         return _combine(rows, plan, token)
 
 
-def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, axis_name: str) -> Link:
-    """The static side of an exchange of ``num_tokens`` tokens per rank, over the transport that cfg asks for
-    at this place, which opens itself.
+def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, axis_name: str) -> Link:
+    """The static side of an exchange of ``num_tokens`` tokens per rank of a dtype, over the transport that
+    cfg asks for at this place, which opens itself.
 
     Raises:
       ShardingError: the mesh has no such axis.
@@ -167,7 +167,7 @@ def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, axis_name: str) -> Lin
     place = Place.of(mesh, axis_name)
     shape = ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose(cfg.transport, place)
-    opened = IMPLEMENTATIONS[transport].open(place, cfg, shape)
+    opened = IMPLEMENTATIONS[transport].open(place, cfg, shape, jnp.dtype(dtype).name)
     return Link(shape, transport, axis_name, place.platform, place.architecture, opened)
 
 
@@ -177,6 +177,7 @@ def initialize(
     *,
     cfg: MoEConfig | None = None,
     num_tokens: int | None = None,
+    dtype: Any = None,
 ) -> None:
     """Opens now what the exchanges over a mesh axis need, and waits for all ranks; optional and idempotent.
 
@@ -189,6 +190,7 @@ def initialize(
       ep_axis: its expert-parallel axis.
       cfg: the layer whose transport is opened; None: the one that ``transport="auto"`` takes here.
       num_tokens: T, tokens per rank, for transports whose buffers depend on it; needs cfg.
+      dtype: of the tokens, for the same; bfloat16 if not given.
 
     Raises:
       ConfigError: num_tokens is given without cfg.
@@ -202,7 +204,8 @@ def initialize(
     group.remember_mesh(mesh)
     shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose("auto" if cfg is None else cfg.transport, place)
-    IMPLEMENTATIONS[transport].open(place, cfg, shape, again=True)
+    name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
+    IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
 
 
 def link_in_shard_map(
@@ -220,7 +223,7 @@ def link_in_shard_map(
         raise ConfigError(rule("ids.dtype", str(ids.dtype), "be int32", "cast them"))
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ConfigError(rule("weights.dtype", str(weights.dtype), "be floating", "cast them to float32"))
-    return make_link(cfg, group.mesh_in_shard_map(axis_name), x.shape[0], axis_name)
+    return make_link(cfg, group.mesh_in_shard_map(axis_name), x.shape[0], x.dtype, axis_name)
 
 
 def check_tokens(x: jax.Array, cfg: MoEConfig) -> None:

@@ -84,7 +84,7 @@ def ep_moe(
         split = NamedSharding(mesh, x_spec)
         operands.append(jax.sharding.reshard(token_mask, split) if layout.explicit else token_mask)
 
-    link = exchange.make_link(cfg, mesh, math.prod(x.shape[:-1]) // layout.num_shards, ep_axis)
+    link = exchange.make_link(cfg, mesh, math.prod(x.shape[:-1]) // layout.num_shards, x.dtype, ep_axis)
 
     mapped = _mapped(mesh, cfg, link, layout, x_spec, token_mask is not None)
     if not any(map(compat.is_tracer, jax.tree.leaves(operands))):

@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "digest.h"
 #include "kernels.h"
 #include "launch.h"
 #include "moriep/layout.h"
@@ -13,24 +14,17 @@
 namespace moriep::gpu {
 namespace {
 
-// A digest of everything that must be alike on all ranks; only its equality means anything.
 uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
-  uint64_t digest = 0xcbf29ce484222325;
-  const auto take = [&digest](uint64_t value) {
-    digest = (digest ^ value) * 0x100000001b3;
-    digest ^= digest >> 29;
-  };
+  Digest digest;
   const Shape& s = call.shape;
-  take(static_cast<uint64_t>(kind));
-  take(static_cast<uint64_t>(call.type));
-  take(static_cast<uint64_t>(call.wire));
-  take(with_scalars ? 1 : 0);
-  for (const int64_t size : {s.num_ranks, s.num_tokens, s.top_k, s.hidden_size, s.num_experts,
-                             s.num_local_experts, s.block, s.capacity, s.num_words}) {
-    take(static_cast<uint64_t>(size));
+  for (const int64_t value :
+       {static_cast<int64_t>(kind), static_cast<int64_t>(call.type),
+        static_cast<int64_t>(call.wire), int64_t{with_scalars}, s.num_ranks, s.num_tokens, s.top_k,
+        s.hidden_size, s.num_experts, s.num_local_experts, s.block, s.capacity, s.num_words}) {
+    digest.take(static_cast<uint64_t>(value));
   }
-  for (const char letter : call.config) take(static_cast<unsigned char>(letter));
-  return digest;
+  digest.take(call.config);
+  return digest.value();
 }
 
 // One step as the kernels see it; refuses what they cannot count or hold.

@@ -71,6 +71,9 @@ Status describe(const FaultReport& report, int32_t rank, double timeout) {
     case Fault::kBadPlan:
       return Status(Code::kInvalidArgument,
                     where + "plan names row or place " + here + " but there are " + there);
+    case Fault::kStopped:
+      return Status(Code::kDeadlineExceeded, where + peer + " came and did not go on within " +
+                                                 std::to_string(timeout) + " s" + cure);
     case Fault::kNone:
       break;
   }

@@ -109,11 +109,14 @@ __device__ inline void signal_peers(const Team& team, const Stepping& at) {
   store_release_system(&theirs.arrived[team.rank].step, step | (has_failed(team) ? kFailedBit : 0));
 }
 
-// The end of a step: the order token goes on, and so does the epoch.
-__device__ inline void leave_step(const Team& team, const Stepping& at) {
+// The end of a step: the order token goes on, and so does the epoch. True in the one thread that
+// has moved it.
+__device__ inline bool leave_step(const Team& team, const Stepping& at) {
   if (blockIdx.x == 0 && threadIdx.x == 0) at.order_out[0] = at.order[0] + 1;
-  if (team.num_ranks == 1) return;
-  if (is_last_block(team) && threadIdx.x == 0) mine(team).epoch = current_step(team);
+  if (team.num_ranks == 1) return false;
+  if (!is_last_block(team) || threadIdx.x != 0) return false;
+  mine(team).epoch = current_step(team);
+  return true;
 }
 
 }  // namespace moriep::gpu

@@ -33,6 +33,7 @@ enum class Fault : int32_t {
   kDiffers = 3,     // a peer runs another exchange
   kWrongRank = 4,   // the program computes another rank than the group's table says
   kBadPlan = 5,     // the plan names a row or a place that does not exist
+  kStopped = 6,     // a peer came, and did not do its part in time
 };
 
 // Where the host reads what went wrong; in its own memory, so that a look costs no synchronisation.

@@ -28,8 +28,8 @@ from jax_moriep.runtime.store import DistributedStore, Store
 _ERROR_BYTES = 1024
 _ADDRESS_WORDS = 12
 _CONNECTED, _FAILED = 2, 3
-_generations: dict[str, int] = {}
-_on_gpus: dict[str, ctypes.CDLL] = {}
+_generations: dict[tuple[str, str], int] = {}
+_on_gpus: dict[tuple[str, str], ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
@@ -139,14 +139,14 @@ def remember_mesh(mesh: jax.sharding.Mesh) -> None:
 
 
 def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
-    """Opens the native transport's groups of a mesh axis; does nothing for groups that are open.
+    """Opens a backend's groups of a mesh axis; does nothing for groups that are open.
 
     Arenas of this process's ranks are made and announced at once; the peers are connected in the background,
     because another process may trace its program later. The first exchange waits for the connection.
 
     Args:
       groups: the groups.
-      backend: "cpu", "cuda" or "rocm".
+      backend: "cpu", "cuda", "rocm" or "mori".
       again: make groups that have failed anew, and return only when every peer is connected; every process
         must do so.
 
@@ -155,17 +155,19 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
       TransportError: a group could not be opened or connected.
     """
     targets.register(backend)
-    native = _native(backend)
+    native = loaded(backend)
     with _lock:
         state = native.moriep_group_state(groups.name.encode())
         if state == 0 or (state == _FAILED and again):
-            _open(native, groups)
+            _open(native, backend, groups)
             if backend != "cpu":
-                _on_gpus[groups.name] = native
+                _on_gpus[backend, groups.name] = native
             if any(d.process_index != jax.process_index() for d in groups.devices.flat):
-                watchdog.watch(groups.name, groups.platform, lambda: _failure(native, groups.name))
+                watchdog.watch(
+                    f"{backend} {groups.name}", groups.platform, lambda: _failure(native, groups.name)
+                )
     if again:
-        _wait_connected(native, groups.name)
+        wait_connected(native, groups.name)
 
 
 def _failure(native: ctypes.CDLL, name: str) -> str | None:
@@ -181,18 +183,23 @@ def check_failures() -> None:
     There an exchange runs after the call that enqueued it, and XLA replays it without a call, so nothing
     raises by itself; the results of a step that failed, and of all after it, are NaN.
     """
-    for name, native in list(_on_gpus.items()):
-        if (why := _failure(native, name)) is not None:
-            raise TransportError(why)
+    for (_, name), native in list(_on_gpus.items()):
+        check_group(native, name)
 
 
-def _open(native: ctypes.CDLL, groups: Groups) -> None:
+def check_group(native: ctypes.CDLL, name: str) -> None:
+    """Raises TransportError if a backend's group of this process has failed."""
+    if (why := _failure(native, name)) is not None:
+        raise TransportError(why)
+
+
+def _open(native: ctypes.CDLL, backend: str, groups: Groups) -> None:
     name = groups.name.encode()
     num_groups, num_ranks = groups.devices.shape
     me = jax.process_index()
     local = np.array([d.process_index == me for d in groups.devices.flat], dtype=np.uint8)
     ids = np.array([_ordinal(d, me) for d in groups.devices.flat], dtype=np.int64)
-    _check(
+    check(
         native.moriep_group_open(
             name,
             num_groups,
@@ -200,21 +207,21 @@ def _open(native: ctypes.CDLL, groups: Groups) -> None:
             ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
             local.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)),
             timeout_seconds(),
-            *_error_buffer(),
+            *error_buffer(),
         )
     )
     local = local.reshape(num_groups, num_ranks)
     mine = [g for g in range(num_groups) if local[g].any()]
     if all(local[g].all() for g in mine):
         return
-    generation = _generations[groups.name] = _generations.get(groups.name, -1) + 1
-    prefix = f"jax_moriep/{groups.name}/{generation}"
+    generation = _generations[backend, groups.name] = _generations.get((backend, groups.name), -1) + 1
+    prefix = f"jax_moriep/{backend}/{groups.name}/{generation}"
     store = DistributedStore()
     host = hosts.identity()
     for g in mine:
         for r in np.flatnonzero(local[g]):
             address = (ctypes.c_int64 * _ADDRESS_WORDS)()
-            _check(native.moriep_group_address(name, g, int(r), address, *_error_buffer()))
+            check(native.moriep_group_address(name, g, int(r), address, *error_buffer()))
             store.put(f"{prefix}/{g}/{r}", json.dumps({"host": host, "address": list(address)}).encode())
     missing = [(g, int(r)) for g in mine for r in np.flatnonzero(~local[g].astype(bool))]
     deadline = time.monotonic() + timeout_seconds()
@@ -248,17 +255,27 @@ def _connect(
             peer = json.loads(store.get(f"{prefix}/{g}/{r}", deadline))
             if peer["host"] != host:
                 raise TransportError(
-                    "it runs on another machine, and transport='native' needs one machine; "
-                    "use transport='collective'"
+                    "it runs on another machine, and this transport needs one machine; use "
+                    "transport='collective'"
                 )
             address = (ctypes.c_int64 * _ADDRESS_WORDS)(*peer["address"])
-            _check(native.moriep_group_connect(name.encode(), g, r, address, *_error_buffer()))
+            check(native.moriep_group_connect(name.encode(), g, r, address, *error_buffer()))
         except Exception as e:  # noqa: BLE001 - a thread has nobody to raise to
             native.moriep_group_connect_failed(name.encode(), g, f"rank {r}: {e}".encode())
             return
 
 
-def _wait_connected(native: ctypes.CDLL, name: str) -> None:
+def has_failed(native: ctypes.CDLL, name: str) -> bool:
+    """Whether a backend's group of this process has failed."""
+    return native.moriep_group_state(name.encode()) == _FAILED
+
+
+def wait_connected(native: ctypes.CDLL, name: str) -> None:
+    """Returns when all ranks of a backend's group are connected.
+
+    Raises:
+      TransportError: the group has failed, or a rank has not come in time.
+    """
     deadline = time.monotonic() + timeout_seconds()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
@@ -277,18 +294,25 @@ def _wait_connected(native: ctypes.CDLL, name: str) -> None:
 _error = threading.local()
 
 
-def _error_buffer() -> tuple[Any, int]:
+def error_buffer() -> tuple[Any, int]:
+    """This thread's buffer for the text of a library function's failure, and its size."""
     _error.buffer = ctypes.create_string_buffer(_ERROR_BYTES)
     return _error.buffer, _ERROR_BYTES
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
+    """Raises TransportError with the text in this thread's buffer unless a library function gave 0."""
     if code:
         raise TransportError(_error.buffer.value.decode(errors="replace"))
 
 
 @functools.cache
-def _native(backend: str) -> ctypes.CDLL:
+def loaded(backend: str) -> ctypes.CDLL:
+    """A backend's library, whose functions know their types.
+
+    Raises:
+      LibraryError: it is missing or does not fit.
+    """
     lib = library.load(backend)
     i64, i32, text = ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     i64_array = ctypes.POINTER(i64)

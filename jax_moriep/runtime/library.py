@@ -14,7 +14,7 @@ from pathlib import Path
 from jax_moriep.errors import LibraryError
 from jax_moriep.runtime import compat
 
-BACKENDS = ("cpu", "cuda", "rocm")
+BACKENDS = ("cpu", "cuda", "rocm", "mori")
 _BUILD_HINT = (
     "reinstall jax_moriep with a C++ compiler present, or point JAX_MORIEP_LIB_DIR at a build folder"
 )
@@ -23,6 +23,8 @@ _BUILD_HINTS = {
     "`pip install . -C cuda.toolkit=pypi`, or point JAX_MORIEP_LIB_DIR at a build folder",
     "rocm": "reinstall jax_moriep from source where CMake finds ROCm's compiler, or point JAX_MORIEP_LIB_DIR "
     "at a build folder",
+    "mori": "reinstall jax_moriep from source where CMake finds ROCm's compiler and amd-mori, or point "
+    "JAX_MORIEP_LIB_DIR at a build folder",
 }
 
 
@@ -55,7 +57,7 @@ def find(backend: str) -> Path:
     """Path of a backend's library.
 
     Args:
-      backend: "cpu", "cuda" or "rocm".
+      backend: "cpu", "cuda", "rocm" or "mori".
 
     Raises:
       LibraryError: there is no such file; the text names the folder, why it was not built, and the cure.
@@ -111,7 +113,7 @@ def load(backend: str) -> ctypes.CDLL:
     """Loads a backend's library once.
 
     Args:
-      backend: "cpu", "cuda" or "rocm".
+      backend: "cpu", "cuda", "rocm" or "mori".
 
     Raises:
       LibraryError: the library is missing, broken, or built for another FFI API version.

@@ -19,12 +19,17 @@ COMBINE = "moriep_combine"
 EXPAND = "moriep_expand"
 REEXPAND = "moriep_reexpand"
 GATHER = "moriep_gather"
+SEND = "moriep_send"
+RESEND = "moriep_resend"
+GIVE_BACK = "moriep_give_back"
 DLPACK_CALL = "moriep_dlpack_call"
 
-_SYMBOLS = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+_ROW_MAJOR = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
+_TOKEN_MAJOR = {SEND: "MoriepSend", RESEND: "MoriepResend", GIVE_BACK: "MoriepGiveBack"}
+_SYMBOLS = {"cpu": _ROW_MAJOR, "cuda": _ROW_MAJOR, "rocm": _ROW_MAJOR, "mori": _TOKEN_MAJOR}
 _EXPAND_SYMBOLS = {EXPAND: "MoriepExpand", REEXPAND: "MoriepReexpand", GATHER: "MoriepGather"}
 # As XLA spells its platforms: another spelling is accepted, and never used.
-_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM"}
+_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM", "mori": "ROCM"}
 _INTEROP_SYMBOLS = {"cpu": "MoriepDlpackCpu", "CUDA": "MoriepDlpackCuda", "ROCM": "MoriepDlpackRocm"}
 _registered: set[str] = set()
 _lock = threading.Lock()
@@ -34,7 +39,7 @@ def register(backend: str) -> None:
     """Registers a backend's handlers with XLA, once.
 
     Args:
-      backend: "cpu", "cuda" or "rocm".
+      backend: "cpu", "cuda", "rocm" or "mori".
 
     Raises:
       LibraryError: the library is missing or does not fit.
@@ -43,7 +48,7 @@ def register(backend: str) -> None:
         if backend in _registered:
             return
         lib = library.load(backend)
-        for target, symbol in _SYMBOLS.items():
+        for target, symbol in _SYMBOLS[backend].items():
             capsule = jax.ffi.pycapsule(getattr(lib, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
         _registered.add(backend)

@@ -15,7 +15,8 @@ from jax_moriep.config import MoEConfig
 from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime.place import Place
-from jax_moriep.transports import collective, native, reference
+from jax_moriep.transports import collective, mori, native, reference
+from jax_moriep.transports.expand import expanded
 
 
 class Transport(Protocol):
@@ -27,11 +28,18 @@ class Transport(Protocol):
         ...
 
     def open(
-        self, place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+        self,
+        place: Place,
+        cfg: MoEConfig | None,
+        shape: ExchangeShape | None,
+        dtype: str,
+        *,
+        again: bool = False,
     ) -> Opened:
         """Opens whatever the exchanges at a place need, and names the attributes of its custom calls; called
         while a program is traced, in the same order in every process. ``again``: begin anew what has failed,
-        and wait for all ranks. cfg and shape are None where ``jm.initialize`` was not told of any layer."""
+        and wait for all ranks. dtype is the name of the tokens'. cfg and shape are None where
+        ``jm.initialize`` was not told of any layer."""
         ...
 
     def dispatch(
@@ -70,15 +78,18 @@ class Transport(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Transport] = {"native": native, "collective": collective, "reference": reference}
+IMPLEMENTATIONS: dict[str, Transport] = {
+    "native": native,
+    "mori": expanded(mori),
+    "collective": collective,
+    "reference": reference,
+}
 """In the order in which "auto" tries them."""
 
 
 def reasons(place: Place) -> dict[str, str | None]:
     """For each transport why it cannot run at a place, or None if it can."""
-    found = {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}
-    found["mori"] = "it is not in this version of jax_moriep; use transport='native' or 'collective'"
-    return found
+    return {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}
 
 
 def choose(name: str, place: Place) -> str:
@@ -95,10 +106,7 @@ def choose(name: str, place: Place) -> str:
         return next(
             name for name, transport in IMPLEMENTATIONS.items() if transport.unavailable_reason(place) is None
         )
-    if name in IMPLEMENTATIONS:
-        why = IMPLEMENTATIONS[name].unavailable_reason(place)
-    else:
-        why = reasons(place)[name]
+    why = IMPLEMENTATIONS[name].unavailable_reason(place)
     if why is not None:
         raise TransportError(f"transport={name!r} cannot run here: {why}")
     return name

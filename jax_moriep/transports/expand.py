@@ -32,7 +32,13 @@ class TokenTransport(Protocol):
         ...
 
     def open(
-        self, place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+        self,
+        place: Place,
+        cfg: MoEConfig | None,
+        shape: ExchangeShape | None,
+        dtype: str,
+        *,
+        again: bool = False,
     ) -> Opened:
         """See ``transports.Transport.open``."""
         ...
@@ -96,12 +102,18 @@ class Expanded:
         return why
 
     def open(
-        self, place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+        self,
+        place: Place,
+        cfg: MoEConfig | None,
+        shape: ExchangeShape | None,
+        dtype: str,
+        *,
+        again: bool = False,
     ) -> Opened:
         """See ``transports.Transport.open``."""
         if place.backend in _GPUS:
             targets.register_expand(place.backend)
-        return self.tokens.open(place, cfg, shape, again=again)
+        return self.tokens.open(place, cfg, shape, dtype, again=again)
 
     def dispatch(
         self,

@@ -53,7 +53,12 @@ def unavailable_reason(place: Place) -> str | None:
 
 
 def open(  # noqa: A001 - the contract's name
-    place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+    place: Place,
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None,
+    dtype: str,
+    *,
+    again: bool = False,
 ) -> Opened:
     """See ``transports.Transport.open``; the peers are connected in the background.
 
@@ -63,6 +68,7 @@ def open(  # noqa: A001 - the contract's name
       LibraryError: the native library is missing or does not fit.
       TransportError: a group could not be opened, or with ``again`` not connected.
     """
+    del dtype
     if place.platform is None:
         name = group.abstract_name(place.mesh, place.axis_name)
     else:

@@ -22,10 +22,15 @@ def unavailable_reason(place: Place) -> str | None:
 
 
 def open(  # noqa: A001 - the contract's name
-    place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, *, again: bool = False
+    place: Place,
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None,
+    dtype: str,
+    *,
+    again: bool = False,
 ) -> Opened:
     """Nothing: jax opens its collectives itself."""
-    del place, cfg, shape, again
+    del place, cfg, shape, dtype, again
     return Opened()
 
 

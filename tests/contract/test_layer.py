@@ -225,6 +225,8 @@ def test_finite_differences(transport):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(transport, dtype):
+    if (transport, dtype) == ("mori", "float16"):
+        pytest.skip("MORI has no kernels for float16; test_exchange.py holds its refusal")
     rng = np.random.default_rng(26)
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)

@@ -260,6 +260,8 @@ def test_several_layers_and_configs_in_one_program(transport):
 
 def test_a_subset_of_the_devices(transport):
     """A group may be any devices in any order."""
+    if jax.device_count() < 7 or jax.process_count() > 1:
+        pytest.skip("it needs 7 devices in one process")
     cfg = config(transport)
     params = jm.init_params(jax.random.key(0), cfg)
     devices = np.array(jax.devices())[[6, 1, 4]]

@@ -36,8 +36,8 @@ class TokenMajor:
         del place
         return None
 
-    def open(self, place: Any, cfg: Any, shape: Any, *, again: bool = False) -> Opened:
-        del place, cfg, shape, again
+    def open(self, place: Any, cfg: Any, shape: Any, dtype: str, *, again: bool = False) -> Opened:
+        del place, cfg, shape, dtype, again
         return Opened()
 
     def send(self, link, x, ids, weights, *, words, order):

@@ -248,13 +248,13 @@ def test_library_of_another_api_version(tmp_path):
 
 def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
     """The cause is told at once, not a timeout after JAX_MORIEP_TIMEOUT seconds."""
-    native = group._native("cpu")
+    native = group.loaded("cpu")
     ids = (ctypes.c_int64 * 2)(0, 2048)
     local = (ctypes.c_uint8 * 2)(1, 0)  # rank 1 lives in another process
-    assert native.moriep_group_open(b"halves", 1, 2, ids, local, 60.0, *group._error_buffer()) == 0
+    assert native.moriep_group_open(b"halves", 1, 2, ids, local, 60.0, *group.error_buffer()) == 0
     native.moriep_group_connect_failed(b"halves", 0, b"rank 1: it runs on another machine")
     with pytest.raises(jm.TransportError, match="halves has failed: rank 1: it runs on another machine"):
-        group._wait_connected(native, "halves")
+        group.wait_connected(native, "halves")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])

@@ -1,0 +1,137 @@
+// The end of every step.
+#include "gpu/kernels.h"
+#include "gpu/rows.h"
+#include "gpu/step.h"
+#include "kernels.h"
+
+namespace moriep::mori {
+namespace {
+
+using gpu::kCopyWords;
+using gpu::kThreads;
+using gpu::kWave;
+
+// The order token goes on, and the watchdog need not look any more.
+__device__ void leave(const gpu::Team& team, const gpu::Stepping& step, Progress* progress) {
+  const uint64_t number = gpu::current_step(team);
+  if (gpu::leave_step(team, step)) gpu::store_release_system(&progress->left, number);
+}
+
+__device__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ int64_t num_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// Bytes of ones are NaN in every row type.
+template <typename Word>
+__device__ void poison(Word* at, int64_t num_words) {
+  Word word;
+  __builtin_memset(&word, 0xff, sizeof(word));
+  for (int64_t i = thread_index(); i < num_words; i += num_threads()) at[i] = word;
+}
+
+template <typename Word>
+__device__ void copy_tokens(const CollectArgs& args, int32_t count) {
+  const int64_t row_words = args.sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
+  const int64_t parts = gpu::num_parts(args.sizes.row_bytes, sizeof(Word), kCopyWords);
+  for (int64_t item = gpu::wave_index(); item < count * parts; item += gpu::num_waves()) {
+    const int64_t row = item / parts;
+    const int64_t first = item % parts * kCopyWords * kWave + gpu::lane_id();
+    const auto* from = reinterpret_cast<const Word*>(args.from_tokens + row * args.sizes.row_bytes);
+    auto* to = reinterpret_cast<Word*>(args.tokens + row * args.sizes.row_bytes);
+    Word words[kCopyWords];
+#pragma unroll
+    for (int i = 0; i < kCopyWords; ++i) {
+      if (first + i * kWave < row_words) words[i] = from[first + i * kWave];
+    }
+#pragma unroll
+    for (int i = 0; i < kCopyWords; ++i) {
+      if (first + i * kWave < row_words) gpu::store_streamed(to + first + i * kWave, words[i]);
+    }
+  }
+}
+
+// What came along with the tokens of a send.
+__device__ void copy_routing(const CollectArgs& args, int32_t count) {
+  const ArrivalSizes& sizes = args.sizes;
+  for (int64_t i = thread_index(); i < static_cast<int64_t>(count) * sizes.top_k;
+       i += num_threads()) {
+    args.ids[i] = args.from_ids[i];
+    args.weights[i] = args.from_weights[i];
+  }
+  const int32_t stride = sizes.num_ranks * sizes.max_tokens;
+  for (int64_t i = thread_index(); i < count; i += num_threads()) {
+    const int32_t origin = args.from_origins[i];
+    args.origins[i] = origin;
+    args.sources[i] = origin / stride * sizes.num_tokens + origin % stride;
+  }
+}
+
+// A plan that leads nowhere: a give_back along it moves nothing and reads nothing.
+__device__ void empty_plan(const CollectArgs& args) {
+  const ArrivalSizes& sizes = args.sizes;
+  const int32_t nowhere = sizes.num_ranks * sizes.num_ranks * sizes.max_tokens;
+  for (int64_t i = thread_index(); i < static_cast<int64_t>(sizes.num_tokens) * sizes.top_k;
+       i += num_threads()) {
+    args.places[i] = nowhere;
+  }
+  if (thread_index() == 0) *args.count = -1;
+}
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs args) {
+  const bool sent = args.ids != nullptr;
+  if (!gpu::has_failed(args.team)) {
+    const int32_t count = *args.count;
+    copy_tokens<Word>(args, count);
+    if (sent) copy_routing(args, count);
+  } else {
+    const int64_t bytes = args.sizes.row_bytes * args.sizes.num_ranks * args.sizes.num_tokens;
+    poison(reinterpret_cast<Word*>(args.tokens), bytes / static_cast<int64_t>(sizeof(Word)));
+    if (sent) empty_plan(args);
+  }
+  leave(args.team, args.step, args.progress);
+}
+
+__global__ void __launch_bounds__(kThreads) seal_kernel(const SealArgs args) {
+  if (gpu::has_failed(args.team)) {
+    poison(reinterpret_cast<uint8_t*>(args.y), args.y_bytes);
+    if (args.token_scalars != nullptr) poison(args.token_scalars, args.num_scalars);
+  }
+  leave(args.team, args.step, args.progress);
+}
+
+template <typename Kernel>
+gpuError_t preload(Kernel* kernel) {
+  gpuFuncAttributes found;
+  return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+}
+
+}  // namespace
+
+gpuError_t launch_collect(gpuStream_t stream, int num_blocks, const CollectArgs& args) {
+  // MORI's buffers begin at multiples of 256 bytes.
+  if (gpu::fits_words(16, args.sizes.row_bytes, args.from_tokens, args.tokens)) {
+    collect_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
+  } else {
+    collect_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
+  }
+  return gpuGetLastError();
+}
+
+gpuError_t launch_seal(gpuStream_t stream, int num_blocks, const SealArgs& args) {
+  seal_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
+  return gpuGetLastError();
+}
+
+gpuError_t preload_share();
+
+gpuError_t preload_kernels() {
+  for (const gpuError_t error : {preload_share(), preload(collect_kernel<uint4>),
+                                 preload(collect_kernel<uint16_t>), preload(seal_kernel)}) {
+    if (error != gpuSuccess) return error;
+  }
+  return gpuSuccess;
+}
+
+}  // namespace moriep::mori

@@ -1,0 +1,29 @@
+// Launches of MORI's kernels: which kernels an exchange takes, and with how much of a device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "handle.h"
+#include "moriep/row_type.h"
+#include "moriep/status.h"
+
+namespace moriep::mori {
+
+struct Launch {
+  const Handle& handle;
+  RowType type;
+  int32_t num_blocks;
+  int32_t num_waves;  // of a block
+  hipStream_t stream;
+  moe::EpDispatchCombineArgsRaw args;
+
+  Status dispatch();
+  Status replay();
+  Status combine();
+
+ private:
+  Status run(const std::string& kernel, int32_t blocks, int32_t waves, int64_t lds_bytes);
+};
+
+}  // namespace moriep::mori

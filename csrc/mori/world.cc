@@ -1,0 +1,186 @@
+#include "world.h"
+
+#include <sched.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "mori/shmem/shmem_api.hpp"
+
+namespace moriep::mori {
+namespace {
+
+namespace shmem = ::mori::shmem;
+
+static_assert(kUniqueIdBytes == MORI_SHMEM_UNIQUE_ID_BYTES);
+
+struct State {
+  std::mutex mutex;
+  World world;
+  std::map<std::string, hipModule_t> modules;      // by file
+  std::map<std::string, hipFunction_t> functions;  // by name
+};
+
+// Never destroyed: threads of XLA may outlive static destruction.
+State& state() {
+  static State* it = new State();
+  return *it;
+}
+
+// MORI pins the thread that starts it to the processors near the GPU, and threads that it starts
+// later inherit that.
+class KeepAffinity {
+ public:
+  KeepAffinity() { known_ = sched_getaffinity(0, sizeof(set_), &set_) == 0; }
+  ~KeepAffinity() {
+    if (known_) (void)sched_setaffinity(0, sizeof(set_), &set_);
+  }
+  KeepAffinity(const KeepAffinity&) = delete;
+  KeepAffinity& operator=(const KeepAffinity&) = delete;
+
+ private:
+  cpu_set_t set_;
+  bool known_ = false;
+};
+
+// Sets an environment variable as long as it lives: MORI takes some of its settings from nowhere
+// else.
+class Setting {
+ public:
+  Setting(const char* name, const std::string& value) : name_(name) {
+    if (const char* old = std::getenv(name); old != nullptr) {
+      old_ = old;
+      had_ = true;
+    }
+    (void)setenv(name, value.c_str(), 1);
+  }
+  ~Setting() {
+    if (had_) {
+      (void)setenv(name_, old_.c_str(), 1);
+    } else {
+      (void)unsetenv(name_);
+    }
+  }
+  Setting(const Setting&) = delete;
+  Setting& operator=(const Setting&) = delete;
+
+ private:
+  const char* name_;
+  std::string old_;
+  bool had_ = false;
+};
+
+Status no_world() { return Status(Code::kFailedPrecondition, "MORI is not open in this process"); }
+
+}  // namespace
+
+Status make_unique_id(uint8_t* id) {
+  shmem::mori_shmem_uniqueid_t made;
+  if (shmem::ShmemGetUniqueId(&made) != 0) {
+    return Status(Code::kUnavailable,
+                  "MORI found no network interface for its rendezvous; name one with "
+                  "MORI_SOCKET_IFNAME (lo on a single machine)");
+  }
+  std::copy(made.begin(), made.end(), id);
+  return Status();
+}
+
+Status open_world(const World& wanted, const uint8_t* id) {
+  State& here = state();
+  std::lock_guard<std::mutex> lock(here.mutex);
+  const World& open = here.world;
+  if (open.rank >= 0) {
+    if (open.group == wanted.group) return Status();
+    return Status(Code::kFailedPrecondition,
+                  "group " + wanted.group + " cannot be opened beside group " + open.group +
+                      ": MORI keeps one group for a process; use one expert-parallel group, or "
+                      "transport='native' for the other");
+  }
+  if (const hipError_t error = hipSetDevice(wanted.device); error != hipSuccess) {
+    return Status(Code::kInternal,
+                  "device " + std::to_string(wanted.device) + ": " + hipGetErrorString(error));
+  }
+  const KeepAffinity keep;
+  const Setting heap("MORI_SHMEM_HEAP_SIZE", std::to_string(wanted.heap_bytes >> 20) + "M");
+  const Setting mode("MORI_SHMEM_MODE", "static_heap");
+  shmem::mori_shmem_uniqueid_t given;
+  std::copy(id, id + kUniqueIdBytes, given.begin());
+  shmem::mori_shmem_init_attr_t attributes;
+  if (shmem::ShmemSetAttrUniqueIdArgs(wanted.rank, wanted.num_ranks, &given, &attributes) != 0 ||
+      shmem::ShmemInitAttr(shmem::MORI_SHMEM_INIT_WITH_UNIQUEID, &attributes) != 0) {
+    return Status(Code::kUnavailable,
+                  "MORI's ranks did not find each other; name the network interface with "
+                  "MORI_SOCKET_IFNAME (lo on a single machine)");
+  }
+  here.world = wanted;
+  here.world.rank = shmem::ShmemMyPe();
+  if (here.world.rank != wanted.rank || shmem::ShmemNPes() != wanted.num_ranks) {
+    return Status(Code::kInternal, "MORI says rank " + std::to_string(here.world.rank) + " of " +
+                                       std::to_string(shmem::ShmemNPes()) + ", the mesh rank " +
+                                       std::to_string(wanted.rank) + " of " +
+                                       std::to_string(wanted.num_ranks));
+  }
+  return Status();
+}
+
+World world() {
+  State& here = state();
+  std::lock_guard<std::mutex> lock(here.mutex);
+  return here.world;
+}
+
+void world_barrier() { shmem::ShmemBarrierAll(); }
+
+void close_world() {
+  State& here = state();
+  std::lock_guard<std::mutex> lock(here.mutex);
+  if (here.world.rank < 0) return;
+  here.functions.clear();
+  for (const auto& [path, module] : here.modules) (void)hipModuleUnload(module);
+  here.modules.clear();
+  (void)shmem::ShmemFinalize();
+  here.world = World();
+}
+
+Status load_kernels(const std::string& path) {
+  State& here = state();
+  std::lock_guard<std::mutex> lock(here.mutex);
+  if (here.world.rank < 0) return no_world();
+  if (here.modules.count(path) != 0) return Status();
+  hipModule_t module = nullptr;
+  if (const hipError_t error = hipModuleLoad(&module, path.c_str()); error != hipSuccess) {
+    (void)hipGetLastError();
+    return Status(Code::kFailedPrecondition, "MORI's kernels in " + path +
+                                                 " do not load: " + hipGetErrorString(error) +
+                                                 "; remove the file, so that it is made again");
+  }
+  if (shmem::ShmemModuleInit(module) != 0) {
+    (void)hipModuleUnload(module);
+    return Status(Code::kFailedPrecondition,
+                  path + " holds no kernels of MORI; remove it, so that it is made again");
+  }
+  here.modules[path] = module;
+  return Status();
+}
+
+Status find_kernel(const std::string& name, hipFunction_t* kernel) {
+  State& here = state();
+  std::lock_guard<std::mutex> lock(here.mutex);
+  if (const auto known = here.functions.find(name); known != here.functions.end()) {
+    *kernel = known->second;
+    return Status();
+  }
+  for (const auto& [path, module] : here.modules) {
+    if (hipModuleGetFunction(kernel, module, name.c_str()) == hipSuccess) {
+      here.functions[name] = *kernel;
+      return Status();
+    }
+    (void)hipGetLastError();
+  }
+  return Status(Code::kFailedPrecondition,
+                "no kernel " + name + " is loaded; it was not compiled when the group opened");
+}
+
+}  // namespace moriep::mori

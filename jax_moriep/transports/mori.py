@@ -1,0 +1,224 @@
+"""transport="mori": MORI's own kernels, from the installed amd-mori wheel, as XLA custom calls.
+
+A token comes once to each rank that has an expert for it, and rows are made of the tokens there
+(``transports.expand``). Every call takes what it needs of MORI's routing from ``own``, which the program
+keeps: any number of exchanges may lie between a dispatch and its combine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_moriep.config import MoEConfig
+from jax_moriep.errors import MoriepError
+from jax_moriep.mori import kernels, limits, tuning, wheel, world
+from jax_moriep.plan import ExchangeShape, Link, Opened
+from jax_moriep.runtime import compat, group, targets
+from jax_moriep.runtime.place import Place
+from jax_moriep.transports.arrivals import Arrivals
+
+_CURE = "use transport='native' or 'collective'"
+
+
+class Own(NamedTuple):
+    """What a plan keeps: MORI's routing of one dispatch."""
+
+    ids: jax.Array
+    """i32[T, K], as MORI was given them: -1 for what is no expert."""
+    places: jax.Array
+    """i32[T, K]: at which place of which rank each token of this rank lies, as MORI numbers them."""
+    origins: jax.Array
+    """i32[N]: which token of which rank lies at each place of this rank, as MORI numbers them."""
+    count: jax.Array
+    """i32[1]: how many tokens have come to this rank."""
+
+
+def unavailable_reason(place: Place) -> str | None:
+    """See ``transports.Transport.unavailable_reason``."""
+    if place.platform is None:
+        return None
+    if place.backend != "rocm":
+        return f"it needs AMD's GPUs; {_CURE}"
+    if not place.architecture.startswith("gfx942"):
+        return f"it runs on the MI300 series (gfx942), and this is {place.architecture}; {_CURE}"
+    if place.num_nodes > 1:
+        return f"it has run on one machine only; {_CURE}"
+    try:
+        limits.check_process(place.devices_per_process)
+        limits.gpus_per_node("IntraNode", place.num_ranks, place.num_nodes)
+        world.library()
+    except MoriepError as e:
+        return str(e)
+    return None
+
+
+def open(  # noqa: A001 - the contract's name
+    place: Place,
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None,
+    dtype: str,
+    *,
+    again: bool = False,
+) -> Opened:
+    """See ``transports.Transport.open``; the handle is made in the background, its kernels are compiled here.
+
+    Raises:
+      ConfigError: MORI cannot do what cfg asks.
+      LibraryError: a library or a compiler for MORI's kernels is missing.
+      TransportError: the group could not be opened, or with ``again`` not all ranks came.
+    """
+    groups = None
+    if place.platform is None:
+        name = group.abstract_name(place.mesh, place.axis_name)
+    else:
+        groups = group.groups_of(place.mesh, place.axis_name)
+        name = groups.name
+        world.open_group(groups, again=again)
+    if cfg is None or shape is None:
+        return Opened(name)
+    limits.check_rows("x.dtype", dtype)
+    chosen = tuning.resolve(wheel.find().tables, _tuning_place(place), cfg, shape.num_tokens, dtype)
+    size = _handle_size(place, cfg, shape, dtype, chosen.kernel)
+    for launch in (chosen.dispatch, chosen.combine):
+        limits.check_launch(size, _compute_units(place), *dataclasses.astuple(launch)[:3])
+    request = world.Request(size, cfg.describe(), ())
+    if groups is not None and shape.num_tokens:
+        limits.check_handle(size)
+        rows = [dtype] if cfg.wire_dtype is None else [dtype, "float8_e4m3fnuz"]
+        # Only the plain kernel goes along a plan that the other has made.
+        types = dict.fromkeys((chosen.kernel, "IntraNode" if "LL" in chosen.kernel else chosen.kernel))
+        units = [kernels.Unit(kernel, row) for kernel in types for row in rows]
+        folders = kernels.obtain(wheel.find(), place.architecture, units)
+        request = dataclasses.replace(request, kernels=tuple(folders))
+        world.open_handle(groups, request, wait=again)
+    return Opened(
+        name,
+        (
+            ("group", name),
+            # Compared between the ranks at run time.
+            ("config", cfg.describe()),
+            ("num_experts", shape.num_experts),
+            ("num_local_experts", shape.num_local_experts),
+            ("handle", request.key),
+            ("dispatch_blocks", chosen.dispatch.block_num),
+            ("dispatch_waves", chosen.dispatch.warp_num_per_block),
+            ("dispatch_rdma_blocks", chosen.dispatch.rdma_block_num),
+            ("combine_blocks", chosen.combine.block_num),
+            ("combine_waves", chosen.combine.warp_num_per_block),
+            ("combine_rdma_blocks", chosen.combine.rdma_block_num),
+        ),
+    )
+
+
+def send(
+    link: Link,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    *,
+    words: jax.Array,
+    order: jax.Array,
+) -> tuple[Arrivals, Own, jax.Array, jax.Array]:
+    """See ``transports.expand.TokenTransport.send``."""
+    shape = link.shape
+    if shape.num_experts != shape.num_local_experts * shape.num_ranks:
+        # MORI takes an expert's number apart, and would send these to the last ranks.
+        ids = jnp.where(ids < shape.num_experts, ids, -1)
+    carried = compat.pcast_varying(words, compat.varying_axes(x))
+    num_arrivals = shape.num_ranks * shape.num_tokens
+    results = (
+        compat.result_type(x, (num_arrivals, x.shape[1]), x.dtype),
+        compat.result_type(x, (num_arrivals, shape.top_k), jnp.int32),
+        compat.result_type(x, (num_arrivals, shape.top_k), jnp.float32),
+        compat.result_type(x, (num_arrivals,), jnp.int32),
+        compat.result_type(x, (1,), jnp.int32),
+        compat.result_type(x, (shape.num_tokens, shape.top_k), jnp.int32),
+        compat.result_type(x, (num_arrivals,), jnp.int32),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        compat.result_type(x, (1,), jnp.int32),
+    )
+    tokens, there_ids, there_weights, sources, count, places, origins, all_words, order = targets.call(
+        targets.SEND,
+        results,
+        *(x, ids, weights, carried, _rank(link, x), order),
+        attributes=link.opened.attributes,
+    )
+    arrivals = Arrivals(tokens, there_ids, there_weights, sources, count)
+    return arrivals, Own(ids, places, origins, count), all_words, order
+
+
+def resend(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See ``transports.expand.TokenTransport.resend``."""
+    num_arrivals = link.shape.num_ranks * link.shape.num_tokens
+    results = (
+        compat.result_type(x, (num_arrivals, x.shape[1]), x.dtype),
+        compat.result_type(x, (1,), jnp.int32),
+    )
+    tokens, order = targets.call(
+        targets.RESEND, results, *(x, *own, _rank(link, x), order), attributes=link.opened.attributes
+    )
+    return tokens, order
+
+
+def give_back(
+    link: Link, tokens: jax.Array, own: Own, *, order: jax.Array, scalars: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """See ``transports.expand.TokenTransport.give_back``; ranks add up in the order of a token's experts."""
+    shape = link.shape
+    # An empty operand stands for "no scalars", so that one target serves the forward and the backward pass.
+    carried = scalars is not None
+    if scalars is None:
+        scalars = compat.zeros_like_varying((0, shape.top_k), jnp.float32, tokens)
+    results = (
+        compat.result_type(tokens, (shape.num_tokens, tokens.shape[1]), tokens.dtype),
+        compat.result_type(tokens, (shape.num_tokens if carried else 0, shape.top_k), jnp.float32),
+        compat.result_type(tokens, (1,), jnp.int32),
+    )
+    y, token_scalars, order = targets.call(
+        targets.GIVE_BACK,
+        results,
+        *(tokens, scalars, *own, _rank(link, tokens), order),
+        attributes=link.opened.attributes,
+    )
+    return y, token_scalars if carried else None, order
+
+
+def _handle_size(
+    place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str, kernel: str
+) -> limits.HandleSize:
+    return limits.HandleSize(
+        kernel=kernel,
+        ranks=shape.num_ranks,
+        gpus_per_node=limits.gpus_per_node(kernel, shape.num_ranks, place.num_nodes),
+        max_tokens=shape.num_tokens,
+        hidden=cfg.hidden_size,
+        element_bytes=limits.ROWS[dtype],
+        experts_per_rank=shape.num_local_experts,
+        top_k=shape.top_k,
+    )
+
+
+def _tuning_place(place: Place) -> tuning.Place:
+    kind = "" if place.platform is None else place.mesh.devices.flat[0].device_kind
+    arch = place.architecture or "gfx942"
+    return tuning.Place(
+        arch, tuning.model_of(arch, kind), _compute_units(place), place.num_ranks, place.num_nodes
+    )
+
+
+def _compute_units(place: Place) -> int:
+    """Of one device; for a program that is only lowered, those of an MI300X."""
+    if place.platform is None:
+        return tuning.COMPUTE_UNITS["mi300x"]
+    return place.mesh.devices.flat[0].core_count
+
+
+def _rank(link: Link, like: jax.Array) -> jax.Array:
+    """This device's rank as data: the module is the same on all ranks, and the handler checks its table."""
+    rank = lax.axis_index(link.axis_name).astype(jnp.int32).reshape(1)
+    return compat.pcast_varying(rank, compat.varying_axes(like))

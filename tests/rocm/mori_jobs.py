@@ -1,0 +1,74 @@
+"""Jobs of several processes with transport="mori" on simulated devices, a device and a rank for each."""
+
+import json
+import socket
+import subprocess
+
+from tests.rocm import simulated
+from tests.rocm.simulated import LIBRARIES, MORI, SYSROOT
+
+ENVIRONMENT = {
+    # Where MORI looks for ROCm SMI, unless told.
+    "MORI_ROCM_SMI_PATH": str(LIBRARIES / "librocm_smi64.so.1"),
+    # The simulated devices are in no PCI tree, and near no processor.
+    "MORI_DISABLE_TOPO": "1",
+    "MORI_IGNORE_CPU_AFFINITY": "1",
+    "MORI_SOCKET_IFNAME": "lo",
+    "JAX_MORIEP_MORI_DIR": str(MORI),
+    "JAX_MORIEP_ROCM_PATH": str(SYSROOT / "rocm"),
+    "JAX_MORIEP_CACHE_DIR": str(simulated.BUILD / "mori-cache"),
+    "JAX_MORIEP_LIB_DIR": str(simulated.LIBRARY),
+    "JAX_MORIEP_ARENA_MB": "16",
+    "PYTHONPATH": simulated.JAX_PATH,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(ranks: int, *command: object, each: list[dict[str, str]] | None = None, **more: str):
+    """Starts a process for each rank; ``each`` is what their environments differ in."""
+    libraries = simulated.environment(ranks)["LD_LIBRARY_PATH"]
+    environment = ENVIRONMENT | {"LD_LIBRARY_PATH": f"{libraries}:{MORI}"} | more
+    return [
+        simulated.start(*command, devices=ranks, **environment, **(each[rank] if each else {}))
+        for rank in range(ranks)
+    ]
+
+
+def start_case(case: str, ranks: int, options: dict, **more: str) -> list[subprocess.Popen]:
+    """Starts a case of mori_job.py."""
+    port = free_port()
+    command = (simulated.PYTHON, "-m", "tests.rocm.mori_job", case, json.dumps(options))
+    each = [{"JAX_MORIEP_TEST_JOB": f"{port} {ranks} {rank}"} for rank in range(ranks)]
+    return start(ranks, *command, each=each, **more)
+
+
+def finish(processes: list[subprocess.Popen], deadline: float, lost: int = -1) -> list[str]:
+    """Waits for all ranks, of which one may be lost on the way; gives what each wrote to stdout."""
+    try:
+        said = [simulated.finish(process, deadline) for process in processes]
+    finally:
+        # A rank that failed leaves its peers waiting.
+        for process in processes:
+            process.kill()
+    bad = [
+        f"rank {rank}: exit {process.returncode}\n{out[-2500:]}\n{err[-2500:]}"
+        for rank, (process, (out, err)) in enumerate(zip(processes, said, strict=True))
+        if process.returncode != (-9 if rank == lost else 0)
+    ]
+    assert not bad, "\n".join(bad)
+    return [out for out, _ in said]
+
+
+def run_case(
+    case: str, ranks: int, options: dict | None = None, deadline: float = 240, lost: int = -1, **more: str
+) -> list[str]:
+    """Runs a case of mori_job.py on all ranks to its end; gives what each said."""
+    said = finish(start_case(case, ranks, options or {}, **more), deadline, lost)
+    for rank, out in enumerate(said):
+        assert f"rank {rank} agrees" in out, out
+    return said
