@@ -119,3 +119,13 @@ def load(backend: str) -> ctypes.CDLL:
       LibraryError: the library is missing, broken, or built for another FFI API version.
     """
     return _load(find(backend))
+
+
+def why_broken(backend: str) -> str | None:
+    """Why a backend's library does not load that should: the CPU's always, others where they were built."""
+    try:
+        load(backend)
+    except LibraryError as e:
+        if backend == "cpu" or (folder() / f"libmoriep_{backend}.so").exists():
+            return str(e)
+    return None

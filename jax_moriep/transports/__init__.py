@@ -7,6 +7,8 @@ file here and one entry in ``IMPLEMENTATIONS``; ``tests/contract`` then runs on 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +16,7 @@ import jax
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
+from jax_moriep.runtime import library
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import collective, mori, native, reference
 from jax_moriep.transports.expand import expanded
@@ -92,6 +95,11 @@ def reasons(place: Place) -> dict[str, str | None]:
     return {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}
 
 
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def choose(name: str, place: Place) -> str:
     """The transport to use: the named one, or for "auto" the first that can run.
 
@@ -99,13 +107,21 @@ def choose(name: str, place: Place) -> str:
       name: "auto" or a transport's name.
       place: where.
 
+    A library that belongs to this package and does not load makes "auto" take a slower transport, and is warned
+    of once.
+
     Raises:
       TransportError: the named transport cannot run; the text says why and the cure.
     """
     if name == "auto":
-        return next(
-            name for name, transport in IMPLEMENTATIONS.items() if transport.unavailable_reason(place) is None
-        )
+        for candidate, transport in IMPLEMENTATIONS.items():
+            why = transport.unavailable_reason(place)
+            if why is None:
+                return candidate
+            if place.backend is not None and why == library.why_broken(place.backend):
+                _warn(
+                    f"transport='auto' passes over {candidate!r}, and what it takes instead is slower: {why}"
+                )
     why = IMPLEMENTATIONS[name].unavailable_reason(place)
     if why is not None:
         raise TransportError(f"transport={name!r} cannot run here: {why}")

@@ -1,5 +1,6 @@
 """ep_moe on every transport against the loop oracle: values and all gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -284,3 +285,15 @@ def test_llama4_weighs_the_expert_input(transport):
         scaled = token / (1 + np.exp(-logits[expert]))
         want = layer._mlp(scaled, layer.w1[expert], layer.w2[expert], dy[0, 0])[0]
         np.testing.assert_allclose(np.asarray(y).reshape(-1, HIDDEN)[n], want, atol=3e-5)
+
+
+def test_statistics_keep_their_dtypes_under_x64(transport):
+    """Loop carries rely on them."""
+    cfg = jm.MoEConfig(4, 2, HIDDEN, INNER, transport=transport, block=4)
+    layer = oracle.random_layer(np.random.default_rng(3), 4, 2, HIDDEN, INNER)
+    with jax.enable_x64(True):
+        x = jnp.ones((8, HIDDEN), jnp.float32)
+        stats = jax.eval_shape(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh_of(2))[1], x, params_of(layer))
+    want = {"expert_counts": "int32", "recv_rows": "int32", "dropped": "int32", "overflow": "bool"}
+    for field in dataclasses.fields(stats):
+        assert getattr(stats, field.name).dtype == want.get(field.name, "float32"), field.name

@@ -4,7 +4,11 @@ import pytest
 
 from tests.rocm import mori_jobs, simulated
 
-SUITE = ("tests/contract/test_exchange.py", "tests/contract/test_layer.py", "tests/contract/test_transforms.py")
+SUITE = (
+    "tests/contract/test_exchange.py",
+    "tests/contract/test_layer.py",
+    "tests/contract/test_transforms.py",
+)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep import transports
 from jax_moriep.runtime import compat, group, library, settings
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import native
@@ -297,3 +298,28 @@ def test_native_on_a_gpu_says_what_is_missing(backend, text, monkeypatch, tmp_pa
     if backend is not None:
         monkeypatch.setattr(compat, "gpu_backend", lambda: backend)
     assert re.search(text, native.unavailable_reason(Place("gpu")))
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    """The folder of the libraries, empty; and no warning given yet."""
+    monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
+    transports._warn.cache_clear()
+    yield tmp_path
+    transports._warn.cache_clear()
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_auto_warns_once_when_the_package_s_own_library_does_not_load(content, no_library):
+    if content is not None:
+        (no_library / "libmoriep_cpu.so").write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="passes over 'native'.*is slower: .*; reinstall jax_moriep"):
+        assert transports.choose("auto", Place("cpu")) == "collective"
+    # A second warning would be an error.
+    assert transports.choose("auto", Place("cpu")) == "collective"
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_auto_is_silent_where_no_library_is_expected(platform, monkeypatch, no_library):
+    monkeypatch.setattr(compat, "gpu_backend", lambda: "cuda")
+    assert transports.choose("auto", Place(platform)) == "collective"
