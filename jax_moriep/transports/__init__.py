@@ -103,12 +103,11 @@ def _warn(text: str) -> None:
 def choose(name: str, place: Place) -> str:
     """The transport to use: the named one, or for "auto" the first that can run.
 
+    Where "auto" takes a slower one because a library of this package does not load, it warns once.
+
     Args:
       name: "auto" or a transport's name.
       place: where.
-
-    A library that belongs to this package and does not load makes "auto" take a slower transport, and is warned
-    of once.
 
     Raises:
       TransportError: the named transport cannot run; the text says why and the cure.

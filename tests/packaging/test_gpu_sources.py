@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "csrc" / "gpu"
 CLANG, OBJDUMP = shutil.which("clang++-19"), shutil.which("llvm-objdump-19")
-KERNELS = ["stage", "plan", "pull", "push", "reduce", "gather"]
-LOCAL = ["gather"]  # reads and writes what is this rank's alone
+KERNELS = ["stage", "plan", "pull", "push", "reduce", "gather", "quantise"]
+LOCAL = ["gather", "quantise"]  # reads and writes what is this rank's alone
 
 
 def rocm_folder():

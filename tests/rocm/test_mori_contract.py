@@ -1,4 +1,4 @@
-"""The contract suite with transport="mori": on simulated devices, in as many processes, which run it in step."""
+"""The contract suite with transport="mori", on simulated devices, in as many processes, in step."""
 
 import pytest
 
