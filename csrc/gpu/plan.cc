@@ -13,7 +13,6 @@ namespace {
 inline constexpr int kPlanThreads = 512;      // a thread for each route of a chunk
 inline constexpr int kWidePlanThreads = 256;  // with many experts, whose counters need the room
 inline constexpr int kNarrowExperts = 256;
-inline constexpr int32_t kPoisonWord = 0x7fffffff;
 
 struct Chunk {
   int32_t source;
@@ -94,7 +93,6 @@ __device__ void collect_words(const PlanArgs& args, bool good) {
         source == args.team.rank
             ? args.words
             : reinterpret_cast<const int32_t*>(routing_of(args, source) + args.staged.words);
-    // As a float this is NaN, as a count no program takes it for one.
     args.all_words[i] = good ? words[i % sizes.num_words] : kPoisonWord;
   }
 }

@@ -25,6 +25,8 @@ inline constexpr int kMaxTopK = 256;
 inline constexpr int64_t kControlBytes = 65536;
 inline constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 inline constexpr uint64_t kFailedBit = uint64_t{1} << 63;
+// The words of a step that has failed: as a float NaN, as a count no number that is taken for one.
+inline constexpr int32_t kPoisonWord = 0x7fffffff;
 
 enum class Fault : int32_t {
   kNone = 0,

@@ -27,7 +27,11 @@ __global__ void __launch_bounds__(kShareThreads) share_kernel(const ShareArgs ar
   const bool good = gpu::wait_for_peers(team, args.step);
   const auto* received = reinterpret_cast<const int32_t*>(gpu::slot_of(team, team.rank, step));
   for (int32_t i = thread; i < num_shared; i += kShareThreads) {
-    if (i / args.num_words != team.rank) args.all_words[i] = good ? received[i] : 0;
+    if (!good) {
+      args.all_words[i] = gpu::kPoisonWord;
+    } else if (i / args.num_words != team.rank) {
+      args.all_words[i] = received[i];
+    }
   }
   if (!good) {
     for (int32_t i = thread; i < args.num_detours; i += kShareThreads) {
