@@ -266,7 +266,7 @@ def there_and_back(job: Job):
     drawn = job.draw(0)
     order = np.zeros((job.ranks, 1), np.int32)
     given = (*(drawn[name] for name in ("x", "ids", "weights", "words")), order)
-    return job.jit(body), tuple(map(job.put, given)), job.sums(drawn, drawn["x"][job.rank])
+    return job.jit(body), tuple(map(job.put, given)), job.sums(drawn, drawn["there"][job.rank])
 
 
 def failure_of(step, arguments, seconds: float) -> tuple[str, np.ndarray | None]:

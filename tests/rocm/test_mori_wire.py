@@ -28,6 +28,12 @@ def test_what_arrives_is_rounded_once(ranks, options, environment):
     mori_jobs.run_case("round_trip", ranks, options | {"wire": "fp8"}, **environment)
 
 
+def test_after_a_failure_a_new_beginning_is_right():
+    options = {"timeout": 30, "wire": "fp8", "hidden": 200}
+    for out in mori_jobs.run_case("another_program", 2, options, JAX_MORIEP_TIMEOUT="30"):
+        assert "runs another program" in out
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     """For each wire and rank, of one send of bfloat16: sums by kernel, arrivals, copies to peers."""
