@@ -37,9 +37,14 @@ def format_of(architecture: str) -> jnp.dtype:
     return jnp.dtype(jnp.float8_e4m3fnuz if architecture.startswith("gfx") else jnp.float8_e4m3fn)
 
 
+def num_groups(hidden_size: int) -> int:
+    """Scales of a row of ``hidden_size`` values; its last group may have fewer values than the others."""
+    return -(-hidden_size // GROUP)
+
+
 def packed_width(hidden_size: int) -> int:
     """Bytes of a packed row of ``hidden_size`` values."""
-    return -(-hidden_size // GROUP) * (GROUP + _SCALE_BYTES)
+    return num_groups(hidden_size) * (GROUP + _SCALE_BYTES)
 
 
 def pack(x: jax.Array, format: jnp.dtype) -> jax.Array:
@@ -53,7 +58,7 @@ def pack(x: jax.Array, format: jnp.dtype) -> jax.Array:
       u8[T, packed_width(H)]: the float8 values of all groups, then their scales.
     """
     num_rows, width = x.shape
-    groups = -(-width // GROUP)
+    groups = num_groups(width)
     values = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * GROUP - width)))
     values = values.reshape(num_rows, groups, GROUP)
     scales, inverses = _scales(values, format)
@@ -78,7 +83,7 @@ def unpack(packed: jax.Array, hidden_size: int, dtype: jnp.dtype, format: jnp.dt
       [C, H].
     """
     num_rows = packed.shape[0]
-    groups = -(-hidden_size // GROUP)
+    groups = num_groups(hidden_size)
     code_bytes = packed[:, : groups * GROUP].reshape(num_rows, groups, GROUP)
     scale_bytes = packed[:, groups * GROUP :].reshape(num_rows, groups, _SCALE_BYTES)
     values = lax.bitcast_convert_type(code_bytes, format).astype(jnp.float32)

@@ -10,6 +10,7 @@ namespace moriep::mori {
 namespace {
 
 using Stream = ffi::PlatformStream<void*>;
+using U8 = ffi::Buffer<ffi::U8>;
 using Place = PlaceOf<Group>;
 
 // The attributes of every exchange; Python's transports/mori.py builds them in one place.
@@ -19,6 +20,7 @@ struct MoriAttributes {
   int64_t num_experts;
   int64_t num_local_experts;
   std::string_view handle;
+  std::string_view wire;  // of a send: "fp8", or "" for tokens as they are
   // Of MORI's kernels: work-groups, waves in each, and of the work-groups those that serve the
   // network.
   int64_t dispatch_blocks;
@@ -62,11 +64,11 @@ Status begin(int32_t device, void* stream, const ffi::AnyBuffer& rows, const I32
            .order = order.typed_data(),
            .order_out = order_out.typed_data(),
            .stream = stream};
-  if (Status status =
-          first_failure({decode_type(rows, !there, &call->type),
-                         expect_shape("ids", ids, {call->num_tokens, call->top_k}),
-                         expect_shape("rank", rank, {1}), expect_shape("order", order, {1}),
-                         expect_shape("order", order_out, {1})});
+  if (Status status = first_failure(
+          {decode_type(rows, true, &call->type), decode_wire(attributes.wire, true, &call->wire),
+           expect_shape("ids", ids, {call->num_tokens, call->top_k}),
+           expect_shape("rank", rank, {1}), expect_shape("order", order, {1}),
+           expect_shape("order", order_out, {1})});
       !status.ok()) {
     return status;
   }
@@ -98,7 +100,8 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
                         I32 words, I32 rank, I32 order, Out<ffi::AnyBuffer> tokens,
                         Out<I32> out_ids, Out<F32Buffer> out_weights, Out<I32> sources,
                         Out<I32> count, Out<I32> places, Out<I32> origins, Out<I32> all_words,
-                        Out<I32> order_out, MoriAttributes attributes) {
+                        Out<U8> codes, Out<F32Buffer> scales, Out<I32> order_out,
+                        MoriAttributes attributes) {
   Place place;
   Call call;
   Status status = begin(device, stream, x, ids, rank, order, *order_out, attributes,
@@ -106,6 +109,7 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
   if (!status.ok()) return to_ffi(status);
   const auto num_words = static_cast<int64_t>(words.element_count());
   const int64_t n = room(place, call);
+  const int64_t quantised = call.wire == Wire::kFp8 ? call.num_tokens : 0;
   status = first_failure(
       {expect_arrivals(place, call, *tokens, x),
        expect_routing(place, call, *places, *origins, *count),
@@ -113,6 +117,8 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
        expect_shape("words", words, {num_words}), expect_shape("ids", *out_ids, {n, call.top_k}),
        expect_shape("weights", *out_weights, {n, call.top_k}),
        expect_shape("sources", *sources, {n}),
+       expect_shape("codes", *codes, {quantised, call.hidden_size}),
+       expect_shape("scales", *scales, {quantised, num_fp8_groups(call.hidden_size)}),
        expect_shape("all_words", *all_words, {place.group->num_ranks(), num_words})});
   if (!status.ok()) return to_ffi(status);
   const Routing routing{ids.typed_data(), places->typed_data(), origins->typed_data(),
@@ -126,7 +132,9 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
                                  .out_ids = out_ids->typed_data(),
                                  .out_weights = out_weights->typed_data(),
                                  .sources = sources->typed_data(),
-                                 .all_words = all_words->typed_data()}));
+                                 .all_words = all_words->typed_data(),
+                                 .codes = codes->typed_data(),
+                                 .scales = scales->typed_data()}));
 }
 
 ffi::Error resend_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids, I32 places,
@@ -186,6 +194,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(moriep::mori::MoriAttributes,
                                       xla::ffi::StructMember<int64_t>("num_experts"),
                                       xla::ffi::StructMember<int64_t>("num_local_experts"),
                                       xla::ffi::StructMember<std::string_view>("handle"),
+                                      xla::ffi::StructMember<std::string_view>("wire"),
                                       xla::ffi::StructMember<int64_t>("dispatch_blocks"),
                                       xla::ffi::StructMember<int64_t>("dispatch_waves"),
                                       xla::ffi::StructMember<int64_t>("dispatch_rdma_blocks"),
@@ -219,6 +228,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MoriepSend, send_handler,
                                   .Ret<I32>()             // places [T, K]
                                   .Ret<I32>()             // origins [N]
                                   .Ret<I32>()             // all_words [R, W]
+                                  .Ret<U8>()              // codes [T, H] or [0, H]
+                                  .Ret<F32Buffer>()       // scales [T, G] or [0, G]
                                   .Ret<I32>()             // order [1]
                                   .Attrs<MoriAttributes>(),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -50,6 +50,10 @@ struct AsRows {
   __device__ void receive(const std::byte* staged, int64_t, const Part& part) {
     read(staged, part);
   }
+  // The same of a row whose scales, if it has any, lie elsewhere.
+  __device__ void receive_apart(const std::byte* row, const float*, const Part& part) {
+    read(row, part);
+  }
   // After `read` or `receive`: `words` are those of a row.
   __device__ void restore() {}
 };
@@ -108,14 +112,16 @@ struct AsFp8 {
   }
 
   __device__ void receive(const std::byte* staged, int64_t row_scales, const Part& part) {
-    const auto* scales_from = reinterpret_cast<const int32_t*>(staged + row_scales);
+    receive_apart(staged, reinterpret_cast<const float*>(staged + row_scales), part);
+  }
+  __device__ void receive_apart(const std::byte* row, const float* row_scales, const Part& part) {
 #pragma unroll
     for (int i = 0; i < kCopyWords; ++i) {
       codes[i] = Codes{};
-      if (part.has(i)) codes[i] = reinterpret_cast<const Codes*>(staged)[part.word(i)];
+      if (part.has(i)) codes[i] = reinterpret_cast<const Codes*>(row)[part.word(i)];
     }
     const int64_t group = group_of_lane(part);
-    const int32_t scale = group >= 0 ? scales_from[group] : 0;
+    const int32_t scale = group >= 0 ? reinterpret_cast<const int32_t*>(row_scales)[group] : 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       scales[g] = static_cast<uint32_t>(from_lane(scale, lane_id() - place_in_group() + g));

@@ -1,5 +1,6 @@
 // The end of every step.
 #include "gpu/kernels.h"
+#include "gpu/moves.h"
 #include "gpu/rows.h"
 #include "gpu/step.h"
 #include "kernels.h"
@@ -9,12 +10,12 @@ namespace {
 
 using gpu::kCopyWords;
 using gpu::kThreads;
-using gpu::kWave;
 
 // The order token goes on, and the watchdog need not look any more.
 __device__ void leave(const gpu::Team& team, const gpu::Stepping& step, Progress* progress) {
-  const uint64_t number = gpu::current_step(team);
-  if (gpu::leave_step(team, step)) gpu::store_release_system(&progress->left, number);
+  if (gpu::leave_step(team, step)) {
+    gpu::store_release_system(&progress->left, gpu::mine(team).epoch);
+  }
 }
 
 __device__ int64_t thread_index() {
@@ -30,23 +31,30 @@ __device__ void poison(Word* at, int64_t num_words) {
   for (int64_t i = thread_index(); i < num_words; i += num_threads()) at[i] = word;
 }
 
-template <typename Word>
+// Whether this rank has failed, asked once for all lanes of a wave.
+__device__ bool has_failed_here(const gpu::Team& team) {
+  int32_t failed = 0;
+  if (gpu::lane_id() == 0) failed = gpu::has_failed(team) ? 1 : 0;
+  return gpu::from_lane(failed, 0) != 0;
+}
+
+template <typename Move>
 __device__ void copy_tokens(const CollectArgs& args, int32_t count) {
-  const int64_t row_words = args.sizes.row_bytes / static_cast<int64_t>(sizeof(Word));
-  const int64_t parts = gpu::num_parts(args.sizes.row_bytes, sizeof(Word), kCopyWords);
-  for (int64_t item = gpu::wave_index(); item < count * parts; item += gpu::num_waves()) {
+  using Word = typename Move::Word;
+  const int64_t row_bytes = args.sizes.row_bytes;
+  const uint32_t parts = gpu::num_parts(row_bytes, sizeof(Word), kCopyWords);
+  for (int64_t item = gpu::wave_index(); item < int64_t{count} * parts; item += gpu::num_waves()) {
     const int64_t row = item / parts;
-    const int64_t first = item % parts * kCopyWords * kWave + gpu::lane_id();
-    const auto* from = reinterpret_cast<const Word*>(args.from_tokens + row * args.sizes.row_bytes);
-    auto* to = reinterpret_cast<Word*>(args.tokens + row * args.sizes.row_bytes);
-    Word words[kCopyWords];
+    const gpu::Part part =
+        gpu::part_of_row(static_cast<uint32_t>(item % parts), row_bytes, sizeof(Word));
+    Move move;
+    move.receive_apart(args.from_tokens + row * args.sizes.wire_bytes,
+                       args.from_scales + row * args.sizes.num_scales, part);
+    move.restore();
+    auto* to = reinterpret_cast<Word*>(args.tokens + row * row_bytes);
 #pragma unroll
     for (int i = 0; i < kCopyWords; ++i) {
-      if (first + i * kWave < row_words) words[i] = from[first + i * kWave];
-    }
-#pragma unroll
-    for (int i = 0; i < kCopyWords; ++i) {
-      if (first + i * kWave < row_words) gpu::store_streamed(to + first + i * kWave, words[i]);
+      if (part.has(i)) gpu::store_streamed(to + part.word(i), move.words[i]);
     }
   }
 }
@@ -78,12 +86,15 @@ __device__ void empty_plan(const CollectArgs& args) {
   if (thread_index() == 0) *args.count = -1;
 }
 
-template <typename Word>
+template <typename Move>
 __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs args) {
+  using Word = typename Move::Word;
   const bool sent = args.ids != nullptr;
-  if (!gpu::has_failed(args.team)) {
-    const int32_t count = *args.count;
-    copy_tokens<Word>(args, count);
+  if (!has_failed_here(args.team)) {
+    int32_t count = 0;
+    if (gpu::lane_id() == 0) count = *args.count;
+    count = gpu::from_lane(count, 0);
+    copy_tokens<Move>(args, count);
     if (sent) copy_routing(args, count);
   } else {
     const int64_t bytes = args.sizes.row_bytes * args.sizes.num_ranks * args.sizes.num_tokens;
@@ -94,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
 }
 
 __global__ void __launch_bounds__(kThreads) seal_kernel(const SealArgs args) {
-  if (gpu::has_failed(args.team)) {
+  if (has_failed_here(args.team)) {
     poison(reinterpret_cast<uint8_t*>(args.y), args.y_bytes);
     if (args.token_scalars != nullptr) poison(args.token_scalars, args.num_scalars);
   }
@@ -107,15 +118,34 @@ gpuError_t preload(Kernel* kernel) {
   return gpuFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
 }
 
+template <RowType kType, bool kWide>
+using FromFp8 = gpu::AsFp8<kType, kWide, kWireFormat>;
+
+// Calls f<Move>() with what moves tokens of a type, as they are or from float8. MORI has no
+// float16.
+template <typename F>
+void with_move(RowType type, bool fp8, bool wide, F f) {
+  if (!fp8) {
+    if (wide) return f.template operator()<gpu::AsRows<uint4>>();
+    return f.template operator()<gpu::AsRows<uint16_t>>();
+  }
+  if (type == RowType::kF32) {
+    if (wide) return f.template operator()<FromFp8<RowType::kF32, true>>();
+    return f.template operator()<FromFp8<RowType::kF32, false>>();
+  }
+  if (wide) return f.template operator()<FromFp8<RowType::kBF16, true>>();
+  return f.template operator()<FromFp8<RowType::kBF16, false>>();
+}
+
 }  // namespace
 
-gpuError_t launch_collect(gpuStream_t stream, int num_blocks, const CollectArgs& args) {
+gpuError_t launch_collect(gpuStream_t stream, int num_blocks, RowType type,
+                          const CollectArgs& args) {
   // MORI's buffers begin at multiples of 256 bytes.
-  if (gpu::fits_words(16, args.sizes.row_bytes, args.from_tokens, args.tokens)) {
-    collect_kernel<uint4><<<num_blocks, kThreads, 0, stream>>>(args);
-  } else {
-    collect_kernel<uint16_t><<<num_blocks, kThreads, 0, stream>>>(args);
-  }
+  const bool wide = gpu::fits_words(16, args.sizes.row_bytes, args.from_tokens, args.tokens);
+  with_move(type, args.from_scales != nullptr, wide, [&]<typename Move>() {
+    collect_kernel<Move><<<num_blocks, kThreads, 0, stream>>>(args);
+  });
   return gpuGetLastError();
 }
 
@@ -127,11 +157,18 @@ gpuError_t launch_seal(gpuStream_t stream, int num_blocks, const SealArgs& args)
 gpuError_t preload_share();
 
 gpuError_t preload_kernels() {
-  for (const gpuError_t error : {preload_share(), preload(collect_kernel<uint4>),
-                                 preload(collect_kernel<uint16_t>), preload(seal_kernel)}) {
-    if (error != gpuSuccess) return error;
+  gpuError_t first =
+      gpu::first_error({preload_share(), gpu::preload_quantise(), preload(seal_kernel)});
+  for (const RowType type : {RowType::kF32, RowType::kBF16}) {
+    for (const bool fp8 : {false, true}) {
+      for (const bool wide : {false, true}) {
+        with_move(type, fp8, wide, [&]<typename Move>() {
+          first = gpu::first_error({first, preload(collect_kernel<Move>)});
+        });
+      }
+    }
   }
-  return gpuSuccess;
+  return first;
 }
 
 }  // namespace moriep::mori

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "gpu/digest.h"
+#include "gpu/kernels.h"
 #include "gpu/rows.h"
 #include "handle.h"
 #include "kernels.h"
@@ -38,12 +39,16 @@ struct Prepared {
   ArrivalSizes sizes;
 };
 
-Status check_sizes(const Group& group, const Call& call, const Handle& handle) {
+bool is_fp8(const Call& call, Kind kind) {
+  return kind == Kind::kDispatch && call.wire == Wire::kFp8;
+}
+
+Status check_sizes(const Group& group, const Call& call, Kind kind, const Handle& handle) {
   const HandleSizes& has = handle.sizes();
-  // Rows of packed bytes are longer than H, in elements that are shorter.
   if (call.num_tokens <= has.max_tokens && call.top_k == has.top_k &&
-      call.num_local_experts == has.experts_per_rank &&
-      call.hidden_size * element_bytes(call.type) <= int64_t{has.hidden_size} * has.element_bytes) {
+      call.num_local_experts == has.experts_per_rank && call.hidden_size == has.hidden_size &&
+      element_bytes(call.type) <= has.element_bytes &&
+      (!is_fp8(call, kind) || has.num_scales == num_fp8_groups(call.hidden_size))) {
     return Status();
   }
   return Status(Code::kInvalidArgument, "MORI's handle " + std::string(call.handle) +
@@ -59,7 +64,7 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
     if (Status status = group.handle(std::string(call.handle), &out->handle); !status.ok()) {
       return status;
     }
-    if (Status status = check_sizes(group, call, *out->handle); !status.ok()) return status;
+    if (Status status = check_sizes(group, call, kind, *out->handle); !status.ok()) return status;
   }
   if (Status status = group.failure(); !status.ok()) return status;
   if (num_words * group.num_ranks() * static_cast<int64_t>(sizeof(int32_t)) > kSlotBytes) {
@@ -70,9 +75,10 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
   }
   gpu::Digest digest;
   for (const int64_t value :
-       {static_cast<int64_t>(kind), static_cast<int64_t>(call.type), int64_t{with_scalars},
-        int64_t{group.num_ranks()}, call.num_tokens, call.top_k, call.hidden_size, call.num_experts,
-        call.num_local_experts, num_words}) {
+       {static_cast<int64_t>(kind), static_cast<int64_t>(call.type),
+        static_cast<int64_t>(call.wire), int64_t{with_scalars}, int64_t{group.num_ranks()},
+        call.num_tokens, call.top_k, call.hidden_size, call.num_experts, call.num_local_experts,
+        num_words}) {
     digest.take(static_cast<uint64_t>(value));
   }
   digest.take(call.config);
@@ -83,12 +89,15 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
                             .order = call.order,
                             .order_out = call.order_out};
   out->row_bytes = call.hidden_size * element_bytes(call.type);
+  const bool fp8 = is_fp8(call, kind);
   out->sizes =
       ArrivalSizes{.num_ranks = group.num_ranks(),
                    .num_tokens = static_cast<int32_t>(call.num_tokens),
                    .max_tokens = out->handle == nullptr ? 0 : out->handle->sizes().max_tokens,
                    .top_k = static_cast<int32_t>(call.top_k),
-                   .row_bytes = out->row_bytes};
+                   .row_bytes = out->row_bytes,
+                   .wire_bytes = fp8 ? call.hidden_size : out->row_bytes,
+                   .num_scales = fp8 ? num_fp8_groups(call.hidden_size) : 0};
   return Status();
 }
 
@@ -108,8 +117,8 @@ ShareArgs share_args(const Group& group, const Prepared& p) {
 
 // What MORI's kernels are told of a call beside what its handle says.
 Launch launch_of(const Call& call, const Prepared& p, const Routing& routing) {
-  Launch launch{*p.handle,      call.type,       call.num_blocks,
-                call.num_waves, stream_of(call), p.handle->arguments()};
+  Launch launch{*p.handle,      rows_of(call.type), call.num_blocks,
+                call.num_waves, stream_of(call),    p.handle->arguments()};
   launch.args.rdmaBlockNum = call.num_rdma_blocks;
   launch.args.config.hiddenDim = static_cast<int>(call.hidden_size);
   launch.args.curRankNumToken = static_cast<int32_t>(call.num_tokens);
@@ -138,7 +147,7 @@ Status collect(const Call& call, const CollectArgs& args) {
   const int64_t parts = gpu::num_parts(args.sizes.row_bytes, 16, gpu::kCopyWords);
   const int64_t items = int64_t{args.sizes.num_ranks} * args.sizes.num_tokens * parts;
   const int blocks = num_blocks(items, gpu::kThreads / gpu::kWave);
-  return launched(launch_collect(stream_of(call), blocks, args));
+  return launched(launch_collect(stream_of(call), blocks, call.type, args));
 }
 
 // A step of ranks without tokens: nothing is moved but the words.
@@ -161,6 +170,14 @@ Status send(Group& group, const Call& call, const Routing& routing, const SendBu
       !status.ok()) {
     return status;
   }
+  const bool fp8 = call.wire == Wire::kFp8;
+  if (fp8) {
+    // Before the ranks meet: it waits for nobody.
+    const gpuError_t error =
+        gpu::launch_quantise(stream_of(call), at.x, call.type, call.num_tokens, call.hidden_size,
+                             at.codes, at.scales, kWireFormat);
+    if (Status status = launched(error); !status.ok()) return status;
+  }
   ShareArgs share = share_args(group, p);
   share.words = at.words;
   share.num_words = static_cast<int32_t>(at.num_words);
@@ -172,9 +189,15 @@ Status send(Group& group, const Call& call, const Routing& routing, const SendBu
   Launch launch = launch_of(call, p, routing);
   launch.args.inpTokenBuf = const_cast<std::byte*>(at.x);
   launch.args.weightsBuf = const_cast<float*>(at.weights);
+  if (fp8) {
+    launch.rows = Rows::kFp8;
+    launch.args.inpTokenBuf = at.codes;
+    launch.args.scalesBuf = reinterpret_cast<uint8_t*>(at.scales);
+  }
   if (Status status = launch.dispatch(); !status.ok()) return status;
 
   CollectArgs args = collect_args(group, p, routing, at.tokens);
+  if (fp8) args.from_scales = reinterpret_cast<const float*>(p.handle->local(Buffer::kScales));
   args.from_ids = reinterpret_cast<const int32_t*>(p.handle->local(Buffer::kIds));
   args.from_weights = reinterpret_cast<const float*>(p.handle->local(Buffer::kWeights));
   args.from_origins = reinterpret_cast<const int32_t*>(p.handle->local(Buffer::kOrigins));

@@ -10,6 +10,7 @@
 #include "group.h"
 #include "moriep/row_type.h"
 #include "moriep/status.h"
+#include "moriep/wire.h"
 
 namespace moriep::mori {
 
@@ -21,6 +22,7 @@ struct Call {
   int64_t num_experts = 0;  // E
   int64_t num_local_experts = 0;
   RowType type = RowType::kF32;
+  Wire wire = Wire::kRows;  // of a send
   std::string_view config;
   std::string_view handle;  // its key
   int32_t num_blocks = 0;   // of MORI's kernels
@@ -51,6 +53,9 @@ struct SendBuffers {
   float* out_weights;  // [N, K]
   int32_t* sources;    // [N]
   int32_t* all_words;  // [R, W]
+  // Where tokens lie as float8 until MORI has read them; nothing of it is a result.
+  uint8_t* codes;  // [T, H] with the fp8 wire
+  float* scales;   // [T, H / 128 rounded up]
 };
 Status send(Group& group, const Call& call, const Routing& routing, const SendBuffers& at);
 

@@ -1,12 +1,17 @@
 // Our own kernels around MORI's: what each takes, and how it is launched. A step is three launches:
-// share, MORI's, and collect or seal.
+// share, MORI's, and collect or seal; with the fp8 wire gpu's quantise runs in front of a send's.
 #pragma once
 
 #include "gpu/gpu_runtime.h"
 #include "gpu/team.h"
+#include "moriep/row_type.h"
+#include "moriep/wire.h"
 #include "progress.h"
 
 namespace moriep::mori {
+
+// The float8 of the only architecture that MORI's kernels are run on here.
+inline constexpr Fp8Format kWireFormat = Fp8Format::kE4M3FNUZ;
 
 // A word of device memory and what it shall be.
 struct Word64 {
@@ -49,16 +54,20 @@ struct ArrivalSizes {
   int32_t max_tokens;  // M of the handle: MORI numbers a source token rank * R * M + token
   int32_t top_k;
   int64_t row_bytes;
+  int64_t wire_bytes;  // of a row as it has come; its scales not counted
+  int64_t num_scales;
 };
 
-// A send's end: copies what has arrived out of MORI's buffers, and no more than has arrived. When
-// this rank has failed, count is -1, no route has a place, and tokens are NaN.
+// A send's end: copies what has arrived out of MORI's buffers, and no more than has arrived; what
+// has come as float8 becomes tokens of their own type on the way. When this rank has failed, count
+// is -1, no route has a place, and tokens are NaN.
 struct CollectArgs {
   gpu::Team team;
   gpu::Stepping step;
   ArrivalSizes sizes;
   Progress* progress;
-  const std::byte* from_tokens;
+  const std::byte* from_tokens;  // codes, where they have scales
+  const float* from_scales;      // or null: tokens have come as they are
   const int32_t* from_ids;
   const float* from_weights;
   const int32_t* from_origins;
@@ -70,7 +79,8 @@ struct CollectArgs {
   int32_t* count;     // [1]
   int32_t* places;    // [T, K]
 };
-gpuError_t launch_collect(gpuStream_t stream, int num_blocks, const CollectArgs& args);
+gpuError_t launch_collect(gpuStream_t stream, int num_blocks, RowType type,
+                          const CollectArgs& args);
 
 // A give_back's end. When this rank has failed, y and token_scalars are NaN.
 struct SealArgs {

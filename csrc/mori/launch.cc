@@ -9,16 +9,14 @@ constexpr int32_t kMaxWaves = 16;
 constexpr int64_t kLdsBytes = 65536;
 
 // As MORI's kernels are named.
-const char* suffix(RowType type) {
-  switch (type) {
-    case RowType::kF32:
+const char* suffix(Rows rows) {
+  switch (rows) {
+    case Rows::kF32:
       return "f32";
-    case RowType::kBF16:
+    case Rows::kBF16:
       return "bf16";
-    case RowType::kU8:
+    case Rows::kFp8:
       return "fp8_fnuz";
-    case RowType::kF16:
-      break;
   }
   return "";
 }
@@ -30,7 +28,7 @@ Status Launch::dispatch() {
   const int64_t lds = (int64_t{args.config.worldSize} * num_waves +
                        int64_t{sizes.experts_per_rank} * (num_waves + 1)) *
                       4;
-  const std::string type_name = suffix(type);
+  const std::string type_name = suffix(rows);
   switch (sizes.kernel) {
     case KernelType::IntraNodeLL:
       // Two waves of a block plan, the others copy.
@@ -61,13 +59,13 @@ Status Launch::replay() {
   const int64_t lds = (int64_t{args.config.worldSize} * num_waves +
                        int64_t{handle.sizes().experts_per_rank} * (num_waves + 1)) *
                       4;
-  return run(std::string("EpDispatchIntraNodeKernel_") + suffix(type), num_blocks, num_waves, lds);
+  return run(std::string("EpDispatchIntraNodeKernel_") + suffix(rows), num_blocks, num_waves, lds);
 }
 
 Status Launch::combine() {
   const HandleSizes& sizes = handle.sizes();
   const int64_t lds = int64_t{num_waves} * sizes.top_k * 2 * 8;
-  const std::string type_name = suffix(type);
+  const std::string type_name = suffix(rows);
   if (sizes.kernel != KernelType::InterNodeV1 && sizes.kernel != KernelType::InterNodeV1LL) {
     return run("EpCombineIntraNodeKernel_" + type_name + "_nop2p", num_blocks, num_waves, lds);
   }

@@ -10,9 +10,14 @@
 
 namespace moriep::mori {
 
+// The types of rows that MORI has kernels for.
+enum class Rows { kF32, kBF16, kFp8 };
+
+inline Rows rows_of(RowType type) { return type == RowType::kF32 ? Rows::kF32 : Rows::kBF16; }
+
 struct Launch {
   const Handle& handle;
-  RowType type;
+  Rows rows;
   int32_t num_blocks;
   int32_t num_waves;  // of a block
   hipStream_t stream;

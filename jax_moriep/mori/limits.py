@@ -257,9 +257,6 @@ def check_handle(size: HandleSize) -> None:
         most = min(places, -(-(2**31) // size.top_k)) - 1
         must = f"be at most {most} with ranks={size.ranks} and top_k={size.top_k}"
         raise ConfigError(rule("max_tokens", size.max_tokens, must, "give each rank fewer tokens a call"))
-    if size.scales < 0 or (size.scales and size.hidden % size.scales):
-        must = f"divide hidden={size.hidden}"
-        raise ConfigError(rule("scales", size.scales, must, "use a hidden size that is a multiple of 128"))
 
 
 def check_tokens(num_tokens: int, size: HandleSize) -> None:

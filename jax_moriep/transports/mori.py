@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep import quant
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import MoriepError
 from jax_moriep.mori import kernels, limits, tuning, wheel, world
@@ -87,12 +88,14 @@ def open(  # noqa: A001 - the contract's name
     for launch in (chosen.dispatch, chosen.combine):
         limits.check_launch(size, _compute_units(place), *dataclasses.astuple(launch)[:3])
     request = world.Request(size, cfg.describe(), ())
+    fp8 = cfg.wire_dtype == "fp8"
     if groups is not None and shape.num_tokens:
         limits.check_handle(size)
-        rows = [dtype] if cfg.wire_dtype is None else [dtype, "float8_e4m3fnuz"]
         # Only the plain kernel goes along a plan that the other has made.
         types = dict.fromkeys((chosen.kernel, "IntraNode" if "LL" in chosen.kernel else chosen.kernel))
-        units = [kernels.Unit(kernel, row) for kernel in types for row in rows]
+        units = [kernels.Unit(kernel, dtype) for kernel in types]
+        if fp8:
+            units.append(kernels.Unit(chosen.kernel, "float8_e4m3fnuz"))
         folders = kernels.obtain(wheel.find(), place.architecture, units)
         request = dataclasses.replace(request, kernels=tuple(folders))
         world.open_handle(groups, request, wait=again)
@@ -105,6 +108,7 @@ def open(  # noqa: A001 - the contract's name
             ("num_experts", shape.num_experts),
             ("num_local_experts", shape.num_local_experts),
             ("handle", request.key),
+            ("wire", "fp8" if fp8 else ""),
             ("dispatch_blocks", chosen.dispatch.block_num),
             ("dispatch_waves", chosen.dispatch.warp_num_per_block),
             ("dispatch_rdma_blocks", chosen.dispatch.rdma_block_num),
@@ -112,6 +116,7 @@ def open(  # noqa: A001 - the contract's name
             ("combine_waves", chosen.combine.warp_num_per_block),
             ("combine_rdma_blocks", chosen.combine.rdma_block_num),
         ),
+        quantises=fp8,
     )
 
 
@@ -131,6 +136,7 @@ def send(
         ids = jnp.where(ids < shape.num_experts, ids, -1)
     carried = compat.pcast_varying(words, compat.varying_axes(x))
     num_arrivals = shape.num_ranks * shape.num_tokens
+    quantised = shape.num_tokens if link.opened.quantises else 0
     results = (
         compat.result_type(x, (num_arrivals, x.shape[1]), x.dtype),
         compat.result_type(x, (num_arrivals, shape.top_k), jnp.int32),
@@ -140,9 +146,12 @@ def send(
         compat.result_type(x, (shape.num_tokens, shape.top_k), jnp.int32),
         compat.result_type(x, (num_arrivals,), jnp.int32),
         compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        # Memory for the float8 rows and their scales until MORI has read them; nobody asks for it.
+        compat.result_type(x, (quantised, x.shape[1]), jnp.uint8),
+        compat.result_type(x, (quantised, quant.num_groups(x.shape[1])), jnp.float32),
         compat.result_type(x, (1,), jnp.int32),
     )
-    tokens, there_ids, there_weights, sources, count, places, origins, all_words, order = targets.call(
+    tokens, there_ids, there_weights, sources, count, places, origins, all_words, _, _, order = targets.call(
         targets.SEND,
         results,
         *(x, ids, weights, carried, _rank(link, x), order),
@@ -200,6 +209,7 @@ def _handle_size(
         element_bytes=limits.ROWS[dtype],
         experts_per_rank=shape.num_local_experts,
         top_k=shape.top_k,
+        scales=quant.num_groups(cfg.hidden_size) if cfg.wire_dtype == "fp8" else 0,
     )
 
 

@@ -16,11 +16,11 @@ LAYERS = [
     ["errors", "version"],
     ["tuning_options"],
     ["config"],
-    ["plan"],
+    ["plan", "quant"],
     ["runtime"],
     ["mori"],
     ["transports"],
-    ["quant", "exchange", "experts", "routing"],
+    ["exchange", "experts", "routing"],
     ["layout", "params", "stats", "weights", "explain"],
     ["layer"],
 ]

@@ -23,6 +23,7 @@ from jax_moriep.runtime import group
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import mori
 from tests import processes
+from tests.rocm import wire_oracle
 
 TOKENS, WORDS = 24, 5
 SHARDED = P("ep")
@@ -45,6 +46,7 @@ class Job:
             options.get("hidden", 64),
             8,
             transport="mori",
+            wire_dtype=options.get("wire"),
             tuning=tuning,
         )
         self.num_tokens = options.get("tokens", TOKENS)
@@ -53,10 +55,11 @@ class Job:
         assert mori.unavailable_reason(place) is None, mori.unavailable_reason(place)
         self.shape = ExchangeShape.of(self.cfg, ranks, self.num_tokens)
         opened = mori.open(place, self.cfg, self.shape, np.dtype(self.dtype).name)
+        assert opened.quantises == (self.cfg.wire_dtype == "fp8")
         self.link = Link(self.shape, "mori", "ep", place.platform, place.architecture, opened)
 
     def draw(self, seed: int) -> dict[str, np.ndarray]:
-        """[R, ...] each."""
+        """[R, ...] each; ``there`` is what x is where it arrives."""
         rng = np.random.default_rng(seed)
         ranks, tokens, k = self.ranks, self.num_tokens, self.cfg.top_k
         ids = np.argsort(rng.random((ranks, tokens, self.experts)), axis=-1)[..., :k].astype(np.int32)
@@ -65,8 +68,12 @@ class Job:
         ids[rng.random(ids.shape) < 0.02] = 2**31 - 1
         if tokens:
             ids[:, 0] = -1
+        x = rng.normal(size=(ranks, tokens, self.cfg.hidden_size)).astype(self.dtype)
+        if self.cfg.wire_dtype == "fp8":
+            x = wire_oracle.wild(rng, x.shape, self.dtype)
         return {
-            "x": rng.normal(size=(ranks, tokens, self.cfg.hidden_size)).astype(self.dtype),
+            "x": x,
+            "there": wire_oracle.there(x) if self.cfg.wire_dtype == "fp8" else x,
             "ids": ids,
             "weights": rng.random(ids.shape, dtype=np.float32),
             "words": rng.integers(-(2**31), 2**31, (ranks, WORDS)).astype(np.int32),
@@ -108,7 +115,7 @@ class Job:
         pairs = pairs.reshape(-1, 2)
         assert {tuple(p) for p in pairs.tolist()} == want
         for place, (r, t) in enumerate(pairs):
-            assert arrivals["tokens"][place].tobytes() == drawn["x"][r, t].tobytes(), (place, r, t)
+            assert arrivals["tokens"][place].tobytes() == drawn["there"][r, t].tobytes(), (place, r, t)
             ids = drawn["ids"][r, t]
             if self.experts != self.shape.num_local_experts * self.ranks:
                 ids = np.where(ids < self.experts, ids, -1)
@@ -186,7 +193,7 @@ def round_trip(job: Job, options: dict) -> None:
         np.testing.assert_array_equal(words, drawn["words"])
         for place, (r, t) in enumerate(pairs):
             assert again[place].tobytes() == dx[r, t].tobytes()
-        np.testing.assert_array_equal(f32(y), f32(job.sums(drawn, drawn["x"][job.rank])))
+        np.testing.assert_array_equal(f32(y), f32(job.sums(drawn, drawn["there"][job.rank])))
         np.testing.assert_array_equal(f32(dy), f32(job.sums(drawn, dx[job.rank])))
         job.check_scalars(drawn, scalars)
         assert order_out == [4]
@@ -232,6 +239,22 @@ def any_order(job: Job, options: dict) -> None:
             np.testing.assert_array_equal(f32(y), f32(job.sums(drawn, x["x"][job.rank])))
 
 
+def send_alone(job: Job, options: dict) -> None:
+    """One send, whose bytes are counted; says how many tokens came, and how many copies went to peers."""
+    del options
+
+    def body(x, ids, weights, words, order):
+        arrivals, _, _, order = mori.send(job.link, x, ids, weights, words=words, order=order)
+        return as_dict(arrivals), order
+
+    drawn = job.draw(0)
+    given = (*(drawn[name] for name in ("x", "ids", "weights", "words")), np.zeros((job.ranks, 1), np.int32))
+    arrivals, _ = local(job.jit(body)(*map(job.put, given)))
+    job.check_arrivals(drawn, arrivals)
+    gone = [rank for ids in drawn["ids"][job.rank] for rank in job.ranks_of(ids) if rank != job.rank]
+    print(f"came and gone: {arrivals['count'][0]} {len(gone)}", flush=True)
+
+
 def there_and_back(job: Job):
     """A program of one send and one give_back, and its arguments."""
 
@@ -243,7 +266,7 @@ def there_and_back(job: Job):
     drawn = job.draw(0)
     order = np.zeros((job.ranks, 1), np.int32)
     given = (*(drawn[name] for name in ("x", "ids", "weights", "words")), order)
-    return job.jit(body), tuple(map(job.put, given)), job.sums(drawn, drawn["x"][job.rank])
+    return job.jit(body), tuple(map(job.put, given)), job.sums(drawn, drawn["there"][job.rank])
 
 
 def failure_of(step, arguments, seconds: float) -> tuple[str, np.ndarray | None]:
@@ -327,6 +350,7 @@ def another_config(job: Job, options: dict) -> None:
 CASES = {
     "another_config": another_config,
     "round_trip": round_trip,
+    "send_alone": send_alone,
     "any_order": any_order,
     "killed": killed,
     "stopped_inside": stopped_inside,
