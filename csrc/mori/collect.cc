@@ -13,8 +13,9 @@ using gpu::kWave;
 
 // The order token goes on, and the watchdog need not look any more.
 __device__ void leave(const gpu::Team& team, const gpu::Stepping& step, Progress* progress) {
-  const uint64_t number = gpu::current_step(team);
-  if (gpu::leave_step(team, step)) gpu::store_release_system(&progress->left, number);
+  if (gpu::leave_step(team, step)) {
+    gpu::store_release_system(&progress->left, gpu::mine(team).epoch);
+  }
 }
 
 __device__ int64_t thread_index() {
@@ -28,6 +29,13 @@ __device__ void poison(Word* at, int64_t num_words) {
   Word word;
   __builtin_memset(&word, 0xff, sizeof(word));
   for (int64_t i = thread_index(); i < num_words; i += num_threads()) at[i] = word;
+}
+
+// Whether this rank has failed, asked once for all lanes of a wave.
+__device__ bool wave_sees_failure(const gpu::Team& team) {
+  int32_t failed = 0;
+  if (gpu::lane_id() == 0) failed = gpu::has_failed(team) ? 1 : 0;
+  return gpu::uniform(failed) != 0;
 }
 
 template <typename Word>
@@ -81,8 +89,8 @@ __device__ void empty_plan(const CollectArgs& args) {
 template <typename Word>
 __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs args) {
   const bool sent = args.ids != nullptr;
-  if (!gpu::has_failed(args.team)) {
-    const int32_t count = *args.count;
+  if (!wave_sees_failure(args.team)) {
+    const int32_t count = gpu::load_uniform(args.count);
     copy_tokens<Word>(args, count);
     if (sent) copy_routing(args, count);
   } else {
@@ -94,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
 }
 
 __global__ void __launch_bounds__(kThreads) seal_kernel(const SealArgs args) {
-  if (gpu::has_failed(args.team)) {
+  if (wave_sees_failure(args.team)) {
     poison(reinterpret_cast<uint8_t*>(args.y), args.y_bytes);
     if (args.token_scalars != nullptr) poison(args.token_scalars, args.num_scalars);
   }
