@@ -18,13 +18,23 @@ __device__ inline int32_t num_group_tokens(const Sizes& sizes) {
 
 // How many tokens have come.
 __device__ inline int32_t num_arrivals(const Sizes& sizes, const Arrivals& arrivals) {
-  return min(max(arrivals.count[0], 0), num_group_tokens(sizes));
+  return min(max(load_uniform(arrivals.count), 0), num_group_tokens(sizes));
 }
 
-// The token of the group that came at a place, or -1 where there is no such token.
+// The token of the group that a source names, or -1 where there is no such token.
+__device__ inline int32_t token_of(const Sizes& sizes, int32_t source) {
+  return source >= 0 && source < num_group_tokens(sizes) ? source : -1;
+}
+
+// The token that came at a place.
 __device__ inline int32_t token_at(const Sizes& sizes, const Arrivals& arrivals, int32_t place) {
-  const int32_t token = arrivals.sources[place];
-  return token >= 0 && token < num_group_tokens(sizes) ? token : -1;
+  return token_of(sizes, arrivals.sources[place]);
+}
+
+// The same for a whole wave that asks for one place.
+__device__ inline int32_t token_of_wave(const Sizes& sizes, const Arrivals& arrivals,
+                                        int32_t place) {
+  return token_of(sizes, load_uniform(arrivals.sources + place));
 }
 
 }  // namespace moriep::gpu

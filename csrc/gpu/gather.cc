@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t place = item / parts;
     const int64_t word = static_cast<int64_t>(item % parts) * kWave + lane_id();
     const bool inside = word < row_words;
-    const int64_t token = token_at(sizes, args.arrivals, static_cast<int32_t>(place));
+    const int64_t token = token_of_wave(sizes, args.arrivals, static_cast<int32_t>(place));
     Sum<Word> sum;
     if (token >= 0) {
       add_routes<Word>(args.routes + token * sizes.top_k, sizes, args.rows, word, inside, sum);

@@ -117,6 +117,14 @@ __device__ inline uint64_t ballot(bool bit) { return __ballot(bit); }
 __device__ inline int32_t from_lane(int32_t value, int lane) { return __shfl(value, lane); }
 __device__ inline int32_t from_below(int32_t value, int lanes) { return __shfl_up(value, lanes); }
 __device__ inline int count_bits(uint64_t bits) { return __popcll(bits); }
+// A value that is the same in all lanes of a wave, which the compiler cannot see.
+__device__ inline int32_t uniform(int32_t value) { return __builtin_amdgcn_readfirstlane(value); }
+// What all lanes of a wave read at one address, and nobody writes while the kernel runs: the scalar
+// unit reads it once, where each lane would ask for it by itself.
+template <typename T>
+__device__ inline T load_uniform(const T* at) {
+  return *(const __attribute__((address_space(4))) T*)at;
+}
 // wall_clock64 ticks at 100 MHz on the MI300 series.
 __device__ inline uint64_t nanoseconds() { return static_cast<uint64_t>(wall_clock64()) * 10; }
 __device__ inline void pause() { __builtin_amdgcn_s_sleep(2); }
@@ -153,6 +161,12 @@ __device__ inline int32_t from_below(int32_t value, int lanes) {
   return __shfl_up_sync(0xffffffffu, value, lanes);
 }
 __device__ inline int count_bits(uint64_t bits) { return __popcll(bits); }
+// There are no scalar registers to gain, and lanes that read one address make one request.
+__device__ inline int32_t uniform(int32_t value) { return value; }
+template <typename T>
+__device__ inline T load_uniform(const T* at) {
+  return *at;
+}
 __device__ inline uint64_t nanoseconds() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));

@@ -52,7 +52,7 @@ __device__ float weight_at(const PlanArgs& args, int32_t source, int64_t route) 
 
 // ...or beside the tokens that have arrived.
 __device__ bool begin(const ArrivalPlanArgs&) { return true; }
-__device__ int32_t rank_here(const ArrivalPlanArgs& args) { return args.rank[0]; }
+__device__ int32_t rank_here(const ArrivalPlanArgs& args) { return load_uniform(args.rank); }
 __device__ int64_t arrival_at(const ArrivalPlanArgs& args, int32_t source, int64_t route) {
   const int32_t top_k = args.sizes.top_k;
   const int64_t token = static_cast<int64_t>(source) * args.sizes.num_tokens + route / top_k;

@@ -66,7 +66,7 @@ __device__ void clear_part(const Args& args, int32_t group, const Part& part, bo
   const Sizes& sizes = args.sizes;
   constexpr uint32_t kAll = (1u << kClearRows) - 1;
   const int32_t first_row = group * kClearRows;
-  const uint32_t marks = args.written[first_row / 32] >> (first_row % 32);
+  const uint32_t marks = load_uniform(args.written + first_row / 32) >> (first_row % 32);
   const uint32_t written = good ? marks & kAll : 0;
   const int lane = lane_id();
   const int32_t own = first_row + lane;
@@ -100,7 +100,7 @@ __device__ void fill_rows(const Args& args, uint32_t num_tokens, int64_t row_sca
   // Neighbours in the order of items go to different blocks: rows that nobody owns lie together,
   // and one block alone would clear them long after the others have ended.
   const int64_t first_item =
-      static_cast<int64_t>(threadIdx.x / kWave) * gridDim.x + static_cast<int64_t>(blockIdx.x);
+      static_cast<int64_t>(wave_of_block()) * gridDim.x + static_cast<int64_t>(blockIdx.x);
   for (int64_t item = first_item; item < int64_t{num_pulls} + num_clears; item += num_waves()) {
     const auto index = static_cast<uint32_t>(item < num_pulls ? item : item - num_pulls);
     const Part part = part_of_row(index % parts, sizes.row_bytes, sizeof(Word));
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   const Sizes& sizes = args.sizes;
   const auto count = static_cast<uint32_t>(num_arrivals(sizes, args.arrivals));
   fill_rows<Move>(args, count, 0, true, [&](uint32_t place) -> Found {
-    const int32_t token = token_at(sizes, args.arrivals, static_cast<int32_t>(place));
+    const int32_t token = token_of_wave(sizes, args.arrivals, static_cast<int32_t>(place));
     const int32_t* routes = args.routes + static_cast<int64_t>(token) * sizes.top_k;
     return {args.tokens + place * sizes.row_bytes, token < 0 ? nullptr : routes};
   });

@@ -17,9 +17,12 @@ inline constexpr int kClearRows = 16;
 // Rows that a lane reads at once while it adds.
 inline constexpr int kSumRows = 8;
 
-// A wave's place among all waves of the grid, and their number.
+// A wave's place in its block; its place among all waves of the grid, and their number.
+__device__ inline int32_t wave_of_block() {
+  return uniform(static_cast<int32_t>(threadIdx.x / kWave));
+}
 __device__ inline int64_t wave_index() {
-  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWave;
+  return static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWave) + wave_of_block();
 }
 __device__ inline int64_t num_waves() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x / kWave;

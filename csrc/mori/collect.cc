@@ -32,10 +32,10 @@ __device__ void poison(Word* at, int64_t num_words) {
 }
 
 // Whether this rank has failed, asked once for all lanes of a wave.
-__device__ bool has_failed_here(const gpu::Team& team) {
+__device__ bool wave_sees_failure(const gpu::Team& team) {
   int32_t failed = 0;
   if (gpu::lane_id() == 0) failed = gpu::has_failed(team) ? 1 : 0;
-  return gpu::from_lane(failed, 0) != 0;
+  return gpu::uniform(failed) != 0;
 }
 
 template <typename Move>
@@ -90,10 +90,8 @@ template <typename Move>
 __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs args) {
   using Word = typename Move::Word;
   const bool sent = args.ids != nullptr;
-  if (!has_failed_here(args.team)) {
-    int32_t count = 0;
-    if (gpu::lane_id() == 0) count = *args.count;
-    count = gpu::from_lane(count, 0);
+  if (!wave_sees_failure(args.team)) {
+    const int32_t count = gpu::load_uniform(args.count);
     copy_tokens<Move>(args, count);
     if (sent) copy_routing(args, count);
   } else {
@@ -105,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
 }
 
 __global__ void __launch_bounds__(kThreads) seal_kernel(const SealArgs args) {
-  if (has_failed_here(args.team)) {
+  if (wave_sees_failure(args.team)) {
     poison(reinterpret_cast<uint8_t*>(args.y), args.y_bytes);
     if (args.token_scalars != nullptr) poison(args.token_scalars, args.num_scalars);
   }

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.rocm import hip
+from tests.rocm.counted_inputs import Given
 
 # (NumPy type, hipDataType) of a row's elements.
 TYPES = {
@@ -41,6 +42,7 @@ class Config:
     waves: int = 4
     low_latency: bool = False
     fetch: bool = False  # combine's rows lie in MORI's own buffer, from where peers fetch them
+    given: str = ""  # a file of counted.Given: the inputs, in place of drawn ones
 
     @property
     def received(self) -> int:
@@ -79,6 +81,9 @@ class Inputs:
 
 def draw(config: Config, round_number: int) -> list[Inputs]:
     """The inputs of all ranks in one round. The numbers of tokens differ, and some are 0 or the most."""
+    if config.given:
+        given = Given.load(config.given)
+        return [Inputs(*one) for one in zip(given.x, given.ids, given.weights, strict=True)]
     rng = np.random.default_rng([config.seed, round_number])
     dtype = TYPES[config.dtype][0]
     inputs = []
