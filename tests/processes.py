@@ -60,10 +60,16 @@ def _gathered(array: ArrayImpl) -> np.ndarray:
     return out
 
 
-def skip_unless_possible(num_devices: int) -> None:
-    """Skips a test whose mesh cannot be made here: a job's meshes have a device of each of its processes."""
+def skip_unless_possible(num_devices: int, num_ranks: int) -> None:
+    """Skips a test whose mesh cannot be made here.
+
+    A job's meshes have a device of each of its processes and one group of all of them: MORI keeps one group
+    for a process, so that after a group of all ranks it has none of fewer.
+    """
     have = jax.device_count()
     if num_devices > have or (os.environ.get(VARIABLE) and num_devices != have):
         pytest.skip(
             f"it needs {num_devices} devices, and there are {have} in {jax.process_count()} processes"
         )
+    if os.environ.get(VARIABLE) and num_ranks != num_devices:
+        pytest.skip(f"MORI has a group of {have} ranks here, and opens none of {num_ranks} beside it")

@@ -9,12 +9,15 @@ namespace moriep::gpu {
 
 struct Arrivals {
   const int32_t* sources;  // [N]: source rank * T + source token; undefined from `count` on
-  const int32_t* count;    // [1]
+  const int32_t* count;    // [1]; negative where the exchange has failed
 };
 
 __device__ inline int32_t num_group_tokens(const Sizes& sizes) {
   return sizes.num_ranks * sizes.num_tokens;
 }
+
+// Whether there is anything to expand; what is made of a failed exchange is poison.
+__device__ inline bool have_come(const Arrivals& arrivals) { return arrivals.count[0] >= 0; }
 
 // How many tokens have come.
 __device__ inline int32_t num_arrivals(const Sizes& sizes, const Arrivals& arrivals) {

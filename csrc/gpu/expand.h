@@ -17,7 +17,7 @@ struct LocalCall {
   Shape shape;
   RowType type = RowType::kF32;
   const int32_t* sources = nullptr;  // [N]: source rank * T + source token
-  const int32_t* count = nullptr;    // [1], how many of them are defined
+  const int32_t* count = nullptr;    // [1], how many of them are defined; negative: rows are poison
   void* stream = nullptr;
 };
 

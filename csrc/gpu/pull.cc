@@ -60,7 +60,7 @@ __device__ void pull_part(const Args& args, const Found& found, int64_t row_scal
 }
 
 // One part of kClearRows rows: those without an owner are cleared; all are poisoned once this rank
-// has failed.
+// or what brought its tokens has failed.
 template <typename Word, typename Args>
 __device__ void clear_part(const Args& args, int32_t group, const Part& part, bool good) {
   const Sizes& sizes = args.sizes;
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads)
     expand_kernel(const MORIEP_KERNEL_ARGUMENT ExpandArgs args) {
   const Sizes& sizes = args.sizes;
   const auto count = static_cast<uint32_t>(num_arrivals(sizes, args.arrivals));
-  fill_rows<Move>(args, count, 0, true, [&](uint32_t place) -> Found {
+  const bool good = have_come(args.arrivals);
+  fill_rows<Move>(args, count, 0, good, [&](uint32_t place) -> Found {
     const int32_t token = token_of_wave(sizes, args.arrivals, static_cast<int32_t>(place));
     const int32_t* routes = args.routes + static_cast<int64_t>(token) * sizes.top_k;
     return {args.tokens + place * sizes.row_bytes, token < 0 ? nullptr : routes};

@@ -35,7 +35,11 @@ class MoriBackend {
     return group.connect(rank, words);
   }
   static Status failure(Group& group) { return group.failure(); }
-  // Memory goes with the process; a peer that still waits finds out at its deadline.
+  // The process simply leaves, and its memory with it. Programs may still run here, and peers read
+  // this rank's buffers to the end of theirs: what keeps the buffers until then is jax, which at
+  // exit waits for this process's programs and then meets the other processes in
+  // jax.distributed.shutdown, with a deadline. MORI's own way out, ShmemFinalize, meets them in a
+  // barrier that waits for ever for a rank that was killed.
   static void close_all() {}
 };
 

@@ -133,17 +133,6 @@ World world() {
 
 void world_barrier() { shmem::ShmemBarrierAll(); }
 
-void close_world() {
-  State& here = state();
-  std::lock_guard<std::mutex> lock(here.mutex);
-  if (here.world.rank < 0) return;
-  here.functions.clear();
-  for (const auto& [path, module] : here.modules) (void)hipModuleUnload(module);
-  here.modules.clear();
-  (void)shmem::ShmemFinalize();
-  here.world = World();
-}
-
 Status load_kernels(const std::string& path) {
   State& here = state();
   std::lock_guard<std::mutex> lock(here.mutex);

@@ -33,9 +33,6 @@ World world();
 // Waits on the host until every rank is here.
 void world_barrier();
 
-// Ends the world. All handles are closed before.
-void close_world();
-
 // Loads a code object of MORI's kernels; does nothing for a file that is loaded. There must be a
 // world.
 Status load_kernels(const std::string& path);

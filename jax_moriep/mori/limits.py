@@ -170,6 +170,26 @@ def check_process(local_devices: int) -> None:
         raise TransportError(rule("local_devices", local_devices, "be 1 with transport='mori'", cure))
 
 
+def check_kernel(kernel: str, nodes: int) -> None:
+    """Refuses a kernel type that does not run on this group.
+
+    Args:
+      kernel: MORI's kernel type.
+      nodes: the machines that the group is on.
+
+    Raises:
+      ConfigError: nothing here launches it, or it needs a network between machines.
+    """
+    cure = "leave it 'auto'"
+    launched = (*INTRA_NODE, *INTER_NODE_V1)
+    if kernel not in launched:
+        must = f"be one of {', '.join(launched)}, whose kernels jax_moriep launches"
+        raise ConfigError(rule("mori_kernel", kernel, must, cure))
+    if kernel in INTER_NODE_V1 and nodes == 1:
+        must = f"be {' or '.join(INTRA_NODE)} on one machine, for it sends through a network"
+        raise ConfigError(rule("mori_kernel", kernel, must, cure))
+
+
 def gpus_per_node(kernel: str, ranks: int, nodes: int) -> int:
     """What MORI must be told as the GPUs per node.
 

@@ -7,11 +7,12 @@ and the process ends.
 
 A program runs while an array that it computes is not ready. XLA runs small programs inside the call, so it
 also runs while the main thread executes no Python at all; at a prompt, where that thread waits for a person,
-only arrays count.
+only arrays count. At the end of the process, when jax has given up its devices, only the main thread counts.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
@@ -43,7 +44,9 @@ class _Running(NamedTuple):
 
     @classmethod
     def now(cls, platform: str) -> _Running:
-        arrays = [weakref.ref(array) for array in jax.live_arrays(platform) if _is_unready(array)]
+        # jax would open its devices anew, to no end but an error of its own.
+        live = [] if _leaving.is_set() else jax.live_arrays(platform)
+        arrays = [weakref.ref(array) for array in live if _is_unready(array)]
         return cls(time.monotonic(), arrays, _main_thread.runs())
 
     def goes_on(self) -> bool:
@@ -75,6 +78,7 @@ class _MainThread:
 
 
 _main_thread = _MainThread()
+_leaving = threading.Event()
 _watched: dict[str, _Watched] = {}
 _lock = threading.Lock()
 
@@ -93,6 +97,8 @@ def watch(name: str, platform: str, trouble: Callable[[], str | None]) -> None:
         first = not _watched
         _watched[name] = _Watched(platform, trouble)
     if first:
+        # It runs before what jax has registered.
+        atexit.register(_leaving.set)
         threading.Thread(target=_run, daemon=True, name="moriep-watchdog").start()
 
 

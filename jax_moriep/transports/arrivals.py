@@ -34,7 +34,7 @@ class Arrivals:
     sources: Any
     """i32[N], source rank * T + source token."""
     count: Any
-    """i32[1], how many tokens have come."""
+    """i32[1], how many tokens have come; negative where the exchange has failed, whose rows are then NaN."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +74,9 @@ def expand(arrivals: Arrivals, rank: jax.Array, shape: ExchangeShape, platform: 
         weights = rows_of.pick(
             arrivals.weights.reshape(-1), place * shape.top_k + route % shape.top_k, filled
         )
-        return Rows(rows_of.pick(arrivals.tokens, place, filled), weights, group_sizes, routes)
+        rows = rows_of.pick(arrivals.tokens, place, filled)
+        lost = arrivals.count[0] < 0
+        return Rows(_poison(rows, lost), _poison(weights, lost), group_sizes, routes)
     x = arrivals.tokens
     results = (
         compat.result_type(x, (shape.capacity, x.shape[1]), x.dtype),
@@ -119,7 +121,8 @@ def reexpand(
         place = rows_of.inverse(jnp.where(_came(sources, count), sources, num_tokens), num_tokens)
         route, filled = rows_of.route_of_row(routes, shape.capacity)
         place = rows_of.pick(place, route // shape.top_k, filled)
-        return rows_of.pick(tokens, jnp.maximum(place, 0), filled & (place >= 0))
+        rows = rows_of.pick(tokens, jnp.maximum(place, 0), filled & (place >= 0))
+        return _poison(rows, count[0] < 0)
     results = (
         compat.result_type(tokens, (shape.capacity, tokens.shape[1]), tokens.dtype),
         compat.result_type(tokens, (_reexpand_words(shape),), jnp.int32),
@@ -188,6 +191,12 @@ def _has_kernels(platform: str | None) -> bool:
 
 def _came(sources: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.arange(sources.size, dtype=jnp.int32) < count[0]
+
+
+def _poison(values: jax.Array, lost: jax.Array) -> jax.Array:
+    """NaN, or bytes of ones, in place of what a failed exchange has not brought: zeros would look like it."""
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    return jnp.where(lost, jnp.nan if floating else jnp.iinfo(values.dtype).max, values)
 
 
 def _routes_shape(shape: ExchangeShape) -> tuple[int, int, int]:

@@ -84,6 +84,7 @@ def open(  # noqa: A001 - the contract's name
         return Opened(name)
     limits.check_rows("x.dtype", dtype)
     chosen = tuning.resolve(wheel.find().tables, _tuning_place(place), cfg, shape.num_tokens, dtype)
+    limits.check_kernel(chosen.kernel, place.num_nodes)
     size = _handle_size(place, cfg, shape, dtype, chosen.kernel)
     for launch in (chosen.dispatch, chosen.combine):
         limits.check_launch(size, _compute_units(place), *dataclasses.astuple(launch)[:3])

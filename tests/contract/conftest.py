@@ -21,7 +21,8 @@ def _possible_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (test_exchange, test_layer, test_transforms):
 
         def of(*sizes: int, make: Any = module.mesh_of, **names: Any) -> Mesh:
-            processes.skip_unless_possible(int(np.prod(sizes)))
+            num_ranks = sizes[names.get("names", ("ep",)).index("ep")]
+            processes.skip_unless_possible(int(np.prod(sizes)), num_ranks)
             return make(*sizes, **names)
 
         monkeypatch.setattr(module, "mesh_of", of)

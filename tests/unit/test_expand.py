@@ -1,5 +1,6 @@
 """Arrivals to rows and back, in pure JAX, against NumPy loops."""
 
+import dataclasses
 import functools
 
 import jax
@@ -108,6 +109,26 @@ def test_rows_keep_their_bits_whatever_the_order_of_arrivals(dtype):
     for again in found[1:]:
         for a, b in zip(found[0], again, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_rows_of_a_failed_exchange_are_poison(dtype):
+    """Zeros would look like results, and reach a parameter by way of an average."""
+    shape = shape_of()
+    rng = np.random.default_rng(6)
+    ids, weights = routing(rng, shape)
+    x = np.zeros((shape.num_ranks, shape.num_tokens, HIDDEN), np.float32)
+    arrivals, good = run(rng, x, ids, weights, 0, shape)
+    tokens = jnp.nan_to_num(arrivals.tokens).astype(dtype)
+    lost = dataclasses.replace(arrivals, tokens=tokens, count=jnp.full(1, -1))
+    got = jax.jit(functools.partial(ops.expand, shape=shape, platform="cpu"))(lost, jnp.int32(0))
+    again = ops.reexpand(tokens, lost.sources, lost.count, good.routes, shape, "cpu")
+    for rows in (got.rows, again):
+        assert rows.dtype == dtype
+        assert bool((rows == 255).all() if dtype == "uint8" else jnp.isnan(rows).all())
+    assert bool(jnp.isnan(got.row_weights).all())
+    assert not got.group_sizes.any()
+    assert (got.routes == -1).all()
 
 
 def test_sums_are_rounded_once():

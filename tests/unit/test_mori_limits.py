@@ -126,6 +126,19 @@ def test_gpus_per_node_on_several_machines():
     refused(TransportError, "ranks=9 must be the same on each of 2 machines; …", check, "InterNodeV1", 9, 2)
 
 
+def test_kernel_types():
+    for kernel, nodes in (("IntraNode", 1), ("IntraNodeLL", 1), ("InterNodeV1", 2), ("InterNodeV1LL", 2)):
+        limits.check_kernel(kernel, nodes)
+    check = limits.check_kernel
+    for kernel in ("InterNode", "AsyncLL"):
+        text = f"mori_kernel={kernel!r} must be one of IntraNode, IntraNodeLL, InterNodeV1, InterNodeV1LL, …"
+        for nodes in (1, 2):
+            refused(ConfigError, text, check, kernel, nodes)
+    for kernel in ("InterNodeV1", "InterNodeV1LL"):
+        text = f"mori_kernel={kernel!r} must be IntraNode or IntraNodeLL on one machine, for it sends …"
+        refused(ConfigError, text, check, kernel, 1)
+
+
 def test_experts_per_rank():
     assert limits.experts_per_rank(256, 8) == 32
     text = "num_experts=10 must be divisible by the 4 ranks with MORI; pad the experts (jm.pad_params; …"

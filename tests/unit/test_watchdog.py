@@ -32,9 +32,23 @@ print("lived", flush=True)
 """
 
 
-def run(body, **environment):
+# Before jax is imported, so that it runs when jax has cleaned up.
+LATE = """
+import atexit, time
+
+def late():
+    from jax._src import xla_bridge
+    for _ in range(40):
+        time.sleep(0.05)
+    print("opened" if xla_bridge.backends_are_initialized() else "closed", flush=True)
+
+atexit.register(late)
+"""
+
+
+def run(body, first="", **environment):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(body=textwrap.dedent(body))],
+        [sys.executable, "-c", first + SCRIPT.format(body=textwrap.dedent(body))],
         env=os.environ | {"JAX_MORIEP_TIMEOUT": "1", "JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
@@ -70,6 +84,12 @@ def test_other_processes_live(body, environment):
     code, out, err = run(body, **environment)
     assert code == 0, err
     assert "lived" in out
+
+
+def test_it_opens_no_devices_that_jax_has_given_up():
+    code, out, err = run("jnp.ones(3).block_until_ready()", LATE, JAX_MORIEP_TIMEOUT="60")
+    assert code == 0, err
+    assert "lived\nclosed\n" in out
 
 
 def test_its_switch_is_checked(monkeypatch):

@@ -141,6 +141,7 @@ class Adapter {
   }
 
   void poison_rows() { rows_.poison(); }
+  void clear_rows() { check_gpu(gpuMemset(rows_.data(), 0, rows_.host().size()), "rows"); }
   void spoil_routes(int32_t row) {
     const std::vector<int32_t> bad(routes_.host().size(), row);
     check_gpu(gpuMemcpy(routes_.data(), bad.data(), bad.size() * 4, gpuMemcpyDefault), "spoil");
@@ -150,6 +151,16 @@ class Adapter {
     check_gpu(gpuMemcpy(sources_.data(), bad.data(), bad.size() * 4, gpuMemcpyDefault), "sources");
     const int32_t count = INT32_MAX;
     check_gpu(gpuMemcpy(count_.data(), &count, 4, gpuMemcpyDefault), "count");
+  }
+
+  void lose_arrivals() {
+    const int32_t count = -1;
+    check_gpu(gpuMemcpy(count_.data(), &count, 4, gpuMemcpyDefault), "count");
+  }
+  void check_poison() const {
+    for (const std::byte byte : rows_.host()) CHECK(byte == std::byte{0xff});
+    for (const float weight : row_weights_.host()) CHECK(std::isnan(weight));
+    for (const int32_t size : group_sizes_.host()) CHECK(size == 0);
   }
 
   void check_expand() const {
@@ -335,6 +346,28 @@ TEST(indices_that_make_no_sense_reach_no_memory, 60) {
   adapter.gather();
   check_gpu(gpuDeviceSynchronize(), "bad arrivals");
   for (const std::byte byte : adapter.rows()) CHECK(byte == std::byte{0});
+}
+
+// Zeros would look like results, and reach a parameter by way of an average.
+TEST(rows_of_a_failed_exchange_are_poison, 60) {
+  for (const RowType type : {RowType::kF32, RowType::kBF16, RowType::kU8}) {
+    for (const int64_t hidden : {24, 33}) {
+      const Case test{shape_of(2, 30, 3, hidden, 6, 4), type};
+      const Oracle want(test);
+      Adapter adapter(test, want, 1, 0);
+      adapter.expand();
+      adapter.check_expand();
+      adapter.lose_arrivals();
+      adapter.reexpand();
+      check_gpu(gpuDeviceSynchronize(), "reexpand");
+      for (const std::byte byte : adapter.rows()) CHECK(byte == std::byte{0xff});
+      adapter.clear_rows();
+      adapter.expand();
+      check_gpu(gpuDeviceSynchronize(), "expand");
+      adapter.check_poison();
+      for (const int32_t row : adapter.routes()) CHECK(row == kNotHere);
+    }
+  }
 }
 
 TEST(sizes_that_kernels_cannot_count_are_refused, 10) {
