@@ -1,4 +1,4 @@
-"""What explain tells of an exchange: MORI's kernels and launches, from the row of which table, and refusals."""
+"""What explain tells of an exchange: MORI's kernels and launches, from which table's row, and refusals."""
 
 import dataclasses
 import json
