@@ -1,8 +1,8 @@
 """The contract suite in a job of several processes, one device each, which all run the same tests in step.
 
-``JAX_MORIEP_TEST_JOB="PORT COUNT INDEX"`` makes a pytest one process of a job; ``tests.job`` starts whole jobs. A test sees the same as in one
-process with all devices: results that lie in other processes are asked for when they are looked at. Tests of
-other numbers of ranks than there are processes are skipped.
+``JAX_MORIEP_TEST_JOB="PORT COUNT INDEX"`` makes a pytest one process of a job; ``tests.job`` starts jobs. A
+test sees the same as in one process with all devices: results that lie in other processes are asked for when
+they are looked at. Tests of other numbers of ranks than there are processes are skipped.
 """
 
 import io

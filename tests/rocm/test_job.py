@@ -22,10 +22,14 @@ def test_a_job_for_each_number_of_devices():
     assert "2 processes, one GPU each" in said
 
 
-@pytest.mark.parametrize(("index", "shown"), [(0, "assert 0 != 0"), (1, "process 1 ended with code 1; it said:")])
+@pytest.mark.parametrize(
+    ("index", "shown"), [(0, "assert 0 != 0"), (1, "process 1 ended with code 1; it said:")]
+)
 def test_a_failure_of_any_process_is_the_jobs(index, shown, tmp_path):
     file = tmp_path / "test_it.py"
     file.write_text(f"import jax\n\ndef test_it():\n    assert jax.process_index() != {index}\n")
-    code, said = run(2, "--processes", "2", "-c", "/dev/null", "--rootdir", ".", "-p", "tests.conftest", str(file))
+    code, said = run(
+        2, "--processes", "2", "-c", "/dev/null", "--rootdir", ".", "-p", "tests.conftest", str(file)
+    )
     assert code == 1, said
     assert shown in said
