@@ -7,6 +7,7 @@ Every process runs the same tests in step (``tests.processes``), so a job ends w
 
 import argparse
 import collections
+import os
 import sys
 
 from jax_moriep.bench import devices
@@ -34,6 +35,8 @@ def run(platform: str, size: int, arguments: list[str]) -> int:
     env = {processes.VARIABLE: processes.LAUNCHED, "JAX_MORIEP_TEST_PLATFORM": platform}
     # The heap of MORI and the arenas of native are beside XLA's memory.
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    # The first tests compile MORI's kernels.
+    env["JAX_MORIEP_TIMEOUT"] = os.environ.get("JAX_MORIEP_TIMEOUT", "300")
     pytest = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
     ended = launch("pytest", size, args=pytest, env=env, platform=platform, module=True, on_line=on_line)
     for process, code in enumerate(ended.codes):
