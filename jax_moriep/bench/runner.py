@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_moriep import quant
 from jax_moriep.bench import exchange, worker
-from jax_moriep.bench.cases import GPU_PLATFORMS, ITERATIONS, Case, is_baseline
+from jax_moriep.bench.cases import FP8, GPU_PLATFORMS, ITERATIONS, Case, is_baseline
 from jax_moriep.bench.timing import percentile, slowest
 from jax_moriep.cli.launch import launch
 from jax_moriep.errors import MoriepError
@@ -123,13 +124,16 @@ def _mori_heap(cases: list[Case]) -> int:
             gpus_per_node=limits.gpus_per_node("IntraNode", case.ranks, 1),
             max_tokens=case.tokens,
             hidden=case.hidden,
-            element_bytes=max(limits.ROWS.values()),
+            # The demo trains in float32.
+            element_bytes=4 if case.kind == "train" else case.numpy_dtype.itemsize,
             experts_per_rank=case.shape.num_local_experts,
             top_k=case.top_k,
-            scales=case.hidden // 128,
+            scales=-(-case.hidden // quant.GROUP) if name.endswith(FP8) else 0,
         )
         for case in cases
         if "mori" in case.transports
+        for name in case.compare
+        if name.startswith("mori")
     }
     return (limits.HEAP_OWN_BYTES + sum(map(limits.heap_bytes, sizes)) >> 20) + 1
 
