@@ -40,8 +40,11 @@ test-cpp: .venv/.ready
 	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
 	done
 
-# What needs a GPU and its compiler, and so is no part of `make test`. GPU=rocm is for AMD's.
+# What needs a GPU and its compiler, and so is no part of `make test`. GPU=rocm is for AMD's, with MORI in jobs of one
+# process for each GPU, and with the whole comparison of this machine at the end (HOST= leaves it out).
 GPU ?= cuda
+HOST ?= $(if $(filter rocm,$(GPU)),--minutes 9)
+JOB_TESTS := $(addprefix tests/contract/,test_exchange.py test_layer.py test_transforms.py)
 test-gpu: build
 	$(BIN)/cmake -S . -B build/test-$(GPU) -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
 	  -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=$(if $(filter cuda,$(GPU)),ON,OFF) \
@@ -54,6 +57,8 @@ test-gpu: build
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
 	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu
+	$(if $(filter rocm,$(GPU)),$(BIN)/python -m tests.job --platform rocm $(JOB_TESTS) -k mori)
+	$(if $(HOST),$(BIN)/jax-moriep bench host --platform $(GPU) --out build/test-$(GPU) $(HOST))
 
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.

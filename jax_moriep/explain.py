@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_moriep import experts, transports
 from jax_moriep.config import MoEConfig
@@ -23,6 +25,8 @@ class Explanation:
       transport_reasons: for each transport why it cannot run, None if it can.
       experts_reasons: the same for the expert implementations.
       shape: the sizes of an exchange, if ``num_tokens`` was given.
+      transport_details: what transports that can run tell of that exchange: kernels and their launch sizes,
+        or what they refuse it for. Empty without ``num_tokens``.
     """
 
     transport: str | None
@@ -30,22 +34,30 @@ class Explanation:
     transport_reasons: dict[str, str | None]
     experts_reasons: dict[str, str | None]
     shape: ExchangeShape | None
+    transport_details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
-        for kind, chosen, reasons in (
-            ("transport", self.transport, self.transport_reasons),
-            ("experts", self.experts, self.experts_reasons),
+        for kind, chosen, reasons, details in (
+            ("transport", self.transport, self.transport_reasons, self.transport_details),
+            ("experts", self.experts, self.experts_reasons, {}),
         ):
             lines.append(f"{kind}: {chosen or 'none: the named one cannot run'}")
-            lines.extend(f"  {name}: {'can run' if why is None else why}" for name, why in reasons.items())
+            for name, why in reasons.items():
+                lines.append(f"  {name}: {'can run' if why is None else why}")
+                lines += [f"    {line}" for line in details.get(name, "").splitlines()]
         if self.shape is not None:
             lines.append(f"sizes: {self.shape}")
         return "\n".join(lines)
 
 
 def explain(
-    cfg: MoEConfig, mesh: jax.sharding.Mesh, *, ep_axis: str = "ep", num_tokens: int | None = None
+    cfg: MoEConfig,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    *,
+    ep_axis: str = "ep",
+    num_tokens: int | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> Explanation:
     """Says what ``ep_moe`` would run for a config on a mesh, and why not something else.
 
@@ -53,7 +65,9 @@ def explain(
       cfg: the layer.
       mesh: the mesh.
       ep_axis: its expert-parallel axis.
-      num_tokens: T, tokens per rank; if given, the sizes of an exchange are included.
+      num_tokens: T, tokens per rank; if given, the sizes of an exchange are included, and what MORI's
+        kernels would be launched with.
+      dtype: of x, for the latter.
 
     Returns:
       The explanation.
@@ -64,12 +78,18 @@ def explain(
     place = Place.of(mesh, ep_axis)
     transport_reasons = transports.reasons(place)
     experts_reasons = experts.reasons(place, cfg)
+    shape = None if num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
+    told = {}
+    if shape is not None:
+        names = [name for name, why in transport_reasons.items() if why is None]
+        told = {name: transports.describe(name, place, cfg, shape, jnp.dtype(dtype).name) for name in names}
     return Explanation(
         transport=_chosen(cfg.transport, transport_reasons),
         experts=_chosen(cfg.experts, experts_reasons),
         transport_reasons=transport_reasons,
         experts_reasons=experts_reasons,
-        shape=None if num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens),
+        shape=shape,
+        transport_details={name: text for name, text in told.items() if text is not None},
     )
 
 

@@ -1,8 +1,8 @@
 """The contract suite in a job of several processes, one device each, which all run the same tests in step.
 
-``JAX_MORIEP_TEST_JOB="PORT COUNT INDEX"`` makes a pytest one process of a job. A test sees the same as in one
-process with all devices: results that lie in other processes are asked for when they are looked at. Tests of
-other numbers of ranks than there are processes are skipped.
+``JAX_MORIEP_TEST_JOB="PORT COUNT INDEX"`` makes a pytest one process of a job; ``tests.job`` starts jobs. A
+test sees the same as in one process with all devices: results that lie in other processes are asked for when
+they are looked at. Tests of other numbers of ranks than there are processes are skipped.
 """
 
 import io
@@ -18,6 +18,7 @@ from jax._src.array import ArrayImpl
 from jax_moriep.runtime.store import DistributedStore
 
 VARIABLE = "JAX_MORIEP_TEST_JOB"
+LAUNCHED = "launched"  # of a process that the package's launcher has joined to its job
 DEADLINE = 120
 _fetched = 0
 
@@ -27,8 +28,9 @@ def join() -> None:
     text = os.environ.get(VARIABLE)
     if not text:
         return
-    port, count, index = map(int, text.split())
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, index, local_device_ids=[index])
+    if text != LAUNCHED:
+        port, count, index = map(int, text.split())
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, index, local_device_ids=[index])
     of_this_process = ArrayImpl.__array__
 
     def of_all(self: ArrayImpl, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.bench import patterns
-from jax_moriep.config import MoEConfig
+from jax_moriep.config import TRANSPORTS, MoEConfig
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import ExchangeShape
 
 DTYPES = {"f32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
 
-TRANSPORTS = ("native", "collective", "reference")
 EXPERTS = ("blocked", "triton", "reference", "ragged_dot")
 FP8 = "-fp8"
 """Ends the name of an exchange whose tokens travel as float8."""
@@ -164,6 +163,14 @@ class Case:
     def numpy_dtype(self) -> np.dtype:
         """The dtype of rows and weights."""
         return DTYPES[self.dtype]
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Those that are compared, whatever they are joined with."""
+        if self.kind == "experts":
+            return ()
+        names = [name.removesuffix(FP8).split("+")[0] for name in self.compare]
+        return tuple(dict.fromkeys(name for name in names if name in TRANSPORTS))
 
     @property
     def row_bytes(self) -> int:

@@ -12,8 +12,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from jax_moriep import config
 from jax_moriep.bench import exchange, patterns, runner
 from jax_moriep.bench.cases import DENSE_COPY, FP8, REPEATS_ON_GPUS, Case, is_baseline
+from jax_moriep.bench.devices import Devices, cpus, of_host
 from jax_moriep.bench.worker import EVERYTHING, Job
-from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
 
 FORMAT = "jax-moriep bench host 2"
 """Of the result."""
 ROUTINGS = ("uniform", "zipf")
 KINDS = ("exchange", "layer", "train")
-_PROBE = (
-    "import jax, json; found = jax.devices(); "
-    "print(json.dumps([found[0].platform, found[0].device_kind, len(found)]))"
-)
-_PROBE_SECONDS = 120
+TRANSPORTS = ("native", "mori", "collective")
+"""What is measured where it can run, unless some are named."""
+_OURS = ("native", "mori")
 _GRACE_SECONDS = 45
 """What a set may take beyond the moment from which it begins no case."""
 _LEAST_SECONDS = 30
@@ -62,6 +60,7 @@ class Options:
       iters: timed iterations.
       one_process: one process holds all devices of a set, instead of one each.
       kinds: some of ``KINDS``.
+      transports: which to measure; () for those of ``TRANSPORTS`` that can run.
       minutes: after which no further case begins.
       case_seconds: after which a case counts as hanging; on GPUs one takes a third of it, compiling included.
       platform: value for JAX_PLATFORMS; None leaves it as it is.
@@ -80,6 +79,7 @@ class Options:
     iters: int = 10
     one_process: bool = False
     kinds: tuple[str, ...] = KINDS
+    transports: tuple[str, ...] = ()
     minutes: float = 9.0
     case_seconds: float = 120.0
     platform: str | None = None
@@ -92,6 +92,10 @@ class Options:
                 )
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise ConfigError(rule("kinds", self.kinds, f"be some of {KINDS}", "correct --kinds"))
+        if set(self.transports) - set(config.TRANSPORTS):
+            raise ConfigError(
+                rule("transports", self.transports, f"be some of {config.TRANSPORTS}", "correct --transports")
+            )
         if not self.routings or set(self.routings) - set(patterns.PATTERNS):
             raise ConfigError(
                 rule(
@@ -104,50 +108,26 @@ class Options:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Devices:
-    """What the host has."""
-
-    platform: str
-    kind: str
-    count: int
-
-    @property
-    def gpus(self) -> bool:
-        """Whether they are GPUs."""
-        return self.platform == "gpu"
-
-
 def devices_of(options: Options) -> Devices:
-    """The host's devices; asked of another process, for this one must not hold any.
+    """The host's devices.
 
     Raises:
       MoriepError: jax cannot start there, or has fewer devices than asked for.
+      TransportError: a transport that is named cannot run there.
     """
     if options.platform == "cpu":
-        return Devices("cpu", "cpu", max(options.ranks, default=2))
-    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if options.platform is not None:
-        env["JAX_PLATFORMS"] = options.platform
-    try:
-        asked = subprocess.run(
-            [sys.executable, "-c", _PROBE],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=_PROBE_SECONDS,
-            check=True,
-        )
-        found = Devices(*json.loads(asked.stdout.splitlines()[-1]))
-    except (subprocess.SubprocessError, ValueError, IndexError) as e:
-        said = getattr(e, "stderr", None) or e
-        raise MoriepError(f"jax cannot say which devices there are: {str(said)[-2000:]}") from e
+        found = cpus(max(options.ranks, default=2))
+    else:
+        found = of_host(options.platform, options.one_process)
     if found.gpus and max(options.ranks, default=1) > found.count:
         raise MoriepError(
             rule(
                 "ranks", options.ranks, f"be at most the {found.count} devices of this host", "lower --ranks"
             )
         )
+    for name in options.transports:
+        if (why := found.reasons[name]) is not None:
+            raise TransportError(f"transport={name!r} cannot run here: {why}")
     return found
 
 
@@ -160,8 +140,17 @@ def ranks_of(options: Options, devices: Devices) -> list[int]:
     return [most, *sorted(others)]
 
 
+def transports_of(options: Options, devices: Devices) -> list[str]:
+    """The transports that are measured, the one that others are compared with first."""
+    return [name for name in options.transports or TRANSPORTS if devices.reasons[name] is None]
+
+
 def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
     """What one set of processes works through."""
+    names = transports_of(options, devices)
+    # The others are there to be compared with, and XLA's passes that pack float8 for them are not theirs.
+    ours = [name for name in names if name in _OURS] or names
+    wires = [wire for name in names for wire in ([name, name + FP8] if name in ours else [name])]
     processes = 1 if options.one_process else ranks
     gpus = devices.gpus
     most = ranks == max(ranks_of(options, devices))
@@ -187,7 +176,7 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
                     routing=routing,
                     iters=options.iters,
                     warmup=2,
-                    compare=("native", "native" + FP8, "collective"),
+                    compare=tuple(wires),
                     operations=("dispatch", "combine"),
                     floors=("nccl",),
                 )
@@ -202,11 +191,11 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
         experts=options.experts_per_rank * ranks,
         iters=few,
         warmup=1,
-        compare=("native+triton" if gpus else "native+blocked",),
+        compare=tuple(f"{name}+{'triton' if gpus else 'blocked'}" for name in ours),
         floors=(DENSE_COPY,) if ranks == 1 else (),
     )
     train = {"hidden": 128, "intermediate": 128, "experts": 8, "top_k": 2, "iters": few, "warmup": 1}
-    whole = [layer, case("train", tokens=options.train_tokens, **train)]
+    whole = [layer, case("train", tokens=options.train_tokens, compare=tuple(names), **train)]
     # The exchange of fewer ranks is the least telling of all.
     cases = [*of_exchange, *whole] if most else [*whole, *of_exchange]
     return [made for made in cases if made.kind in (*options.kinds, "link")]

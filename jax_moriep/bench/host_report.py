@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import host, report
+from jax_moriep.bench import host, published, report
 from jax_moriep.bench.cases import DENSE_COPY, is_baseline
 
-_COLORS = {"nccl": "#7a7a7a", "native": "#2a6f97", "native-fp8": "#6a994e", "collective": "#e07a3f"}
+_COLORS = {
+    "nccl": "#7a7a7a",
+    "native": "#2a6f97",
+    "native-fp8": "#6a994e",
+    "mori": "#8f2d56",
+    "mori-fp8": "#c98bb9",
+    "collective": "#e07a3f",
+}
 """The same in every panel."""
 
 
@@ -102,12 +110,18 @@ def as_text(result: dict[str, Any]) -> str:
     )
     if rows:
         lines += ["", f"{'exchange':<34}{'us':>10}{'GB/s':>8}{'wire GB/s':>11}{'of link':>9}{'of nccl':>9}"]
-    for row in rows:
-        label = f"R={row['ranks']} T={row['tokens']} {row['routing']} {row['operation']}"
-        lines.append(
-            f"  {label:<32}{row['seconds'] * 1e6:>10.1f}{row['gb_per_s']:>8.1f}{row['wire_gb_per_s']:>11.1f}"
-            f"{_percent(row['of_link']):>9}{_percent(row['of_nccl']):>9}  {row['name']}"
-        )
+    for (ranks, tokens, routing, operation), group in itertools.groupby(
+        rows, lambda r: (r["ranks"], r["tokens"], r["routing"], r["operation"])
+    ):
+        label = f"R={ranks} T={tokens} {routing} {operation}"
+        for row in group:
+            lines.append(
+                f"  {label:<32}{row['seconds'] * 1e6:>10.1f}{row['gb_per_s']:>8.1f}"
+                f"{row['wire_gb_per_s']:>11.1f}{_percent(row['of_link']):>9}{_percent(row['of_nccl']):>9}  "
+                f"{row['name']}"
+            )
+        if routing == "uniform":
+            lines += _published(result, label, ranks, tokens, operation)
     for kind, heading in (("layer", "layer, weak scaling"), ("train", "training step, weak scaling")):
         rows = scaling_rows(result, kind)
         if rows:
@@ -119,6 +133,19 @@ def as_text(result: dict[str, Any]) -> str:
                 f"{_percent(row['of_floor']):>10}  {row['name']}"
             )
     return "\n".join([*lines, "", *_verdict(result)])
+
+
+def _published(result: dict[str, Any], label: str, ranks: int, tokens: int, operation: str) -> list[str]:
+    """Lines with what others have published for the same exchange."""
+    options = result["options"]
+    found = published.rows(
+        result["machine"]["device"], ranks, options["hidden"], options["top_k"], tokens, operation
+    )
+    return [
+        f"  {label:<32}{'-' if row.seconds is None else f'{row.seconds * 1e6:.1f}':>10}{row.gb_per_s:>8.1f}"
+        f"{'-':>11}{'-':>9}{'-':>9}  mori, {row.wire} ({published.MARK})"
+        for row in found
+    ]
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:

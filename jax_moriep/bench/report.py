@@ -53,8 +53,9 @@ def case_of(result: dict[str, Any]) -> Case:
 
 
 def operations(result: dict[str, Any]) -> list[str]:
-    """The operations of a result, in the order of measurement."""
-    return list(dict.fromkeys(call["operation"] for call in result["calls"]))
+    """The operations that implementations were measured at, in the order of measurement."""
+    compared = result["case"]["compare"]
+    return list(dict.fromkeys(call["operation"] for call in result["calls"] if call["name"] in compared))
 
 
 def of_operation(

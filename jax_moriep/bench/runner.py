@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from jax_moriep import quant
 from jax_moriep.bench import exchange, worker
-from jax_moriep.bench.cases import GPU_PLATFORMS, ITERATIONS, Case, is_baseline
+from jax_moriep.bench.cases import FP8, GPU_PLATFORMS, ITERATIONS, Case, is_baseline
 from jax_moriep.bench.timing import percentile, slowest
 from jax_moriep.cli.launch import launch
 from jax_moriep.errors import MoriepError
+from jax_moriep.mori import limits
 from jax_moriep.version import __version__
 
 FORMAT = "jax-moriep bench 1"
@@ -102,13 +104,38 @@ def link_of(case: Case, mebibytes: int = 256) -> Case:
 
 
 def environment(cases: list[Case]) -> dict[str, str]:
-    """What processes on GPUs need: arenas that hold the largest step, and room for them beside XLA's pool."""
+    """What processes on GPUs need: arenas and a heap that hold the steps, and room beside XLA's pool."""
     slots = [
         case.tokens * min(case.top_k, case.ranks) * case.row_bytes for case in cases if case.kind != "link"
     ]
     megabytes = max(1024, int(2.1 * max(slots, default=0)) // (1 << 20) + 32)
     wanted = {"JAX_MORIEP_ARENA_MB": str(megabytes), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7"}
+    if any("mori" in case.transports for case in cases):
+        wanted["JAX_MORIEP_MORI_HEAP_MB"] = str(_mori_heap(cases))
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _mori_heap(cases: list[Case]) -> int:
+    """MiB that hold a handle for each of the cases: the heap is as large as it was made for the first."""
+    sizes = {
+        limits.HandleSize(
+            kernel="IntraNode",
+            ranks=case.ranks,
+            gpus_per_node=limits.gpus_per_node("IntraNode", case.ranks, 1),
+            max_tokens=case.tokens,
+            hidden=case.hidden,
+            # The demo trains in float32.
+            element_bytes=4 if case.kind == "train" else case.numpy_dtype.itemsize,
+            experts_per_rank=case.shape.num_local_experts,
+            top_k=case.top_k,
+            scales=-(-case.hidden // quant.GROUP) if name.endswith(FP8) else 0,
+        )
+        for case in cases
+        if "mori" in case.transports
+        for name in case.compare
+        if name.startswith("mori")
+    }
+    return (limits.HEAP_OWN_BYTES + sum(map(limits.heap_bytes, sizes)) >> 20) + 1
 
 
 def run_set(

@@ -18,11 +18,14 @@ from typing import Any
 
 import jax
 
+from jax_moriep import transports
 from jax_moriep.bench import compiled, memory
 from jax_moriep.bench.cases import Case
 from jax_moriep.bench.timing import Call, interleave
-from jax_moriep.bench.world import Barrier, World
+from jax_moriep.bench.world import AXIS, Barrier, World
+from jax_moriep.errors import TransportError
 from jax_moriep.runtime import group
+from jax_moriep.runtime.place import Place
 
 _MEMORY_ITERATIONS = 3
 _JOB = "job.json"
@@ -82,6 +85,8 @@ def main(folder: str) -> None:
     place = Path(folder)
     job = Job.read(place)
     world = World(job.cases[0].ranks, _barrier(place, 0))
+    if not job.lenient:
+        _refuse(job.cases, world)
     for i, case in enumerate(job.cases):
         world.use_barrier(_barrier(place, i))
         (place / f"{i}.begun").touch()
@@ -106,6 +111,16 @@ def main(folder: str) -> None:
     faulthandler.cancel_dump_traceback_later()
     world.use_barrier(_barrier(place, len(job.cases)))
     world.barrier()
+
+
+def _refuse(cases: list[Case], world: World) -> None:
+    """Ends the process with the reason, and nothing else, where a transport that is named cannot run."""
+    here = Place.of(world.mesh, AXIS)
+    try:
+        for name in dict.fromkeys(name for case in cases for name in case.transports):
+            transports.choose(name, here)
+    except TransportError as e:
+        sys.exit(str(e))
 
 
 def _say(text: str) -> None:

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exchange, layer, train or several (default: all)",
     )
     parser.add_argument(
+        "--transports",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="A,B,...",
+        help=f"what to measure (default: those of {','.join(host.TRANSPORTS)} that can run here)",
+    )
+    parser.add_argument(
         "--one-process", action="store_true", help="one process holds all devices, instead of one each"
     )
     parser.add_argument(

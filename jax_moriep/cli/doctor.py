@@ -26,10 +26,13 @@ VARIABLES = (
     "JAX_MORIEP_LIB_DIR",
     "JAX_MORIEP_MORI_DIR",
     "JAX_MORIEP_MORI_KERNELS",
+    "JAX_MORIEP_MORI_HEAP_MB",
+    "JAX_MORIEP_ARENA_MB",
     "JAX_MORIEP_CACHE_DIR",
     "JAX_MORIEP_ROCM_PATH",
     "JAX_PLATFORMS",
     "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
 )
 
 
@@ -72,7 +75,7 @@ def examine() -> dict[str, Any]:
     # To look at a GPU is no reason to reserve most of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices, devices_error = _devices()
-    places = {p: Place(p) for p in devices}
+    places = {p: _place(p) for p in devices}
     reasons = {
         p: {"transport": transports.reasons(place), "experts": experts.reasons(place)}
         for p, place in places.items()
@@ -162,6 +165,12 @@ def _devices() -> tuple[dict[str, list[str]], str | None]:
             # JAX_PLATFORMS leaves the CPU out; the environment, which is reported too, says so.
             pass
     return found, None
+
+
+def _place(platform: str) -> Place:
+    """All devices of a platform, with a process for each: the layout in which every transport may run."""
+    found = jax.devices(platform)
+    return Place(platform, compat.architecture(found[0]), num_ranks=len(found), num_processes=len(found))
 
 
 def _libraries() -> dict[str, dict[str, str | None]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -81,6 +81,16 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """What a transport may offer besides, if it chooses what it runs by more than its name."""
+
+    def describe(self, place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+        """What it would run for an exchange of x of a dtype, and why, or what it refuses it for; in lines for
+        people. None: nothing to tell. Opens nothing."""
+        ...
+
+
 IMPLEMENTATIONS: dict[str, Transport] = {
     "native": native,
     "mori": expanded(mori),
@@ -93,6 +103,12 @@ IMPLEMENTATIONS: dict[str, Transport] = {
 def reasons(place: Place) -> dict[str, str | None]:
     """For each transport why it cannot run at a place, or None if it can."""
     return {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}
+
+
+def describe(name: str, place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+    """What a transport tells of an exchange, see ``Describes``; None if it tells nothing."""
+    transport = IMPLEMENTATIONS[name]
+    return transport.describe(place, cfg, shape, dtype) if isinstance(transport, Describes) else None
 
 
 @functools.cache

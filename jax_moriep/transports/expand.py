@@ -115,6 +115,11 @@ class Expanded:
             targets.register_expand(place.backend)
         return self.tokens.open(place, cfg, shape, dtype, again=again)
 
+    def describe(self, place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+        """See ``transports.Describes.describe``."""
+        tell = getattr(self.tokens, "describe", None)
+        return None if tell is None else tell(place, cfg, shape, dtype)
+
     def dispatch(
         self,
         link: Link,

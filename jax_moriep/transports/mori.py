@@ -82,12 +82,7 @@ def open(  # noqa: A001 - the contract's name
         world.open_group(groups, again=again)
     if cfg is None or shape is None:
         return Opened(name)
-    limits.check_rows("x.dtype", dtype)
-    chosen = tuning.resolve(wheel.find().tables, _tuning_place(place), cfg, shape.num_tokens, dtype)
-    limits.check_kernel(chosen.kernel, place.num_nodes)
-    size = _handle_size(place, cfg, shape, dtype, chosen.kernel)
-    for launch in (chosen.dispatch, chosen.combine):
-        limits.check_launch(size, _compute_units(place), *dataclasses.astuple(launch)[:3])
+    chosen, size = _chosen(place, cfg, shape, dtype)
     request = world.Request(size, cfg.describe(), ())
     fp8 = cfg.wire_dtype == "fp8"
     if groups is not None and shape.num_tokens:
@@ -119,6 +114,17 @@ def open(  # noqa: A001 - the contract's name
         ),
         quantises=fp8,
     )
+
+
+def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+    """See ``transports.Describes.describe``: kernel type and launch sizes, and which table they are from."""
+    try:
+        chosen, size = _chosen(place, cfg, shape, dtype)
+        if shape.num_tokens:
+            limits.check_handle(size)
+    except MoriepError as e:
+        return f"refuses it: {e}"
+    return str(chosen)
 
 
 def send(
@@ -196,6 +202,19 @@ def give_back(
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order
+
+
+def _chosen(
+    place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str
+) -> tuple[tuning.Resolution, limits.HandleSize]:
+    """Kernel type and launch sizes, and the handle they are for; checked."""
+    limits.check_rows("x.dtype", dtype)
+    chosen = tuning.resolve(wheel.find().tables, _tuning_place(place), cfg, shape.num_tokens, dtype)
+    limits.check_kernel(chosen.kernel, place.num_nodes)
+    size = _handle_size(place, cfg, shape, dtype, chosen.kernel)
+    for launch in (chosen.dispatch, chosen.combine):
+        limits.check_launch(size, _compute_units(place), *dataclasses.astuple(launch)[:3])
+    return chosen, size
 
 
 def _handle_size(

@@ -101,3 +101,13 @@ def test_the_layer(platform):
     with jax.sharding.use_abstract_mesh(mesh):
         text = layer.trace(x, params).lower(lowering_platforms=(platform,)).as_text()
     assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == FORWARD
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_under_x64(platform, biases):
+    """The kernels count in int32 whatever the program around them does."""
+    sizes = (platform, "float32", 96, 72, spec_of())
+    plain = kernels(*sizes, biases=biases)
+    with jax.enable_x64(True):
+        assert kernels(*sizes, biases=biases) == plain

@@ -368,6 +368,17 @@ def test_report_has_ratios_rates_and_the_verdict():
     assert "tokens of rank 0: error 0.75, at most 0.5 is right" in wrong
 
 
+def test_an_operation_of_the_floor_alone_is_left_out():
+    """A combine with the fp8 wire is no other than without, so of names with it alone there is none."""
+    result = result_of(Case("exchange", ranks=2, processes=2, compare=("native-fp8",)))
+    result["calls"] = [
+        call for call in result["calls"] if (call["name"], call["operation"]) != ("native-fp8", "combine")
+    ]
+    text = report.as_text(result)
+    assert "time over native-fp8" in text
+    assert not any(line.startswith("combine ") for line in text.splitlines())
+
+
 def test_report_names_the_fullest_process():
     result = result_of(Case("layer", ranks=2, processes=2))
     seen = [

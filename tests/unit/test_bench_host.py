@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_moriep import cli, exchange
 from jax_moriep.bench import (
     compiled,
+    devices,
     formula,
     host,
     host_report,
@@ -34,7 +35,9 @@ from jax_moriep.errors import ConfigError
 from jax_moriep.transports import collective
 
 SMALL: dict[str, Any] = {**test_bench.SMALL, "processes": 1, "dtype": "bf16"}
-GPUS = host.Devices("gpu", "NVIDIA H100 80GB HBM3", 4)
+NO_MORI = {"native": None, "mori": "it needs AMD's GPUs; use native", "collective": None, "reference": None}
+GPUS = host.Devices("gpu", "NVIDIA H100 80GB HBM3", 4, NO_MORI)
+AMD = host.Devices("gpu", "AMD Instinct MI300X", 8, dict.fromkeys(NO_MORI))
 
 
 def world_of(ranks, tmp_path):
@@ -227,6 +230,58 @@ def test_the_plan_for_gpus():
     assert host.path_of(host.Path("x"), GPUS, 4, "json").name == "host-nvidia-h100-80gb-hbm3-x4.json"
 
 
+def test_mori_is_measured_where_it_can_run():
+    exchange_of = {c.tokens: c for c in host.cases_of(8, host.Options(), AMD) if c.kind == "exchange"}
+    assert exchange_of[128].compare == ("native", "native-fp8", "mori", "mori-fp8", "collective")
+    layer, step = host.cases_of(8, host.Options(), AMD)[-2:]
+    assert (layer.compare, step.compare) == (
+        ("native+triton", "mori+triton"),
+        ("native", "mori", "collective"),
+    )
+    assert layer.transports == exchange_of[128].transports[:2] == ("native", "mori")
+    named = host.Options(transports=("mori",))
+    assert {c.transports for c in host.cases_of(8, named, AMD)} == {("mori",), ()}  # () is the link's
+    # On CPUs, as where others than ours are named, nothing is left without a transport.
+    only = host.Options(transports=("collective",), tokens=(128,))
+    assert host.cases_of(4, only, GPUS)[1].compare == ("collective", "collective-fp8")
+
+
+def test_moris_heap_holds_all_cases():
+    cases = host.cases_of(2, host.Options(), AMD)
+    heap = int(runner.environment(cases)["JAX_MORIEP_MORI_HEAP_MB"]) << 20
+    # 2R + 1 buffers of tokens in each handle: for three numbers of tokens the exchange's plain and fp8 rows,
+    # for one the layer's, all of them in bf16, and the training step's in f32.
+    rows = 2 * sum((128, 128, 1024, 1024, 4096, 4096, 4096)) * 7168 + 4 * 8192 * 128
+    assert 5 * rows < heap < 1.2 * 5 * rows
+    assert "JAX_MORIEP_MORI_HEAP_MB" not in runner.environment(host.cases_of(2, host.Options(), GPUS))
+
+
+def test_a_named_transport_is_refused_with_the_reason(monkeypatch, capsys):
+    assert cli.main(["bench", "host", "--platform", "cpu", "--transports", "native,mori"]) == 1
+    assert "transport='mori' cannot run here: it needs AMD's GPUs; use" in capsys.readouterr().err
+    monkeypatch.setattr(host, "of_host", lambda platform, one_process: AMD)
+    assert host.devices_of(host.Options(transports=("mori",))) is AMD
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("exchange", "mori-fp8"), ("layer", "mori+blocked"), ("train", "mori")]
+)
+def test_a_worker_ends_with_the_reason_and_nothing_else(kind, name, tmp_path):
+    case = Case(kind, ranks=2, compare=("native+blocked" if kind == "layer" else "native", name), **SMALL)
+    with pytest.raises(SystemExit, match=r"^transport='mori' cannot run here: it needs AMD's GPUs; use "):
+        worker._refuse([case], world_of(2, tmp_path))
+    others = dataclasses.replace(case, compare=case.compare[:1])
+    worker._refuse([others, Case("experts", ranks=2, **SMALL)], world_of(2, tmp_path))
+
+
+def test_what_the_host_has_is_asked_in_another_process():
+    found = devices.of_host("cpu", one_process=True)
+    assert (found.platform, found.kind, found.gpus) == ("cpu", "cpu", False)
+    assert found.reasons["native"] is None
+    assert "AMD" in found.reasons["mori"]
+    assert set(found.reasons) == set(devices.cpus(2).reasons)
+
+
 @pytest.mark.parametrize("routing", ["uniform", "zipf", "one-hot"])
 def test_fitted_capacity_drops_nothing(routing):
     case = host._fitted(Case("exchange", ranks=4, routing=routing, **{**SMALL, "experts": 10}))
@@ -243,6 +298,7 @@ def test_fitted_capacity_drops_nothing(routing):
             ["--routings", "uniform,none"],
             "must be some of ('uniform', 'zipf', 'one-hot')",
         ),
+        (["--transports", "native,carrier-pigeon"], "must be some of ('native', 'mori', 'collective'"),
         (["--out", "/no/such/folder"], "must be an existing folder"),
     ],
 )
@@ -308,23 +364,23 @@ def test_alone_means_one_rank():
         Case("layer", ranks=2, compare=("plain",), **SMALL)
 
 
-def made_up(*, errors=(), wrong=(), failed=()):
-    """A result of two sets: 4 ranks take 2 ms where one takes 1 ms."""
+def made_up(*, errors=(), wrong=(), failed=(), on=GPUS):
+    """A result of two sets: all ranks take 2 ms where one takes 1 ms."""
     options = host.Options(tokens=(128,))
     sets = []
-    for ranks in (4, 1):
+    for ranks in (on.count, 1):
         entries = []
-        for case in host.cases_of(ranks, options, GPUS):
+        for case in host.cases_of(ranks, options, on):
             kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
             calls = [
                 {"name": name, "operation": operation, "p50": seconds, "p90": seconds, "seconds": [seconds]}
                 for operation in case.operations or kind.OPERATIONS
                 for name, seconds in {
-                    **dict.fromkeys(case.compare, 2e-3 if ranks == 4 else 1e-3),
+                    **dict.fromkeys(case.compare, 2e-3 if ranks > 1 else 1e-3),
                     **dict.fromkeys(case.floors, 5e-4),
                 }.items()
             ]
-            moved = {"received": [4_000_000] * 4, "remote": [3_000_000] * 4}
+            moved = {"received": [4_000_000] * ranks, "remote": [3_000_000] * ranks}
             entries.append(
                 {"case": dataclasses.asdict(case), "title": case.title(), "bytes": moved, "calls": calls}
                 | {"checks": 8, "wrong": list(wrong), "failed": list(failed)}
@@ -332,8 +388,9 @@ def made_up(*, errors=(), wrong=(), failed=()):
         sets.append(
             {"ranks": ranks, "seconds": 1.0, "errors": list(errors), "not_run": False, "cases": entries}
         )
-    machine = {"device": "some GPU", "devices": 4, "cores": 2}
+    machine = {"device": on.kind, "devices": on.count, "cores": 2}
     result = {
+        "options": dataclasses.asdict(options),
         "format": host.FORMAT,
         "versions": {"jax": "0", "jax_moriep": "0"},
         "machine": machine,
@@ -363,6 +420,19 @@ def test_rows_have_rates_and_efficiency(tmp_path):
     assert host.failures(result) == []
     assert host_report.draw(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 20_000
+
+
+def test_what_mori_has_published_stands_beside_the_same_exchange_only():
+    text = host_report.as_text(made_up(on=AMD))
+    published = [line.split() for line in text.splitlines() if "not measured here" in line]
+    assert [line[:6] for line in published] == [
+        ["R=8", "T=128", "uniform", "dispatch", "35.0", "134.0"],
+        ["R=8", "T=128", "uniform", "combine", "47.0", "204.0"],
+    ]
+    assert "  mori, fp8 (published by MORI, not measured here)" in text
+    assert "not measured here" not in host_report.as_text(made_up())
+    four = dataclasses.replace(AMD, count=4)
+    assert "not measured here" not in host_report.as_text(made_up(on=four))
 
 
 def test_failures_count_but_baselines_do_not():

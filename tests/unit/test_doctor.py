@@ -64,6 +64,16 @@ def test_exit_code_1_when_nothing_can_run(found, monkeypatch, capsys):
     assert text.endswith("the default path can NOT run\n")
 
 
+def test_transports_are_asked_about_these_devices_with_a_process_for_each(found, monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor.compat, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(transports, "reasons", lambda place: asked.append(place) or {"native": None})
+    doctor.examine()
+    (place,) = asked
+    assert (place.platform, place.architecture, place.num_ranks) == ("cpu", "gfx942", 8)
+    assert (place.num_processes, place.devices_per_process) == (8, 1)
+
+
 def test_jax_without_devices_is_reported(found, monkeypatch, capsys):
     def devices(backend=None):
         raise RuntimeError("Unable to initialize backend 'rocm'")

@@ -48,7 +48,7 @@ def test_explain_says_what_runs_and_why_not():
     told = jm.explain(jm.MoEConfig(8, 2, 16, 8), mesh, num_tokens=32)
     assert (told.transport, told.experts) == ("native", "blocked")
     assert told.transport_reasons["native"] is None
-    assert "not in this version" in told.transport_reasons["mori"]
+    assert told.transport_reasons["mori"].startswith("it needs AMD's GPUs; use transport=")
     assert told.shape.num_ranks == 4
     for part in ("transport: native", "experts: blocked", "capacity="):
         assert part in str(told)

@@ -198,12 +198,14 @@ def call(
     """
     like = compat.union_varying(*operands)
     shapes = [compat.result_type(like[0], shape, dtype) for shape, dtype in results]
-    return pl.pallas_call(
-        kernel,
-        out_shape=shapes,
-        grid=(programs,),
-        name=name,
-        interpret=interpret,
-        input_output_aliases=aliases or {},
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    )(*like)
+    # Kernels count in int32, with literals that x64 would make int64.
+    with jax.enable_x64(False):
+        return pl.pallas_call(
+            kernel,
+            out_shape=shapes,
+            grid=(programs,),
+            name=name,
+            interpret=interpret,
+            input_output_aliases=aliases or {},
+            compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        )(*like)
