@@ -53,7 +53,7 @@ test-gpu: build
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_wire_test
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
-	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu
+	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu tests/contract
 
 # The wheel on the newest jax that this machine's Python gets. The tests run away from the checkout, which they
 # would import otherwise.
