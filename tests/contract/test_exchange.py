@@ -88,8 +88,9 @@ def check(cfg, x, ids, weights, dtype="float32", poison=0.0):
     return dropped
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("num_experts", [8, 10])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts"), [(1, 10), (2, 8), (3, 8), (4, 10), (5, 8), (8, 8), (8, 10)]
+)
 def test_rows_and_sums(transport, num_ranks, num_experts):
     rng = np.random.default_rng(num_ranks)
     cfg = config(transport, num_experts=num_experts)

@@ -57,8 +57,7 @@ def tokens(rng, *lead):
     return tuple(rng.normal(size=(*lead, HIDDEN)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("num_experts", [8, 10])
+@pytest.mark.parametrize(("num_ranks", "num_experts"), [(1, 10), (2, 8), (3, 8), (4, 10), (5, 8), (8, 10)])
 def test_values_and_all_gradients(transport, num_ranks, num_experts):
     rng = np.random.default_rng(num_ranks * num_experts)
     layer = oracle.random_layer(rng, num_experts, 3, HIDDEN, INNER)
@@ -84,7 +83,7 @@ def test_masked_tokens_are_as_if_absent(transport):
     np.testing.assert_array_equal(np.asarray(y)[~mask], 0)
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 7])
 def test_any_number_of_tokens(transport, count):
     """A count that the ranks do not divide is padded with tokens that nothing sees."""
     rng = np.random.default_rng(count)
@@ -114,7 +113,6 @@ def test_shared_expert_and_unnormalised_weights(transport):
 @pytest.mark.parametrize(
     ("sizes", "names", "options"),
     [
-        ((2, 4), ("dp", "ep"), {}),
         ((4, 2), ("ep", "dp"), {}),
         ((2, 2, 2), ("dp", "ep", "tp"), {"tp_axis": "tp"}),
         ((2, 4), ("tp", "ep"), {"tp_axis": "tp"}),
