@@ -24,11 +24,12 @@ demo: build
 bench: build
 	$(BIN)/jax-moriep bench $(or $(ARGS),layer)
 
-# The parallel part comes last, so that the output ends with its summary. The tests of tests/multiprocess and
-# tests/packaging start several processes each and wait for deadlines: they do not share the machine.
+# These count seconds until a process that is gone is missed, so they do not share the machine. The parallel part
+# comes last, so that the output ends with its summary. The tests of a file share what they compile or build.
+ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py
 test: build test-cpp test-newest
-	$(BIN)/pytest tests/multiprocess tests/packaging
-	$(BIN)/pytest -n $(JOBS) --ignore tests/multiprocess --ignore tests/packaging --ignore tests/rocm
+	$(BIN)/pytest $(ALONE)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ALONE:%=--ignore %) --ignore tests/rocm
 
 # The C++ tests as they ship, then with every memory access and every data race checked.
 test-cpp: .venv/.ready
@@ -56,7 +57,7 @@ test-gpu: build
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_wire_test
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
-	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu
+	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu tests/contract
 	$(if $(filter rocm,$(GPU)),$(BIN)/python -m tests.job --platform rocm $(JOB_TESTS) -k mori)
 	$(if $(HOST),$(BIN)/jax-moriep bench host --platform $(GPU) --out build/test-$(GPU) $(HOST))
 
@@ -74,7 +75,7 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/pip install -qq --no-deps --force-reinstall build/newest-wheel/jax_moriep-*.whl
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
-	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) $(NEWEST_TESTS)
+	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) --dist loadfile $(NEWEST_TESTS)
 endif
 
 # A simulated MI300X for the real XLA ROCm client and the real amd-mori: tests/rocm/simulator/README.md.

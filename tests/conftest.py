@@ -1,12 +1,22 @@
 """Eight CPU devices for every test, and short waits; both must be set before jax is imported.
 
-``JAX_MORIEP_TEST_PLATFORM=cuda pytest tests/gpu`` runs the tests that need a GPU; no others fit there.
+``JAX_MORIEP_TEST_PLATFORM=cuda pytest tests/gpu tests/contract`` (or ``rocm``) runs the tests that need a GPU
+and the contract suite, on as many GPUs as there are; no other tests fit there.
 """
 
 import os
 
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level LLVM's
+# optimiser takes most of the time of the whole suite. What users meet first, the examples and the wheel, is run at
+# that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py).
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+
+platform = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = platform
+flags = [UNOPTIMISED] if platform == "cpu" else []
+# Of two that say different things XLA takes the last: who runs the tests may ask for another level.
+flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_MORIEP_TIMEOUT", "60")
 
 from tests import processes  # noqa: E402 - jax reads the environment

@@ -1,6 +1,7 @@
 """One suite, every transport: a new transport is added to the package's table and runs here unchanged."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,23 +10,18 @@ import pytest
 from jax.sharding import Mesh
 
 from jax_moriep.mori import tuning
+from jax_moriep.runtime import group
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import IMPLEMENTATIONS
-from tests import processes
-from tests.contract import test_exchange, test_layer, test_transforms, token_major
+from tests.contract import token_major
 
 
 @pytest.fixture(autouse=True)
-def _possible_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests make their meshes by these functions, of as many devices as they are told."""
-    for module in (test_exchange, test_layer, test_transforms):
-
-        def of(*sizes: int, make: Any = module.mesh_of, **names: Any) -> Mesh:
-            num_ranks = sizes[names.get("names", ("ep",)).index("ep")]
-            processes.skip_unless_possible(int(np.prod(sizes)), num_ranks)
-            return make(*sizes, **names)
-
-        monkeypatch.setattr(module, "mesh_of", of)
+def _exact_products() -> Iterator[None]:
+    """GPUs multiply float32 in fewer bits unless told; what failed there is said by no result of the test."""
+    with jax.default_matmul_precision("highest"):
+        yield
+    group.check_failures()
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +43,25 @@ def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "resolve", small)
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, token_major.NAME])
+def pytest_configure(config: pytest.Config) -> None:
+    line = f"{token_major.NAME}: runs on the tests' own token-major transport too"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each transport in turn; and where the format of arrivals can matter, one that the tests make.
+
+    The adapter between the formats is beneath dispatch and combine, so most of the layer cannot tell.
+    """
+    if "transport" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker(token_major.NAME)
+        names = [*IMPLEMENTATIONS, token_major.NAME] if marked else list(IMPLEMENTATIONS)
+        metafunc.parametrize("transport", names, indirect=True)
+
+
+@pytest.fixture
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each transport in turn, and of one that the tests make of a token-major one."""
+    """The name of a transport that can run here."""
     if request.param == token_major.NAME:
         token_major.install(monkeypatch)
         return request.param

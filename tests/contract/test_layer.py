@@ -7,18 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 import jax_moriep as jm
 from jax_moriep.plan import ExchangeShape
-from tests.contract import oracle
+from tests.contract import meshes, oracle
 
 HIDDEN, INNER = 16, 8
-
-
-def mesh_of(*sizes, names=("ep",)):
-    count = int(np.prod(sizes))
-    return Mesh(np.array(jax.devices()[:count]).reshape(sizes), names)
 
 
 def params_of(layer):
@@ -64,18 +58,18 @@ def tokens(rng, *lead):
     return tuple(rng.normal(size=(*lead, HIDDEN)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("num_experts", [8, 10])
+@pytest.mark.parametrize(("num_ranks", "num_experts"), [(1, 10), (2, 8), (3, 8), (4, 10), (5, 8), (8, 10)])
 def test_values_and_all_gradients(transport, num_ranks, num_experts):
     rng = np.random.default_rng(num_ranks * num_experts)
     layer = oracle.random_layer(rng, num_experts, 3, HIDDEN, INNER)
     cfg = jm.MoEConfig(num_experts, 3, HIDDEN, INNER, transport=transport)
-    stats = compare(cfg, mesh_of(num_ranks), layer, *tokens(rng, num_ranks, 5))
+    stats = compare(cfg, meshes.of(num_ranks), layer, *tokens(rng, num_ranks, 5))
     assert int(stats.expert_counts.sum()) == num_ranks * 5 * 3
     assert int(stats.recv_rows.sum()) == num_ranks * 5 * 3
     assert not bool(stats.overflow)
 
 
+@pytest.mark.token_major
 def test_masked_tokens_are_as_if_absent(transport):
     rng = np.random.default_rng(20)
     layer = oracle.random_layer(rng, 10, 2, HIDDEN, INNER, shared=8)
@@ -84,19 +78,19 @@ def test_masked_tokens_are_as_if_absent(transport):
     mask = rng.uniform(size=(4, 6)) < 0.6
     mask[2] = False  # a rank without a token
     x[~mask] = np.nan  # what a masked token holds must not matter
-    stats = compare(cfg, mesh_of(4), layer, x, dy, mask)
+    stats = compare(cfg, meshes.up_to(4), layer, x, dy, mask)
     assert int(stats.expert_counts.sum()) == 2 * mask.sum()
-    _, (y, _) = step(cfg, mesh_of(4))(x, params_of(layer), dy, mask)[0]
+    _, (y, _) = step(cfg, meshes.up_to(4))(x, params_of(layer), dy, mask)[0]
     np.testing.assert_array_equal(np.asarray(y)[~mask], 0)
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 7])
 def test_any_number_of_tokens(transport, count):
     """A count that the ranks do not divide is padded with tokens that nothing sees."""
     rng = np.random.default_rng(count)
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)
-    stats = compare(cfg, mesh_of(4), layer, *tokens(rng, count))
+    stats = compare(cfg, meshes.up_to(4), layer, *tokens(rng, count))
     assert int(stats.expert_counts.sum()) == 2 * count
 
 
@@ -105,7 +99,7 @@ def test_no_tokens_at_all(transport):
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)
     x, dy = tokens(rng, 0)
-    (_, (y, stats)), (_, d_params) = step(cfg, mesh_of(4))(x, params_of(layer), dy, None)
+    (_, (y, stats)), (_, d_params) = step(cfg, meshes.up_to(4))(x, params_of(layer), dy, None)
     assert y.shape == (0, HIDDEN)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves((stats, d_params)))
 
@@ -114,13 +108,12 @@ def test_shared_expert_and_unnormalised_weights(transport):
     rng = np.random.default_rng(22)
     layer = oracle.random_layer(rng, 8, 3, HIDDEN, INNER, shared=8, norm=False)
     cfg = jm.MoEConfig(8, 3, HIDDEN, INNER, transport=transport, shared_intermediate_size=8, norm_topk=False)
-    compare(cfg, mesh_of(4), layer, *tokens(rng, 4, 5))
+    compare(cfg, meshes.up_to(4), layer, *tokens(rng, 4, 5))
 
 
 @pytest.mark.parametrize(
     ("sizes", "names", "options"),
     [
-        ((2, 4), ("dp", "ep"), {}),
         ((4, 2), ("ep", "dp"), {}),
         ((2, 2, 2), ("dp", "ep", "tp"), {"tp_axis": "tp"}),
         ((2, 4), ("tp", "ep"), {"tp_axis": "tp"}),
@@ -131,7 +124,7 @@ def test_meshes(transport, sizes, names, options):
     rng = np.random.default_rng(23)
     layer = oracle.random_layer(rng, 10, 3, HIDDEN, INNER, shared=4)
     cfg = jm.MoEConfig(10, 3, HIDDEN, INNER, transport=transport, shared_intermediate_size=4)
-    mesh = mesh_of(*sizes, names=names)
+    mesh = meshes.up_to(*sizes, names=names)
     stats = compare(cfg, mesh, layer, *tokens(rng, 8, 6), **options)
     assert int(stats.expert_counts.sum()) == 8 * 6 * 3
 
@@ -158,8 +151,8 @@ def test_biases_and_gates_under_tensor_parallelism(transport):
         if value is not None
     }
     params, (x, dy) = jm.MoEParams(**filled), tokens(rng, 8, 6)
-    (_, (want_y, _)), want = step(cfg, mesh_of(4))(x, params, dy, None)
-    mesh = mesh_of(2, 2, 2, names=("dp", "ep", "tp"))
+    (_, (want_y, _)), want = step(cfg, meshes.up_to(4))(x, params, dy, None)
+    mesh = meshes.up_to(2, 2, 2, names=("dp", "ep", "tp"))
     (_, (y, _)), got = step(cfg, mesh, tp_axis="tp")(x, params, dy, None)
     np.testing.assert_allclose(np.asarray(y), np.asarray(want_y), atol=1e-3, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -172,10 +165,10 @@ def test_nan_in_one_token_reaches_no_other(transport):
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)
     x, dy = tokens(rng, 4, 5)
-    (_, (want_y, _)), (want_d_x, _) = step(cfg, mesh_of(4))(x, params_of(layer), dy, None)
+    (_, (want_y, _)), (want_d_x, _) = step(cfg, meshes.up_to(4))(x, params_of(layer), dy, None)
     bad = x.copy()
     bad[2, 3] = np.nan
-    (_, (y, _)), (d_x, _) = step(cfg, mesh_of(4))(bad, params_of(layer), dy, None)
+    (_, (y, _)), (d_x, _) = step(cfg, meshes.up_to(4))(bad, params_of(layer), dy, None)
     others = np.ones((4, 5), bool)
     others[2, 3] = False
     for got, want in ((y, want_y), (d_x, want_d_x)):
@@ -188,7 +181,7 @@ def test_tokens_replicated_over_an_axis(transport):
     rng = np.random.default_rng(24)
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport)
-    compare(cfg, mesh_of(2, 4, names=("pp", "ep")), layer, *tokens(rng, 8, 3), token_axes="ep")
+    compare(cfg, meshes.up_to(2, 4, names=("pp", "ep")), layer, *tokens(rng, 8, 3), token_axes="ep")
 
 
 def test_finite_differences(transport):
@@ -199,7 +192,7 @@ def test_finite_differences(transport):
     rng = np.random.default_rng(25)
     layer = oracle.random_layer(rng, 6, 2, HIDDEN, INNER)
     cfg = jm.MoEConfig(6, 2, HIDDEN, INNER, transport=transport)
-    mesh = mesh_of(3)
+    mesh = meshes.up_to(3)
     many, dy = tokens(rng, 100)[0], tokens(rng, 3, 2)[1]
     logits = np.sort(many @ layer.router, axis=1)
     x = many[np.argsort(logits[:, -3] - logits[:, -2])[:6]].reshape(3, 2, HIDDEN)
@@ -237,7 +230,7 @@ def test_half_precision(transport, dtype):
         *(np.asarray(getattr(params, n).astype(jnp.float32), np.float64) for n in ("router", "w1", "w2")),
         top_k=2,
     )
-    (_, (y, _)), (d_x, d_params) = step(cfg, mesh_of(4))(x, params, dy, None)
+    (_, (y, _)), (d_x, d_params) = step(cfg, meshes.up_to(4))(x, params, dy, None)
     assert y.dtype == d_x.dtype == jnp.dtype(dtype)
     want_y, want = exact.forward_backward(
         *(np.asarray(a.astype(jnp.float32), np.float64).reshape(-1, HIDDEN) for a in (x, dy))
@@ -254,15 +247,17 @@ def test_half_precision(transport, dtype):
     )
 
 
+@pytest.mark.token_major
 def test_overflow_is_counted_and_raised_when_asked(transport):
     rng = np.random.default_rng(27)
     layer = oracle.random_layer(rng, 8, 2, HIDDEN, INNER)
     layer.router[:, 3] = 40 * np.sign(layer.router[:, 3])
     cfg = jm.MoEConfig(8, 2, HIDDEN, INNER, transport=transport, capacity_factor=0.5, block=4)
     x = np.abs(rng.normal(size=(4, 16, HIDDEN))).astype(np.float32) * np.sign(layer.router[:, 3])
-    (_, (y, stats)), _ = step(cfg, mesh_of(4))(x.astype(np.float32), params_of(layer), np.ones_like(x), None)
+    mesh = meshes.up_to(4)
+    (_, (y, stats)), _ = step(cfg, mesh)(x.astype(np.float32), params_of(layer), np.ones_like(x), None)
     wanted = np.asarray(stats.recv_rows)
-    shape = ExchangeShape.of(cfg, 4, 16)
+    shape = ExchangeShape.of(cfg, mesh.size, 64 // mesh.size)
     assert int(stats.dropped) > 0
     assert bool(stats.overflow)
     assert int(stats.dropped) >= int((wanted - shape.capacity).clip(0).sum())
@@ -278,7 +273,7 @@ def test_llama4_weighs_the_expert_input(transport):
     layer = oracle.random_layer(rng, 8, 1, HIDDEN, INNER)
     cfg = jm.MoEConfig(8, 1, HIDDEN, INNER, router="llama4", transport=transport)
     x, dy = tokens(rng, 4, 5)
-    (_, (y, _)), _ = step(cfg, mesh_of(4))(x, params_of(layer), dy, None)
+    (_, (y, _)), _ = step(cfg, meshes.up_to(4))(x, params_of(layer), dy, None)
     for n, token in enumerate(x.reshape(-1, HIDDEN).astype(np.float64)):
         logits = token @ layer.router
         expert = int(np.argmax(logits))
@@ -293,7 +288,7 @@ def test_statistics_keep_their_dtypes_under_x64(transport):
     layer = oracle.random_layer(np.random.default_rng(3), 4, 2, HIDDEN, INNER)
     with jax.enable_x64(True):
         x = jnp.ones((8, HIDDEN), jnp.float32)
-        stats = jax.eval_shape(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh_of(2))[1], x, params_of(layer))
+        stats = jax.eval_shape(lambda x, p: jm.ep_moe(x, p, cfg, mesh=meshes.up_to(2))[1], x, params_of(layer))
     want = {"expert_counts": "int32", "recv_rows": "int32", "dropped": "int32", "overflow": "bool"}
     for field in dataclasses.fields(stats):
         assert getattr(stats, field.name).dtype == want.get(field.name, "float32"), field.name

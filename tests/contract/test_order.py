@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.runtime import order
+from tests.contract import meshes
 
 BRANCHES, HIDDEN = 8, 1024
 
 
 def mesh():
-    return Mesh(np.array(jax.devices()), ("ep",))
+    return meshes.up_to(8)
 
 
 def config(transport):
@@ -179,6 +179,7 @@ def test_the_token_links_two_layers_that_share_no_data():
     assert operands.endswith(f"{results}#1")
 
 
+@pytest.mark.token_major
 @pytest.mark.parametrize("policy", [None, "save"])
 def test_independent_layers_under_remat(transport, policy):
     """Checkpointed layers in a chain, recomputed in the backward pass."""

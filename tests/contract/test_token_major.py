@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from tests.contract import test_exchange, token_major
+from tests.contract import meshes, test_exchange, token_major
 
 
 def test_every_order_of_arrivals_gives_the_bits_of_the_reference(monkeypatch):
     """The sum order is defined (k, then rank), so in float32 all give the same bits."""
     sizes = {"num_experts": 32, "top_k": 6, "hidden": 64}
     reference = test_exchange.config("reference", **sizes)
-    x, ids, weights = test_exchange.random_case(np.random.default_rng(11), 8, 16, reference)
+    x, ids, weights = test_exchange.random_case(np.random.default_rng(11), meshes.ranks(8), 16, reference)
     want = test_exchange.run(reference, x, ids, weights)
     for salt in range(3):
         name = f"token_major_{salt}"

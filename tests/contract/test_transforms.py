@@ -9,17 +9,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from tests.contract import meshes
 
 HIDDEN = 16
 
 
 def config(transport="native", **options):
     return jm.MoEConfig(8, 2, HIDDEN, 8, transport=transport, **options)
-
-
-def mesh_of(*sizes, names=("ep",), kind=AxisType.Auto):
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(devices, names, axis_types=(kind,) * len(sizes))
 
 
 def tokens(*lead, seed=0):
@@ -39,7 +35,7 @@ def close(a, b):
 @pytest.fixture
 def case():
     cfg = config()
-    return cfg, jm.init_params(jax.random.key(0), cfg), mesh_of(4), tokens(4, 6)
+    return cfg, jm.init_params(jax.random.key(0), cfg), meshes.up_to(4), tokens(4, 6)
 
 
 def test_without_jit(case):
@@ -56,9 +52,9 @@ def test_mesh_from_context(case):
 
 def test_leading_dimensions_and_token_axes(case):
     cfg, params, _, _ = case
-    mesh = mesh_of(2, 4, names=("dp", "ep"))
+    mesh = meshes.up_to(2, 4, names=("dp", "ep"))
     x = tokens(2, 4, 3)
-    want = plain(x, params, cfg, mesh_of(4))
+    want = plain(x, params, cfg, meshes.up_to(4))
     close(plain(x, params, cfg, mesh), want)
     spread = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh, token_axes=P("dp", "ep"))[0])(x, params)
     close(spread, want)
@@ -71,9 +67,9 @@ def test_explicit_mesh():
     params = jm.init_params(jax.random.key(1), cfg)
     x = tokens(8, 6)
     want_grad = jax.jit(
-        jax.grad(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh_of(4))[0].sum(), argnums=(0, 1))
+        jax.grad(lambda x, p: jm.ep_moe(x, p, cfg, mesh=meshes.up_to(4))[0].sum(), argnums=(0, 1))
     )(x, params)
-    mesh = mesh_of(2, 4, names=("dp", "ep"), kind=AxisType.Explicit)
+    mesh = meshes.up_to(2, 4, names=("dp", "ep"), kind=AxisType.Explicit)
     placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, jm.param_specs(cfg))
     x_placed = jax.device_put(x, NamedSharding(mesh, P(("dp", "ep"))))
     with jax.set_mesh(mesh):
@@ -86,7 +82,7 @@ def test_explicit_mesh_that_is_only_passed(num_experts):
     """Nothing is in context; the mask, and experts that must be padded, may lie elsewhere than the tokens."""
     cfg = jm.MoEConfig(num_experts, 2, HIDDEN, 8, transport="native")
     params = jm.init_params(jax.random.key(1), cfg)
-    mesh, x = mesh_of(4, kind=AxisType.Explicit), tokens(8, 6)
+    mesh, x = meshes.up_to(4, kind=AxisType.Explicit), tokens(8, 6)
     mask = jnp.arange(48).reshape(8, 6) % 5 != 0
 
     def on(mesh):
@@ -97,30 +93,30 @@ def test_explicit_mesh_that_is_only_passed(num_experts):
     x_placed = jax.device_put(x, NamedSharding(mesh, P("ep")))
     close(
         on(mesh)(x_placed, placed, jax.device_put(mask, NamedSharding(mesh, P()))),
-        on(mesh_of(4))(x, params, mask),
+        on(meshes.up_to(4))(x, params, mask),
     )
 
 
 def test_explicit_mesh_pads_replicated_experts():
     cfg = jm.MoEConfig(10, 2, HIDDEN, 8, transport="native")
     params = jm.init_params(jax.random.key(1), cfg)
-    mesh = mesh_of(4, kind=AxisType.Explicit)
+    mesh = meshes.up_to(4, kind=AxisType.Explicit)
     placed = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
     x = tokens(4, 6)
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg)[0])(
             jax.device_put(x, NamedSharding(mesh, P("ep"))), placed
         )
-    close(y, plain(x, params, cfg, mesh_of(4)))
+    close(y, plain(x, params, cfg, meshes.up_to(4)))
 
 
 def test_padded_params_are_the_same_layer(case):
     cfg = jm.MoEConfig(10, 2, HIDDEN, 8, transport="native")
     params = jm.init_params(jax.random.key(2), cfg)
-    padded = jm.pad_params(params, 4)
-    assert padded.w1.shape[0] == 12
-    x = tokens(4, 6)
-    close(plain(x, padded, cfg, mesh_of(4)), plain(x, params, cfg, mesh_of(4)))
+    mesh, x = meshes.up_to(4), tokens(4, 6)
+    padded = jm.pad_params(params, mesh.size)
+    assert padded.w1.shape[0] == -(-10 // mesh.size) * mesh.size
+    close(plain(x, padded, cfg, mesh), plain(x, params, cfg, mesh))
 
 
 def stacked(cfg, count):
@@ -131,7 +127,7 @@ def stacked(cfg, count):
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_over_layers(remat):
     """A scanned stack gives the values and gradients of the unrolled one, also when each layer is remat."""
-    cfg, mesh, x = config(), mesh_of(4), tokens(4, 6)
+    cfg, mesh, x = config(), meshes.up_to(4), tokens(4, 6)
     layers, stack = stacked(cfg, 3)
 
     def layer(x, p):
@@ -194,7 +190,7 @@ def test_each_exchange_runs_once_forward_and_once_backward(case):
 
 def test_the_checkpoint_policy_saves_the_exchanges():
     """In a scan, where XLA cannot merge a recomputation, the policy keeps it from being emitted at all."""
-    cfg, mesh, x = config(), mesh_of(4), tokens(4, 6)
+    cfg, mesh, x = config(), meshes.up_to(4), tokens(4, 6)
     _, stack = stacked(cfg, 2)
 
     def loss(policy, x, stack):
@@ -237,14 +233,15 @@ def test_vmap_of_the_exchanges_says_what_to_do(transport):
         disp = jm.dispatch(x, ids, weights, cfg)
         return jm.combine(disp.rows, disp.plan)
 
-    mapped = jax.shard_map(jax.vmap(exchanged), mesh=mesh_of(1), in_specs=P(), out_specs=P("ep"))
+    mapped = jax.shard_map(jax.vmap(exchanged), mesh=meshes.of(1), in_specs=P(), out_specs=P("ep"))
     with pytest.raises(jm.ConfigError, match=r"dispatch and combine cannot be batched by jax.vmap"):
         mapped(tokens(2, 8))
 
 
+@pytest.mark.token_major
 def test_several_layers_and_configs_in_one_program(transport):
     """Different widths, experts and blocks over the same and over different groups, in one jitted step."""
-    flat, grid = mesh_of(4), mesh_of(2, 4, names=("dp", "ep"))
+    flat, grid = meshes.up_to(4), meshes.up_to(2, 4, names=("dp", "ep"))
     first, second = config(transport), jm.MoEConfig(5, 3, HIDDEN, 4, transport=transport, block=16)
     p1, p2 = jm.init_params(jax.random.key(0), first), jm.init_params(jax.random.key(1), second)
     x = tokens(8, 4)
@@ -266,7 +263,7 @@ def test_a_subset_of_the_devices(transport):
     params = jm.init_params(jax.random.key(0), cfg)
     devices = np.array(jax.devices())[[6, 1, 4]]
     x = tokens(3, 5)
-    close(plain(x, params, cfg, Mesh(devices, ("ep",))), plain(x, params, cfg, mesh_of(3)))
+    close(plain(x, params, cfg, Mesh(devices, ("ep",))), plain(x, params, cfg, meshes.of(3)))
 
 
 def test_exported_program_runs_again(case):

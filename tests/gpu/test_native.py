@@ -1,4 +1,4 @@
-"""The native transport on GPUs, against the oracles of tests/contract; one rank for each GPU.
+"""What tests/contract, which runs on GPUs too, leaves: recorded steps, processes, each experts backend.
 
 ``JAX_MORIEP_TEST_STEPS`` sets how many exchanges are replayed; a simulated GPU takes fewer.
 """
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.runtime import compat, library
-from tests.contract import oracle, test_exchange, test_layer
+from tests.contract import meshes, oracle, test_exchange, test_layer
 
 if jax.default_backend() != "gpu":
     pytest.skip("these tests need JAX_MORIEP_TEST_PLATFORM=cuda, or rocm, and a GPU", allow_module_level=True)
@@ -36,68 +36,20 @@ def _exact_products():
     jm.runtime.group.check_failures()
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("options", [{}, {"num_experts": 8}, {"capacity_factor": 0.5}, {"hidden": 33}])
-def test_rows_and_sums(num_ranks, dtype, options):
-    cfg = test_exchange.config("native", **options)
-    case = test_exchange.random_case(np.random.default_rng(num_ranks), num_ranks, 70, cfg)
-    dropped = test_exchange.check(cfg, *case, dtype=dtype)
-    assert bool(dropped) == ("capacity_factor" in options)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_strange_ids_and_poison(num_ranks):
-    cfg = test_exchange.config("native")
-    x, ids, weights = test_exchange.random_case(np.random.default_rng(2), num_ranks, 40, cfg)
-    ids[0, ::3, 1] = -1
-    ids[0, 1::5, 0] = 2**31 - 1
-    ids[-1, 2::5, 2] = 10
-    ids[-1, 7] = -1
-    test_exchange.check(cfg, x, ids, weights, poison=np.nan)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_gradients_are_the_transpose(num_ranks):
-    test_exchange.test_gradients_are_the_transpose("native", num_ranks)
-
-
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_native_and_reference_agree_to_the_bit(num_ranks):
-    rng = np.random.default_rng(11)
-    configs = {
-        name: test_exchange.config(name, num_experts=32, top_k=6, hidden=64)
-        for name in ("native", "reference")
-    }
-    x, ids, weights = test_exchange.random_case(rng, num_ranks, 16, configs["native"])
-    want = test_exchange.run(configs["reference"], x, ids, weights)
-    for _ in range(5):
-        for a, b in zip(test_exchange.run(configs["native"], x, ids, weights), want, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("num_ranks", RANKS)
-def test_fp8_wire(num_ranks, dtype):
-    """The kernels quantise as ``quant`` defines it, this rank's own tokens too."""
-    test_exchange.check_fp8_wire("native", num_ranks, dtype)
-
-
 @pytest.mark.parametrize("experts", ["blocked", "triton"])
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_the_layer_and_all_its_gradients(num_ranks, experts):
+def test_each_experts_backend_in_the_layer(num_ranks, experts):
+    """Values and all gradients; the contract suite takes the backend that "auto" takes."""
     cfg = jm.MoEConfig(10, 3, test_layer.HIDDEN, test_layer.INNER, transport="native", experts=experts)
     rng = np.random.default_rng(5)
     layer = oracle.random_layer(rng, 10, 3, test_layer.HIDDEN, test_layer.INNER)
-    x = jnp.asarray(rng.normal(size=(num_ranks * 12, test_layer.HIDDEN)), jnp.float32)
-    dy = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    stats = test_layer.compare(cfg, test_exchange.mesh_of(num_ranks), layer, x, dy)
-    jm.check_stats(stats)
+    x, dy = test_layer.tokens(rng, num_ranks, 12)
+    jm.check_stats(test_layer.compare(cfg, meshes.of(num_ranks), layer, x, dy))
 
 
 def test_auto_takes_native():
     cfg = jm.MoEConfig(8, 2, 16, 8)
-    assert jm.explain(cfg, test_exchange.mesh_of(1)).transport == "native"
+    assert jm.explain(cfg, meshes.of(1)).transport == "native"
 
 
 @functools.cache
@@ -110,9 +62,7 @@ def chain(cfg, num_ranks, length):
             x = jm.combine(disp.rows * disp.row_weights[:, None].astype(x.dtype), disp.plan, axis_name="ep")
         return x
 
-    return jax.jit(
-        jax.shard_map(body, mesh=test_exchange.mesh_of(num_ranks), in_specs=P("ep"), out_specs=P("ep"))
-    )
+    return jax.jit(jax.shard_map(body, mesh=meshes.of(num_ranks), in_specs=P("ep"), out_specs=P("ep")))
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

@@ -295,8 +295,8 @@ def test_dropped_routes_are_expected(tmp_path):
 def test_a_row_in_the_wrong_place_is_noticed(tmp_path, monkeypatch):
     right = collective.replay
 
-    def wrong(link, x, plan, order):
-        rows, order = right(link, x, plan, order)
+    def wrong(link, x, ids, own, order):
+        rows, order = right(link, x, ids, own, order)
         return rows.at[0].set(rows[1]).at[1].set(rows[0]), order
 
     monkeypatch.setattr(collective, "replay", wrong)
