@@ -288,7 +288,8 @@ def test_statistics_keep_their_dtypes_under_x64(transport):
     layer = oracle.random_layer(np.random.default_rng(3), 4, 2, HIDDEN, INNER)
     with jax.enable_x64(True):
         x = jnp.ones((8, HIDDEN), jnp.float32)
-        stats = jax.eval_shape(lambda x, p: jm.ep_moe(x, p, cfg, mesh=meshes.up_to(2))[1], x, params_of(layer))
+        measure = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg, mesh=meshes.up_to(2))[1])
+        stats = jax.eval_shape(measure, x, params_of(layer))
     want = {"expert_counts": "int32", "recv_rows": "int32", "dropped": "int32", "overflow": "bool"}
     for field in dataclasses.fields(stats):
         assert getattr(stats, field.name).dtype == want.get(field.name, "float32"), field.name
