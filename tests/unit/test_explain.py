@@ -50,10 +50,10 @@ def test_kernel_launches_and_the_row_they_are_from(wheel, transport):
 
 
 def test_what_the_user_named_is_told(wheel):
-    cfg = jm.MoEConfig(*SIZES, tuning=jm.Tuning("InterNodeV1", block_num=40, rdma_block_num=10))
+    cfg = jm.MoEConfig(*SIZES, tuning=jm.Tuning("IntraNodeLL", block_num=40))
     kernel, dispatch, _ = lines_below(jm.explain(cfg, LOWERED, num_tokens=64), "mori")
-    assert kernel == "mori_kernel: InterNodeV1 (named by cfg.tuning)"
-    assert dispatch.startswith("  dispatch: 40 blocks, 10 of them for the network, of 8 waves (block_num, ")
+    assert kernel == "mori_kernel: IntraNodeLL (named by cfg.tuning)"
+    assert dispatch.startswith("  dispatch: 40 blocks, of 16 waves (block_num by cfg.tuning, the rest: ")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,7 @@ def test_what_the_user_named_is_told(wheel):
     [
         ({}, "float16", "refuses it: x.dtype='float16' must be one of float32, bfloat16, "),
         ({"tuning": jm.Tuning(block_num=305)}, "bfloat16", "refuses it: block_num=305 must be between 1 "),
+        ({"tuning": jm.Tuning("InterNode")}, "bfloat16", "refuses it: mori_kernel='InterNode' must "),
         ({"tuning": jm.Tuning("IntraNodeLL"), "top_k": 9}, "bfloat16", "refuses it: top_k=9 must be at most"),
     ],
 )
