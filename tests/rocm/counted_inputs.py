@@ -16,7 +16,7 @@ class Sizes:
     hidden: int = 512
     experts: int = 32
     top_k: int = 8
-    words: int = 34
+    words: int = 67  # as many as a layer's statistics have with 32 experts
     capacity_factor: float | None = None
     block: int | None = None
     blocks: int = 2

@@ -66,9 +66,9 @@ def test_the_beginning_and_the_end_of_a_step_are_small(mori):
 
 
 def test_nothing_but_share_adds_to_what_mori_moves_between_devices(sizes, mori, alone):
-    """To the byte; share's words and signals are 160 bytes for each peer in a dispatch, and 24 else."""
+    """To the byte; share's words and signals are 292 bytes for each peer in a dispatch, and 24 else."""
     added = oracle.share_between_devices(sizes)
-    assert added["dispatch"] == 3 * 160
+    assert added["dispatch"] == 3 * 292
     for kernels, moris in zip(mori, alone, strict=True):
         for phase in ("dispatch", "combine"):
             assert (
