@@ -268,7 +268,9 @@ def test_a_subset_of_the_devices(transport):
 
 
 def test_exported_program_runs_again(case):
-    cfg, params, mesh, x = case
+    _, params, mesh, x = case
+    # jax exports no kernel of Triton's, which "auto" takes on GPUs, without being asked to.
+    cfg = config(experts="blocked")
     sharding = NamedSharding(mesh, P())
     args = jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), (x, params))
     fn = jax.jit(lambda x, *leaves: jm.ep_moe(x, jax.tree.unflatten(tree, leaves), cfg, mesh=mesh)[0])
