@@ -6,9 +6,9 @@ and the contract suite, on as many GPUs as there are; no other tests fit there.
 
 import os
 
-# What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level LLVM's
-# optimiser takes most of the time of the whole suite. What users meet first, the examples and the wheel, is run
-# at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py).
+# What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level a third
+# of the contract suite's time is LLVM's optimiser's. What users meet first, the examples and the wheel, is
+# compiled at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py).
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 
 platform = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")

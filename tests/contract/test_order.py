@@ -172,6 +172,8 @@ def chain_hlo():
 
 def test_the_token_links_two_layers_that_share_no_data():
     """In the lowered module the second layer's order operand comes from the first layer's combine."""
+    if mesh().size == 1:
+        pytest.skip("a shard_map over one device is lowered to no computation of its own")
     layers = [line for line in chain_hlo().splitlines() if "sdy.manual_computation(" in line]
     assert len(layers) == 2
     results = layers[0].split(":2 =")[0].strip()

@@ -88,7 +88,8 @@ def test_explicit_mesh_that_is_only_passed(num_experts):
     def on(mesh):
         return jax.jit(lambda x, p, m: jm.ep_moe(x, p, cfg, mesh=mesh, token_mask=m)[0])
 
-    specs = jm.param_specs(cfg) if num_experts == 8 else jax.tree.map(lambda _: P(), params)
+    padded = num_experts % mesh.size != 0
+    specs = jax.tree.map(lambda _: P(), params) if padded else jm.param_specs(cfg)
     placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, specs)
     x_placed = jax.device_put(x, NamedSharding(mesh, P("ep")))
     close(
@@ -100,14 +101,14 @@ def test_explicit_mesh_that_is_only_passed(num_experts):
 def test_explicit_mesh_pads_replicated_experts():
     cfg = jm.MoEConfig(10, 2, HIDDEN, 8, transport="native")
     params = jm.init_params(jax.random.key(1), cfg)
-    mesh = meshes.up_to(4, kind=AxisType.Explicit)
+    mesh = meshes.of(4, kind=AxisType.Explicit)
     placed = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
     x = tokens(4, 6)
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg)[0])(
             jax.device_put(x, NamedSharding(mesh, P("ep"))), placed
         )
-    close(y, plain(x, params, cfg, meshes.up_to(4)))
+    close(y, plain(x, params, cfg, meshes.of(4)))
 
 
 def test_padded_params_are_the_same_layer(case):
@@ -267,7 +268,9 @@ def test_a_subset_of_the_devices(transport):
 
 
 def test_exported_program_runs_again(case):
-    cfg, params, mesh, x = case
+    _, params, mesh, x = case
+    # jax exports no kernel of Triton's, which "auto" takes on GPUs, without being asked to.
+    cfg = config(experts="blocked")
     sharding = NamedSharding(mesh, P())
     args = jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), (x, params))
     fn = jax.jit(lambda x, *leaves: jm.ep_moe(x, jax.tree.unflatten(tree, leaves), cfg, mesh=mesh)[0])
