@@ -7,6 +7,7 @@ from tests.rocm import mori_jobs
 SUITE = [f"tests/contract/test_{part}.py" for part in ("exchange", "layer", "transforms")]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("ranks", "environment"),
     [

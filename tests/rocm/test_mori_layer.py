@@ -8,6 +8,7 @@ from tests.rocm.test_mori_exchange import ADVERSARIAL, RECORDED, UNRECORDED
 TRAINING = ("every_routing", "bfloat16", "fp8_wire", "all_forward_then_all_backward")
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num_ranks", "copies", "cases", "environment"),
     [
