@@ -1,4 +1,6 @@
-"""One process of test_mori_exchange.py, which is one rank: python -m tests.rocm.mori_job CASE OPTIONS.
+"""One process of test_mori_exchange.py, which is one rank: python -m tests.rocm.mori_job CASES.
+
+CASES are pairs of a name and its options, in JSON: they share the start, which takes longer than most.
 
 Every rank draws the inputs of all ranks from the same seed, so that each can tell what it must see.
 """
@@ -358,15 +360,16 @@ CASES = {
 }
 
 
-def main(case: str, options: dict) -> None:
+def main(cases: list[tuple[str, dict]]) -> None:
     processes.join()
     ranks, rank = jax.process_count(), jax.process_index()
-    CASES[case](Job(ranks, rank, options), options)
+    for case, options in cases:
+        CASES[case](Job(ranks, rank, options), options)
     print(f"rank {rank} agrees", flush=True)
-    if options.get("abrupt"):
+    if any(options.get("abrupt") for _, options in cases):
         # Not the long way out: jax.distributed would wait for the dead.
         os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(json.loads(sys.argv[1]))

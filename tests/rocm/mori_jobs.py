@@ -39,12 +39,16 @@ def start(ranks: int, *command: object, each: list[dict[str, str]] | None = None
     ]
 
 
-def start_case(case: str, ranks: int, options: dict, **more: str) -> list[subprocess.Popen]:
-    """Starts a case of mori_job.py."""
+def start_module(count: int, module: str, *arguments: str, **more: str) -> list[subprocess.Popen]:
+    """Starts a module in so many processes of one job."""
     port = free_port()
-    command = (simulated.PYTHON, "-m", "tests.rocm.mori_job", case, json.dumps(options))
-    each = [{"JAX_MORIEP_TEST_JOB": f"{port} {ranks} {rank}"} for rank in range(ranks)]
-    return start(ranks, *command, each=each, **more)
+    each = [{"JAX_MORIEP_TEST_JOB": f"{port} {count} {index}"} for index in range(count)]
+    return start(count, simulated.PYTHON, "-m", module, *arguments, each=each, **more)
+
+
+def start_cases(ranks: int, *cases: tuple[str, dict], **more: str) -> list[subprocess.Popen]:
+    """Starts cases of mori_job.py, one after the other."""
+    return start_module(ranks, "tests.rocm.mori_job", json.dumps(cases), **more)
 
 
 def finish(processes: list[subprocess.Popen], deadline: float, lost: int = -1) -> list[str]:
@@ -64,11 +68,11 @@ def finish(processes: list[subprocess.Popen], deadline: float, lost: int = -1) -
     return [out for out, _ in said]
 
 
-def run_case(
-    case: str, ranks: int, options: dict | None = None, deadline: float = 240, lost: int = -1, **more: str
+def run_cases(
+    ranks: int, *cases: tuple[str, dict], deadline: float = 300, lost: int = -1, **more: str
 ) -> list[str]:
-    """Runs a case of mori_job.py on all ranks to its end; gives what each said."""
-    said = finish(start_case(case, ranks, options or {}, **more), deadline, lost)
+    """Runs cases of mori_job.py on all ranks to their end; gives what each said."""
+    said = finish(start_cases(ranks, *cases, **more), deadline, lost)
     for rank, out in enumerate(said):
         assert f"rank {rank} agrees" in out, out
     return said

@@ -1,16 +1,13 @@
-"""The contract suite with transport="mori", on simulated devices, in as many processes, in step."""
+"""The contract suite with transport="mori" on simulated devices, in as many processes, which run in step."""
 
 import pytest
 
-from tests.rocm import mori_jobs, simulated
+from tests.rocm import mori_jobs
 
-SUITE = (
-    "tests/contract/test_exchange.py",
-    "tests/contract/test_layer.py",
-    "tests/contract/test_transforms.py",
-)
+SUITE = [f"tests/contract/test_{part}.py" for part in ("exchange", "layer", "transforms")]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("ranks", "environment"),
     [
@@ -21,12 +18,9 @@ SUITE = (
     ],
 )
 def test_contract(ranks, environment):
-    port = mori_jobs.free_port()
-    each = [{"JAX_MORIEP_TEST_JOB": f"{port} {ranks} {rank}"} for rank in range(ranks)]
-    command = (simulated.PYTHON, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "mori", *SUITE)
-    processes = mori_jobs.start(
-        ranks, *command, each=each, JAX_MORIEP_TEST_PLATFORM="rocm", JAX_MORIEP_TIMEOUT="120", **environment
-    )
+    command = ("pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "mori", *SUITE)
+    settings = {"JAX_MORIEP_TEST_PLATFORM": "rocm", "JAX_MORIEP_TIMEOUT": "120"} | environment
+    processes = mori_jobs.start_module(ranks, *command, **settings)
     for out in mori_jobs.finish(processes, 550):
         assert " passed" in out
         print(out.splitlines()[-1])

@@ -12,25 +12,38 @@ ROUTING = 8 * TOP_K + 4
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options", "environment"),
+    ("ranks", "several", "environment"),
     [
-        (1, {"hidden": 256}, {}),
-        (2, {"hidden": 128, "dtype": "bfloat16"}, RECORDED | ADVERSARIAL),
-        (2, {"hidden": 200}, RECORDED | ADVERSARIAL),
-        (2, {"hidden": 33, "dtype": "bfloat16"}, ADVERSARIAL),
-        (2, {"hidden": 256, "tokens": 0}, {}),
-        (4, {"hidden": 256, "dtype": "bfloat16"}, ADVERSARIAL),
-        (4, {"hidden": 200, "dtype": "bfloat16", "experts": 7, "kernel": "IntraNodeLL"}, ADVERSARIAL),
+        (1, [{"hidden": 256}], {}),
+        (
+            2,
+            [
+                {"hidden": 128, "dtype": "bfloat16"},
+                {"hidden": 200},
+                {"hidden": 33, "dtype": "bfloat16"},
+                {"hidden": 256, "tokens": 0},
+            ],
+            RECORDED | ADVERSARIAL,
+        ),
+        (
+            4,
+            [
+                {"hidden": 256, "dtype": "bfloat16"},
+                {"hidden": 200, "dtype": "bfloat16", "experts": 7, "kernel": "IntraNodeLL"},
+            ],
+            ADVERSARIAL,
+        ),
     ],
 )
-def test_what_arrives_is_rounded_once(ranks, options, environment):
+def test_what_arrives_is_rounded_once(ranks, several, environment):
     """And what goes back along the plan, or again, is not rounded at all."""
-    mori_jobs.run_case("round_trip", ranks, options | {"wire": "fp8"}, **environment)
+    cases = [("round_trip", options | {"wire": "fp8"}) for options in several]
+    mori_jobs.run_cases(ranks, *cases, **environment)
 
 
 def test_after_a_failure_a_new_beginning_is_right():
     options = {"timeout": 30, "wire": "fp8", "hidden": 200}
-    for out in mori_jobs.run_case("another_program", 2, options, JAX_MORIEP_TIMEOUT="30"):
+    for out in mori_jobs.run_cases(2, ("another_program", options), JAX_MORIEP_TIMEOUT="30"):
         assert "runs another program" in out
 
 
@@ -41,7 +54,8 @@ def counted(tmp_path_factory):
     found = {}
     for wire in (None, "fp8"):
         path = tmp_path_factory.mktemp("counts") / "counts"
-        said = mori_jobs.run_case("send_alone", RANKS, options | {"wire": wire}, ROCM_SIM_COUNT=str(path))
+        case = ("send_alone", options | {"wire": wire})
+        said = mori_jobs.run_cases(RANKS, case, ROCM_SIM_COUNT=str(path))
         numbers = [out.split("came and gone: ")[1].split()[:2] for out in said]
         found[wire] = [(counters.by_kernel(path, rank), *map(int, numbers[rank])) for rank in range(RANKS)]
     return found
