@@ -138,6 +138,8 @@ def scanned_layers(x, params, cfg):
 )
 def test_every_exchange_of_a_program_has_its_place(model, calls):
     """The loss is linear in y, so that no cotangent depends on the forward pass."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("XLA lays a loop's body out more than once on GPUs, and its calls with it")
     cfg = config("native")
     params = [jm.init_params(jax.random.key(i), cfg) for i in range(2)]
     run = jax.jit(jax.value_and_grad(functools.partial(model, cfg=cfg), argnums=(0, 1)))
