@@ -204,5 +204,7 @@ def test_independent_layers_under_remat(transport, policy):
     x = inputs(transport)[0]
     want = jax.jit(jax.grad(functools.partial(loss, layer)))(x)
     run = jax.jit(jax.grad(functools.partial(loss, remat)))
+    # Of the thousands of tokens that a GPU takes here, one multiplies by hundreds what its sums round.
+    atol = 1e-4 if jax.default_backend() == "cpu" else 1e-3
     for _ in range(2):
-        np.testing.assert_allclose(np.asarray(run(x)), np.asarray(want), atol=1e-4, rtol=1e-3)
+        np.testing.assert_allclose(np.asarray(run(x)), np.asarray(want), atol=atol, rtol=1e-3)

@@ -191,6 +191,8 @@ def test_each_exchange_runs_once_forward_and_once_backward(case):
 
 def test_the_checkpoint_policy_saves_the_exchanges():
     """In a scan, where XLA cannot merge a recomputation, the policy keeps it from being emitted at all."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("XLA lays a loop's body out more than once on GPUs, and its calls with it")
     cfg, mesh, x = config(), meshes.up_to(4), tokens(4, 6)
     _, stack = stacked(cfg, 2)
 
