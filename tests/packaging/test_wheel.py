@@ -153,8 +153,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jax_moriep").rglob("*.py")}
     assert modules <= names
     others = {name for name in names - modules if ".dist-info/" not in name}
-    # ROCm's library is there if this machine has a compiler for it, else the reason why not.
-    others -= {f"jax_moriep/lib/libmoriep_rocm.{suffix}" for suffix in ("so", "txt")}
+    # AMD's libraries are there if this machine has what they are built with, else the reasons why not.
+    others -= {
+        f"jax_moriep/lib/libmoriep_{name}.{kind}" for name in ("rocm", "mori") for kind in ("so", "txt")
+    }
     libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
     data = {f"jax_moriep/{name}" for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip")}
     assert others == data | libraries
