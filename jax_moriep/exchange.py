@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_moriep import quant
-from jax_moriep.config import MoEConfig
+from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime import compat, group
@@ -199,13 +199,22 @@ def initialize(
     """
     if cfg is None and num_tokens is not None:
         raise ConfigError(rule("num_tokens", num_tokens, "come with cfg", "pass the layer's config as well"))
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ShardingError(
+            rule("mesh", type(mesh).__name__, "be a jax.sharding.Mesh with devices", "pass the mesh itself")
+        )
+    if cfg is not None:
+        check_type("cfg", cfg, MoEConfig, "pass the layer's config")
+    if num_tokens is not None and num_tokens < 0:
+        raise ConfigError(rule("num_tokens", num_tokens, "be 0 or more", "pass the tokens of one rank"))
     order_chain.forget()
     place = Place.of(mesh, ep_axis)
-    group.remember_mesh(mesh)
     shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose("auto" if cfg is None else cfg.transport, place)
     name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
     IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
+    # After it has opened: a mesh that was refused must not be found by its shape later.
+    group.remember_mesh(mesh)
 
 
 def link_in_shard_map(

@@ -80,6 +80,8 @@ def open_group(groups: group.Groups, *, again: bool = False) -> None:
     if again and group.has_failed(native, groups.name) and opener.has_world:
         opener.begin_anew()
     else:
+        if again and group.has_failed(native, groups.name):
+            opener.forget()
         group.open_groups(groups, BACKEND, again=again)
 
 
@@ -171,6 +173,11 @@ class _Opener:
                 )
             group.check_group(self._native, self._name)
         return request.key
+
+    def forget(self) -> None:
+        """Takes back what was asked of a group that failed before MORI was open: it is to be made again."""
+        self._generation += 1
+        self._asked.clear()
 
     def begin_anew(self) -> None:
         """Makes the failed group as it was before its first step; all ranks meet before and after."""

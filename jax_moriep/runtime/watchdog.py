@@ -6,8 +6,9 @@ group has failed and the program that was running then has not ended after the t
 and the process ends.
 
 A program runs while an array that it computes is not ready. XLA runs small programs inside the call, so it
-also runs while the main thread executes no Python at all; at a prompt, where that thread waits for a person,
-only arrays count. At the end of the process, when jax has given up its devices, only the main thread counts.
+also runs while the main thread is inside a call of jax and executes no Python at all; that the thread sleeps,
+or waits for a person or a child, does not count. At the end of the process, when jax has given up its devices,
+only that thread counts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Running(NamedTuple):
         return cls(time.monotonic(), arrays, _main_thread.runs())
 
     def goes_on(self) -> bool:
-        stands_still = not hasattr(sys, "ps1") and _main_thread.runs() == self.python_runs
+        stands_still = _main_thread.runs() == self.python_runs and _main_thread.is_inside_jax()
         return stands_still or any(_is_unready(ref()) for ref in self.arrays)
 
 
@@ -69,6 +70,17 @@ class _MainThread:
         if not self._pending:
             self._pending = ctypes.pythonapi.Py_AddPendingCall(self._call, None) == 0
         return self._runs
+
+    def is_inside_jax(self) -> bool:
+        """Whether it waits for jax, as far as its Python frames tell: not for a person, a lock or a child."""
+        if _leaving.is_set():
+            return True
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "jaxlib"):
+                return True
+            frame = frame.f_back
+        return False
 
     def _mark(self, argument: int | None) -> int:
         del argument

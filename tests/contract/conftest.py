@@ -43,11 +43,6 @@ def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "resolve", small)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    line = f"{token_major.NAME}: runs on the tests' own token-major transport too"
-    config.addinivalue_line("markers", line)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each transport in turn; and where the format of arrivals can matter, one that the tests make.
 

@@ -323,3 +323,17 @@ def test_auto_warns_once_when_the_package_s_own_library_does_not_load(content, n
 def test_auto_is_silent_where_no_library_is_expected(platform, monkeypatch, no_library):
     monkeypatch.setattr(compat, "gpu_backend", lambda: "cuda")
     assert transports.choose("auto", Place(platform)) == "collective"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "error", "text"),
+    [
+        (jax.sharding.AbstractMesh((2,), ("ep",)), {}, jm.ShardingError, "mesh='AbstractMesh' must be a jax"),
+        (mesh_of(), {"cfg": "native"}, jm.ConfigError, "cfg='str' must be a jm.MoEConfig"),
+        (mesh_of(), {"num_tokens": 4}, jm.ConfigError, "num_tokens=4 must come with cfg"),
+        (mesh_of(), {"cfg": CFG, "num_tokens": -4}, jm.ConfigError, "num_tokens=-4 must be 0 or more"),
+    ],
+)
+def test_initialize_says_what_it_takes(mesh, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        jm.initialize(mesh, **options)

@@ -75,6 +75,7 @@ def test_a_program_that_waits_for_ever_ends_the_process_with_the_text(body):
     [
         # Who has caught the error and goes on is left alone.
         ("for _ in range(40): time.sleep(0.1)", {}),
+        ("time.sleep(4)", {}),
         # So is who opens the group again.
         (f"threading.Timer(3, ends.set).start()\nfailed = False\n{WAITS}", {}),
         (f"threading.Timer(4, ends.set).start()\n{WAITS}", {"JAX_MORIEP_WATCHDOG": "0"}),
