@@ -6,9 +6,9 @@ group has failed and the program that was running then has not ended after the t
 and the process ends.
 
 A program runs while an array that it computes is not ready. XLA runs small programs inside the call, so it
-also runs while the main thread is inside a call of jax and executes no Python at all; that the thread sleeps,
-or waits for a person or a child, does not count. At the end of the process, when jax has given up its devices,
-only that thread counts.
+also runs while the main thread is inside a call of jax and executes no Python at all; that the thread
+sleeps, or waits for a person or a child, does not count. At the end of the process, when jax has given up its
+devices, only that thread counts.
 """
 
 from __future__ import annotations
