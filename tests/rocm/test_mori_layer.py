@@ -14,6 +14,7 @@ TRAINING = ("every_routing", "bfloat16", "fp8_wire", "all_forward_then_all_backw
     [
         (2, 1, (*TRAINING, "replays"), RECORDED | ADVERSARIAL),
         (4, 1, ("every_routing", "all_forward_then_all_backward"), UNRECORDED | ADVERSARIAL),
+        (8, 1, ("bfloat16",), RECORDED | ADVERSARIAL),
         (1, 1, ("refusals", "every_routing"), RECORDED),
         # Two groups, of which each process has one.
         (2, 2, ("every_routing",), RECORDED),
