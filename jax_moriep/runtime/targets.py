@@ -10,8 +10,10 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from jax_moriep.runtime import library
+from jax_moriep.runtime import compat, library
 
 DISPATCH = "moriep_dispatch"
 REPLAY = "moriep_replay"
@@ -91,6 +93,15 @@ def register_interop() -> None:
                 DLPACK_CALL, jax.ffi.pycapsule(getattr(lib, symbol)), platform=platform
             )
         _registered.add("interop")
+
+
+def own_rank(axis_name: str, like: jax.Array) -> jax.Array:
+    """This device's rank i32[1] as data, varying as ``like`` does.
+
+    The module is the same on all ranks, so the rank is no attribute, and the handler checks its table by it.
+    """
+    rank = lax.axis_index(axis_name).astype(jnp.int32).reshape(1)
+    return compat.pcast_varying(rank, compat.varying_axes(like))
 
 
 def call(

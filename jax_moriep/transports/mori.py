@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_moriep import quant
 from jax_moriep.config import MoEConfig
@@ -161,7 +160,7 @@ def send(
     tokens, there_ids, there_weights, sources, count, places, origins, all_words, _, _, order = targets.call(
         targets.SEND,
         results,
-        *(x, ids, weights, carried, _rank(link, x), order),
+        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
         attributes=link.opened.attributes,
     )
     arrivals = Arrivals(tokens, there_ids, there_weights, sources, count)
@@ -176,7 +175,10 @@ def resend(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax
         compat.result_type(x, (1,), jnp.int32),
     )
     tokens, order = targets.call(
-        targets.RESEND, results, *(x, *own, _rank(link, x), order), attributes=link.opened.attributes
+        targets.RESEND,
+        results,
+        *(x, *own, targets.own_rank(link.axis_name, x), order),
+        attributes=link.opened.attributes,
     )
     return tokens, order
 
@@ -198,7 +200,7 @@ def give_back(
     y, token_scalars, order = targets.call(
         targets.GIVE_BACK,
         results,
-        *(tokens, scalars, *own, _rank(link, tokens), order),
+        *(tokens, scalars, *own, targets.own_rank(link.axis_name, tokens), order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order
@@ -246,9 +248,3 @@ def _compute_units(place: Place) -> int:
     if place.platform is None:
         return tuning.COMPUTE_UNITS["mi300x"]
     return place.mesh.devices.flat[0].core_count
-
-
-def _rank(link: Link, like: jax.Array) -> jax.Array:
-    """This device's rank as data: the module is the same on all ranks, and the handler checks its table."""
-    rank = lax.axis_index(link.axis_name).astype(jnp.int32).reshape(1)
-    return compat.pcast_varying(rank, compat.varying_axes(like))

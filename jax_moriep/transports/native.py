@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, LibraryError, rule
@@ -114,7 +113,7 @@ def dispatch(
     rows, row_weights, group_sizes, routes, places, all_words, order = targets.call(
         targets.DISPATCH,
         results,
-        *(x, ids, weights, carried, _rank(link, x), order),
+        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
         attributes=link.opened.attributes,
     )
     return rows, row_weights, group_sizes, all_words, Own(routes, places), order
@@ -133,7 +132,7 @@ def replay(
     rows, order = targets.call(
         targets.REPLAY,
         results,
-        *(x, own.routes, ids, _rank(link, x), order),
+        *(x, own.routes, ids, targets.own_rank(link.axis_name, x), order),
         attributes=link.opened.attributes,
     )
     return rows, order
@@ -161,16 +160,10 @@ def combine(
     y, token_scalars, order = targets.call(
         targets.COMBINE,
         results,
-        *(rows, scalars, own.routes, own.places, ids, _rank(link, rows), order),
+        *(rows, scalars, own.routes, own.places, ids, targets.own_rank(link.axis_name, rows), order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order
-
-
-def _rank(link: Link, like: jax.Array) -> jax.Array:
-    """This device's rank as data: the module is the same on all ranks, and the handler checks its table."""
-    rank = lax.axis_index(link.axis_name).astype(jnp.int32).reshape(1)
-    return compat.pcast_varying(rank, compat.varying_axes(like))
 
 
 def _check_dtype(x: jax.Array, allowed: tuple[str, ...]) -> None:
