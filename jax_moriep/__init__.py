@@ -19,6 +19,7 @@ from jax_moriep.explain import explain
 from jax_moriep.layer import ep_moe
 from jax_moriep.params import init_params, pad_params, param_specs
 from jax_moriep.plan import Dispatched, Plan
+from jax_moriep.prepare import prepare_params, quantize_params
 from jax_moriep.routing import ROUTERS, Route, route, update_score_bias
 from jax_moriep.stats import check_stats
 from jax_moriep.tuning_options import Tuning
@@ -53,6 +54,8 @@ __all__ = [
     "interop",
     "pad_params",
     "param_specs",
+    "prepare_params",
+    "quantize_params",
     "route",
     "update_score_bias",
     "weights",

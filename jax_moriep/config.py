@@ -35,7 +35,9 @@ SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
 ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
 TRANSPORTS = ("native", "mori", "collective", "reference")
 # In the order in which "auto" tries them.
-EXPERTS = ("triton", "blocked", "aiter", "reference")
+EXPERTS = ("aiter", "triton", "blocked", "reference")
+SCHEMES = ("fp8_block", "fp8_token", "int8_token")
+LAYOUTS = ("plain", "aiter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,9 @@ class MoEConfig:
       wire_dtype: None sends rows in x's dtype; "fp8" sends float8 with one f32 scale per 128 values.
       transport: "auto" or one of native, mori, collective, reference.
       experts: "auto" or one of blocked, triton, aiter, reference.
+      expert_quant: a scheme of docs/quantisation.md, "fp8_block", "fp8_token" or "int8_token": the experts
+        compute with quantised weights and rows. w1 and w2 may be what ``jm.quantize_params`` made of them, or
+        floating master weights, which every call quantises.
       block: rows per block; every expert's run of rows starts at a multiple of it. None: chosen from T.
       tuning: a ``jm.Tuning``: how the transport launches its kernels. None: as its tables say.
 
@@ -94,6 +99,7 @@ class MoEConfig:
     wire_dtype: str | None = None
     transport: str = "auto"
     experts: str = "auto"
+    expert_quant: str | None = None
     block: int | None = None
     tuning: Tuning | None = None
 
@@ -127,6 +133,7 @@ class MoEConfig:
         self._check_choice("transport", ("auto", *TRANSPORTS))
         self._check_choice("experts", ("auto", *EXPERTS))
         self._check_choice("wire_dtype", (None, "fp8"))
+        self._check_choice("expert_quant", (None, *SCHEMES))
         if self.tuning is not None and not isinstance(self.tuning, Tuning):
             raise ConfigError(rule("tuning", self.tuning, "be a jm.Tuning or None", "pass jm.Tuning(...)"))
         if self.shared_gate and self.shared_intermediate_size is None:
@@ -240,15 +247,15 @@ class MoEParams:
     """The weights of one layer; what the config does not use is None.
 
     The layouts are those of Hugging Face's fused experts. E may also be the padded count that
-    ``jm.pad_params`` makes.
+    ``jm.pad_params`` makes. Experts may be quantised, see ``jm.quantize_params``.
     """
 
     router: Any
     """[H, E]"""
     w1: Any
-    """[E, 2*I, H]: gate rows, then up rows."""
+    """[E, 2*I, H]: gate rows, then up rows. Floating, or the codes of ``cfg.expert_quant``."""
     w2: Any
-    """[E, H, I]"""
+    """[E, H, I], likewise."""
     router_bias: Any = None
     """[E], added to the logits."""
     score_bias: Any = None
@@ -263,6 +270,18 @@ class MoEParams:
     """[H, Is]"""
     shared_gate: Any = None
     """[H, 1]"""
+    w1_scale: Any = None
+    """f32, with codes: a weight is its code times its scale. fp8_block: [E, 2*ceil(I/128), ceil(H/128)], one
+    for 128 x 128 codes, those of gate before those of up; the other schemes: [E, 2*I], one for a row."""
+    w2_scale: Any = None
+    """f32, with codes. fp8_block: [E, ceil(H/128), ceil(I/128)]; the other schemes: [E, H]."""
+    layout: str = dataclasses.field(default="plain", metadata={"static": True})
+    """How the codes of an expert lie: "plain", as above, or "aiter", as ``jm.prepare_params`` lays them out
+    for AITER's kernels."""
+
+
+WEIGHT_NAMES = tuple(f.name for f in dataclasses.fields(MoEParams) if not f.metadata.get("static"))
+"""The fields of MoEParams that are arrays or None, in their order."""
 
 
 @jax.tree_util.register_dataclass

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moriep import exchange, experts, routing, stats
+from jax_moriep import exchange, experts, routing, schemes, stats
 from jax_moriep import params as parameters
-from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.layout import Layout
 from jax_moriep.plan import Link
@@ -86,7 +86,8 @@ def ep_moe(
 
     link = exchange.make_link(cfg, mesh, math.prod(x.shape[:-1]) // layout.num_shards, x.dtype, ep_axis)
 
-    mapped = _mapped(mesh, cfg, link, layout, x_spec, token_mask is not None)
+    specs = parameters.param_specs(cfg, ep_axis, tp_axis, params=params)
+    mapped = _mapped(mesh, cfg, link, layout, x_spec, specs, token_mask is not None)
     if not any(map(compat.is_tracer, jax.tree.leaves(operands))):
         mapped = _compiled(mapped)
     y, measured, token = mapped(*operands)
@@ -104,7 +105,13 @@ _VMAP_CURE = (
 
 @functools.lru_cache(maxsize=256)
 def _mapped(
-    mesh: Any, cfg: MoEConfig, link: Link, layout: Layout, x_spec: PartitionSpec, masked: bool
+    mesh: Any,
+    cfg: MoEConfig,
+    link: Link,
+    layout: Layout,
+    x_spec: PartitionSpec,
+    param_specs: MoEParams,
+    masked: bool,
 ) -> Callable[..., tuple[jax.Array, MoEStats, jax.Array]]:
     """The layer over the mesh: fn(x, params, order token, and if masked the mask)."""
 
@@ -113,7 +120,7 @@ def _mapped(
     ) -> tuple[jax.Array, MoEStats, jax.Array]:
         return _local_moe(x, params, cfg, link, layout, token, mask)
 
-    specs = (x_spec, parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis), layout.order_spec)
+    specs = (x_spec, param_specs, layout.order_spec)
     return jax.shard_map(
         body,
         mesh=mesh,
@@ -153,7 +160,7 @@ def _local_moe(
     # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
     # are added on [T, H] instead of on [C, H].
     x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, route.ids, route.weights))
-    params = _for_tp(params, layout)
+    params = _for_tp(params, layout, cfg.expert_quant == "fp8_block")
     words = stats.as_words(counts, sums)
     disp, all_words, token = exchange.ordered_dispatch(link, cfg, x_here, ids, weights, words, token)
     measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
@@ -170,7 +177,7 @@ def _local_moe(
     return y.reshape(*lead, y.shape[-1]), measured, token
 
 
-def _for_tp(params: MoEParams, layout: Layout) -> MoEParams:
+def _for_tp(params: MoEParams, layout: Layout, by_block: bool) -> MoEParams:
     """This tensor-parallel rank's slice of the experts: I / tp gates, their ups, their columns of w2."""
     axis = layout.tp_axis
     if axis is None:
@@ -201,6 +208,7 @@ def _for_tp(params: MoEParams, layout: Layout) -> MoEParams:
         w1=rows_for_hidden(params.w1),
         b1=apply(slice_b1, params.b1),
         b2=apply(once, params.b2),
+        w1_scale=apply(rows_for_hidden if by_block else slice_b1, params.w1_scale),
         shared_w1=apply(rows_for_hidden, params.shared_w1),
     )
 
@@ -253,28 +261,34 @@ def _check_operands(
         )
     parameters.check_params(params, cfg, layout.num_ranks)
     if layout.tp_axis is not None:
-        size = layout.mesh_shape[layout.tp_axis]
-        for name in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
-            value = getattr(cfg, name)
-            if value is not None and value % size:
-                raise ShardingError(
-                    rule(
-                        name,
-                        value,
-                        f"be divisible by the {size} devices of tp_axis={layout.tp_axis!r}",
-                        "change one",
-                    )
-                )
+        _check_split(params, cfg, layout.tp_axis, layout.mesh_shape[layout.tp_axis])
+
+
+def _check_split(params: MoEParams, cfg: MoEConfig, tp_axis: str, size: int) -> None:
+    """Raises ShardingError unless the experts can be split over the devices of a tensor-parallel axis."""
+    if params.layout != "plain":
+        cure = "prepare the weights for experts='triton' or 'blocked', or drop tp_axis"
+        raise ShardingError(
+            rule("params.layout", params.layout, f"be 'plain' with tp_axis={tp_axis!r}", cure)
+        )
+    by_block = params.w1_scale is not None and cfg.expert_quant == "fp8_block"
+    unit = size * schemes.BLOCK if by_block else size
+    for name in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
+        value = getattr(cfg, name)
+        whole = size if name.startswith("shared") else unit
+        if value is not None and value % whole:
+            blocks = "" if whole == size else f" times {schemes.BLOCK}, the side of a block of weights,"
+            must = f"be divisible by the {size} devices of tp_axis={tp_axis!r}{blocks}"
+            raise ShardingError(rule(name, value, must.rstrip(","), "change one"))
 
 
 def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: Layout, mesh: Any) -> MoEParams:
     """On an Explicit mesh: pads replicated experts and reshards them; checks all other shardings."""
-    specs = parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis)
+    specs = parameters.param_specs(cfg, layout.ep_axis, layout.tp_axis, params=params)
     padded = parameters.pad_params(params, layout.num_ranks)
-    done = {}
-    for field in dataclasses.fields(MoEParams):
-        name, spec = field.name, getattr(specs, field.name)
-        value = getattr(padded, name)
+    done: dict[str, Any] = {"layout": params.layout}
+    for name in WEIGHT_NAMES:
+        spec, value = getattr(specs, name), getattr(padded, name)
         if value is None:
             done[name] = None
         elif value is not getattr(params, name):

@@ -10,22 +10,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jax_moriep.config import MoEConfig, MoEParams, check_type
+from jax_moriep import schemes
+from jax_moriep.config import LAYOUTS, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import experts_per_rank
 
-_PER_EXPERT = ("w1", "w2", "b1", "b2")
+_PER_EXPERT = ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale")
 
 
-def param_shapes(cfg: MoEConfig) -> MoEParams:
-    """The shape of every weight that the config uses; None for the others."""
+def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> MoEParams:
+    """The shape of every weight that the config uses; None for the others. ``quantised``: with scales."""
     experts, hidden, inner, shared = (
         cfg.num_experts,
         cfg.hidden_size,
         cfg.intermediate_size,
         cfg.shared_intermediate_size,
     )
+    scales = (None, None)
+    if quantised and cfg.expert_quant is not None:
+        scales = schemes.scale_shapes(cfg.expert_quant, experts, hidden, inner)
     return MoEParams(
+        w1_scale=scales[0],
+        w2_scale=scales[1],
         router=(hidden, experts),
         w1=(experts, 2 * inner, hidden),
         w2=(experts, hidden, inner),
@@ -70,19 +76,21 @@ def init_params(key: jax.Array, cfg: MoEConfig, dtype: Any = jnp.float32) -> MoE
         "shared_gate": cfg.hidden_size,
     }
     made = {}
-    for i, field in enumerate(dataclasses.fields(MoEParams)):
-        shape = getattr(shapes, field.name)
+    for i, name in enumerate(WEIGHT_NAMES):
+        shape = getattr(shapes, name)
         if shape is None:
-            made[field.name] = None
-        elif field.name in fan_in:
+            made[name] = None
+        elif name in fan_in:
             values = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-            made[field.name] = (values * fan_in[field.name] ** -0.5).astype(dtype)
+            made[name] = (values * fan_in[name] ** -0.5).astype(dtype)
         else:
-            made[field.name] = jnp.zeros(shape, jnp.float32 if field.name == "score_bias" else dtype)
+            made[name] = jnp.zeros(shape, jnp.float32 if name == "score_bias" else dtype)
     return MoEParams(**made)
 
 
-def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None) -> MoEParams:
+def param_specs(
+    cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None, *, params: MoEParams | None = None
+) -> MoEParams:
     """How the weights are sharded: experts over ``ep_axis``, the rest replicated.
 
     With ``tp_axis`` the hidden dimension of w1 and of the shared w1, and the intermediate dimension of w2 and
@@ -95,14 +103,18 @@ def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None)
       cfg: the layer.
       ep_axis: the expert-parallel mesh axis.
       tp_axis: the tensor-parallel mesh axis, if any.
+      params: the weights that the specs are for, if their experts may be quantised: those have scales too.
 
     Returns:
-      A MoEParams of PartitionSpecs, None where the config has no weight.
+      A MoEParams of PartitionSpecs, None where there is no weight.
 
     Raises:
-      ConfigError: ``cfg`` is no config.
+      ConfigError: ``cfg`` is no config, or ``params`` no MoEParams.
     """
     check_type("cfg", cfg, MoEConfig, "pass the layer's config")
+    if params is not None:
+        check_type("params", params, MoEParams, "make it with jm.init_params")
+    by_block = cfg.expert_quant == "fp8_block"
     specs = MoEParams(
         router=P(),
         w1=P(ep_axis, None, tp_axis),
@@ -114,10 +126,13 @@ def param_specs(cfg: MoEConfig, ep_axis: str = "ep", tp_axis: str | None = None)
         shared_w1=P(None, tp_axis),
         shared_w2=P(None, tp_axis),
         shared_gate=P(),
+        # A scale for a whole row of weights belongs to all parts of the row.
+        w1_scale=P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
+        w2_scale=P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
+        layout="plain" if params is None else params.layout,
     )
-    shapes = param_shapes(cfg)
-    unused = {f.name: None for f in dataclasses.fields(MoEParams) if getattr(shapes, f.name) is None}
-    return dataclasses.replace(specs, **unused)
+    shapes = param_shapes(cfg, quantised=params is not None and params.w1_scale is not None)
+    return dataclasses.replace(specs, **{n: None for n in WEIGHT_NAMES if getattr(shapes, n) is None})
 
 
 def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
@@ -155,7 +170,7 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
 
 
 def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
-    """Raises ConfigError unless every weight has the shape that the config gives it.
+    """Raises ConfigError unless every weight has the shape and a dtype that the config gives it.
 
     Args:
       params: weights of E experts, or of the padded number of experts.
@@ -163,10 +178,16 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
       num_ranks: R.
     """
     check_type("params", params, MoEParams, "make it with jm.init_params")
+    if params.layout not in LAYOUTS:
+        raise ConfigError(
+            rule("params.layout", params.layout, f"be one of {LAYOUTS}", "take what jm.prepare_params gives")
+        )
     padded = num_ranks * experts_per_rank(cfg.num_experts, num_ranks)
-    shapes = param_shapes(cfg)
-    for field in dataclasses.fields(MoEParams):
-        name, want, got = field.name, getattr(shapes, field.name), getattr(params, field.name)
+    quantised = params.w1 is not None and schemes.is_codes(params.w1.dtype)
+    schemes.check_weights(params, cfg)
+    shapes = param_shapes(cfg, quantised=quantised)
+    for name in WEIGHT_NAMES:
+        want, got = getattr(shapes, name), getattr(params, name)
         if (want is None) != (got is None):
             raise ConfigError(
                 rule(
@@ -190,5 +211,5 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
                     "make params and config agree",
                 )
             )
-        if not jnp.issubdtype(got.dtype, jnp.floating):
+        if not (jnp.issubdtype(got.dtype, jnp.floating) or quantised and name in ("w1", "w2")):
             raise ConfigError(rule(f"params.{name}.dtype", str(got.dtype), "be floating", "cast it"))

@@ -23,7 +23,7 @@ from jax import lax
 
 GROUP = 128
 _SCALE_BYTES = 4
-_SMALLEST = 2.0**-100
+SMALLEST = 2.0**-100
 _INFINITY_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
 
@@ -60,14 +60,27 @@ def pack(x: jax.Array, format: jnp.dtype) -> jax.Array:
     num_rows, width = x.shape
     groups = num_groups(width)
     values = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * GROUP - width)))
-    values = values.reshape(num_rows, groups, GROUP)
-    scales, inverses = _scales(values, format)
-    most = 15 / 16 * 2.0 ** (16 if x.dtype == jnp.float16 else 128)
-    scaled = jnp.where(inverses == 0, 0.0, jnp.clip(values, -most, most) * inverses)
-    codes = _rounded(scaled, format).astype(format)
+    codes, scales = quantised(values.reshape(num_rows, groups, GROUP), format, float16=x.dtype == jnp.float16)
     code_bytes = lax.bitcast_convert_type(codes, jnp.uint8).reshape(num_rows, groups * GROUP)
     scale_bytes = lax.bitcast_convert_type(scales[..., 0], jnp.uint8).reshape(num_rows, groups * _SCALE_BYTES)
     return jnp.concatenate([code_bytes, scale_bytes], axis=1)
+
+
+def quantised(values: jax.Array, format: jnp.dtype, *, float16: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Groups of values as codes and scales, by the rules above.
+
+    Args:
+      values: f32[..., G], a group along the last dimension.
+      format: the float8.
+      float16: the values were of that dtype, whose infinity is nearer.
+
+    Returns:
+      Codes [..., G] in the format, and scales f32[..., 1].
+    """
+    scales, inverses = _scales(values, format)
+    most = 15 / 16 * 2.0 ** (16 if float16 else 128)
+    scaled = jnp.where(inverses == 0, 0.0, jnp.clip(values, -most, most) * inverses)
+    return rounded(scaled, format).astype(format), scales
 
 
 def unpack(packed: jax.Array, hidden_size: int, dtype: jnp.dtype, format: jnp.dtype) -> jax.Array:
@@ -92,7 +105,7 @@ def unpack(packed: jax.Array, hidden_size: int, dtype: jnp.dtype, format: jnp.dt
 
 
 def _scales(values: jax.Array, format: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """f32[T, G, 1] each: a group's scale and its reciprocal, by the bits of its largest magnitude.
+    """f32[..., 1] each: a group's scale and its reciprocal, by the bits of its largest magnitude.
 
     As integers, infinities and NaNs are larger than all numbers. The reciprocal is 0 where codes are zeros.
     """
@@ -102,7 +115,7 @@ def _scales(values: jax.Array, format: jnp.dtype) -> tuple[jax.Array, jax.Array]
     largest = jnp.max(bits, axis=-1, keepdims=True)
     # A mantissa beyond that of the format's largest number carries into the exponent.
     power = ((largest + (0x7FFFFF - mantissa)) >> 23) - (exponent - 1)
-    smallest = (127 + int(math.log2(_SMALLEST))) << 23
+    smallest = (127 + int(math.log2(SMALLEST))) << 23
     used = (largest >= smallest) & (largest < _INFINITY_BITS)
     unused = jnp.where(largest < smallest, jnp.uint32(0), jnp.uint32(_NAN_BITS))
     scales = jnp.where(used, power << 23, unused)
@@ -110,7 +123,7 @@ def _scales(values: jax.Array, format: jnp.dtype) -> tuple[jax.Array, jax.Array]
     return lax.bitcast_convert_type(scales, jnp.float32), lax.bitcast_convert_type(inverses, jnp.float32)
 
 
-def _rounded(scaled: jax.Array, format: jnp.dtype) -> jax.Array:
+def rounded(scaled: jax.Array, format: jnp.dtype) -> jax.Array:
     """The nearest values that the format has, so that a cast to it has nothing left to round."""
     info = jnp.finfo(format)
     step = float(info.smallest_subnormal)

@@ -181,7 +181,7 @@ class _Block:
     def router(self, name: str) -> np.ndarray:
         return self.array(name, self.cfg.num_experts, self.cfg.hidden_size).T
 
-    def experts(self, names: tuple[str, str, str] = GATE_UP_DOWN) -> dict[str, np.ndarray]:
+    def experts(self, names: tuple[str, str, str] = GATE_UP_DOWN) -> dict[str, Any]:
         """w1 and w2, from the fused tensors or from ``experts.<i>.<name>.weight``: gate, up and down."""
         experts, hidden, inter = self.cfg.num_experts, self.cfg.hidden_size, self.cfg.intermediate_size
         if "experts.gate_up_proj" in self:
@@ -197,7 +197,7 @@ class _Block:
             w2.append(self.array(f"experts.{i}.{down}.weight", hidden, inter))
         return {"w1": np.stack(w1), "w2": np.stack(w2)}
 
-    def score_bias(self, *names: str) -> dict[str, np.ndarray]:
+    def score_bias(self, *names: str) -> dict[str, Any]:
         """The selection bias under the first name that is there; nothing when the config wants none."""
         if not self.cfg.score_bias:
             return {}
@@ -207,7 +207,7 @@ class _Block:
         bias = self.array(name, *lead, self.cfg.num_experts)
         return {"score_bias": bias.reshape(-1).astype(np.float32)}
 
-    def shared(self, name: str) -> dict[str, np.ndarray]:
+    def shared(self, name: str) -> dict[str, Any]:
         """The shared expert below ``name``; nothing when the config wants none."""
         inter, hidden = self.cfg.shared_intermediate_size, self.cfg.hidden_size
         if inter is None:

@@ -6,20 +6,31 @@ A new implementation is one file with the functions of ``Implementation`` and on
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
+from jax_moriep import schemes
 from jax_moriep.config import EXPERTS, MoEConfig, MoEParams
-from jax_moriep.errors import TransportError
+from jax_moriep.errors import ConfigError, TransportError, rule
 from jax_moriep.experts import blocked, reference, triton
-from jax_moriep.experts.checks import check_operands
+from jax_moriep.experts.checks import check_format, check_operands
+from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
 from jax_moriep.plan import Dispatched
 from jax_moriep.runtime.place import Place
 
-__all__ = ["IMPLEMENTATIONS", "ExpertSpec", "Implementation", "choose", "expert_mlp", "reasons", "shared_mlp"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "ExpertSpec",
+    "ExpertWeights",
+    "Implementation",
+    "choose",
+    "expert_mlp",
+    "reasons",
+    "shared_mlp",
+]
 
 _INPUT_WEIGHT_ROUTERS = ("llama4",)
 
@@ -37,14 +48,20 @@ class Implementation(Protocol):
         rows: jax.Array,
         row_weights: jax.Array,
         group_sizes: jax.Array,
-        w1: jax.Array,
-        w2: jax.Array,
-        b1: jax.Array | None,
-        b2: jax.Array | None,
+        weights: ExpertWeights,
         spec: ExpertSpec,
     ) -> jax.Array:
         """See ``blocked.expert_mlp``. Rows outside every run give zeros and get zero gradients, whatever they
         hold, and their share of ``row_weights`` likewise."""
+        ...
+
+
+@runtime_checkable
+class LaysOut(Protocol):
+    """What an implementation offers besides, if it wants quantised weights in a layout that has its name."""
+
+    def lay_out(self, params: MoEParams, cfg: MoEConfig) -> MoEParams:
+        """Weights in the plain layout in its own; under jit, on all ranks' experts or on some."""
         ...
 
 
@@ -71,12 +88,14 @@ def _reason(name: str, place: Place, cfg: MoEConfig | None) -> str | None:
     return None if place.platform is None else IMPLEMENTATIONS[name].unavailable_reason(place, cfg)
 
 
-def choose(cfg: MoEConfig, place: Place) -> str:
+def choose(cfg: MoEConfig, place: Place, *, prepared: bool = True) -> str:
     """The implementation that a config's ``experts`` means at a place.
 
     Args:
       cfg: the layer; its ``experts`` is "auto" for the first that can run, or a name.
       place: where.
+      prepared: the weights are, or will be, laid out for what is chosen; otherwise they lie as ``MoEParams``
+        has them, and "auto" passes over what wants another layout.
 
     Returns:
       A name in ``IMPLEMENTATIONS``.
@@ -88,11 +107,23 @@ def choose(cfg: MoEConfig, place: Place) -> str:
     if name == "auto":
         # A program that is only lowered may be for any platform: what runs on a CPU runs on all.
         asked = Place("cpu") if place.platform is None else place
-        return next(candidate for candidate in EXPERTS if _reason(candidate, asked, cfg) is None)
+        candidates = EXPERTS if prepared else tuple(n for n in EXPERTS if layout_of(n) == "plain")
+        return next(candidate for candidate in candidates if _reason(candidate, asked, cfg) is None)
     why = _reason(name, place, cfg)
     if why is not None:
         raise TransportError(f"experts={name!r} cannot run on platform {place.platform!r}: {why}")
     return name
+
+
+def layout_of(name: str) -> str:
+    """The ``MoEParams.layout`` that an implementation wants."""
+    return name if isinstance(IMPLEMENTATIONS.get(name), LaysOut) else "plain"
+
+
+def laid_out(params: MoEParams, cfg: MoEConfig, layout: str) -> MoEParams:
+    """Weights in the plain layout in another."""
+    implementation = IMPLEMENTATIONS.get(layout)
+    return implementation.lay_out(params, cfg) if isinstance(implementation, LaysOut) else params
 
 
 def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array:
@@ -100,28 +131,51 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
 
     Row r of expert e gives ``row_weights[r] * (act(rows[r] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``; with
     router "llama4" the weight multiplies the row before the expert instead. Weights of another float dtype
-    than the rows' are cast, expert by expert.
+    than the rows' are cast, expert by expert. With ``cfg.expert_quant`` both products read quantised values,
+    as docs/quantisation.md has it.
 
     Args:
       disp: what ``dispatch`` returned.
       params: this rank's experts: w1 [L, 2*I, H], w2 [L, H, I], and with ``cfg.expert_bias`` b1 [L, 2*I] and
-        b2 [L, H]. I may be a tensor-parallel part of ``cfg.intermediate_size``.
+        b2 [L, H]; codes come with w1_scale and w2_scale. I may be a tensor-parallel part of
+        ``cfg.intermediate_size``.
       cfg: the layer.
 
     Returns:
       [C, H] in the rows' dtype, ready for ``combine``; padding rows are zero. Sums run in f32.
 
     Raises:
-      ConfigError: a shape or a dtype breaks a rule.
+      ConfigError: a shape or a dtype breaks a rule, the weights lie in another layout than the implementation
+        wants, or a gradient of quantised weights is asked for.
       TransportError: the named implementation cannot run here.
     """
     check_operands(disp, params, cfg)
-    biases = (params.b1, params.b2) if cfg.expert_bias else (None, None)
     link = disp.plan.link
-    implementation = IMPLEMENTATIONS[choose(cfg, Place(link.platform, link.architecture))]
-    return implementation.expert_mlp(
-        disp.rows, disp.row_weights, disp.group_sizes, params.w1, params.w2, *biases, _spec(disp, cfg)
-    )
+    name = choose(cfg, Place(link.platform, link.architecture), prepared=params.layout != "plain")
+    _check_layout(name, params.layout)
+    spec = _spec(disp, cfg)
+    weights = ExpertWeights(params.w1, params.w2)
+    if params.w1_scale is not None:
+        check_format(params, link.platform, spec.format)
+        names = ("w1", "w2", "w1_scale", "w2_scale")
+        fixed = {name: without_gradient(name, getattr(params, name)) for name in names}
+        weights = ExpertWeights(**fixed)
+    if cfg.expert_bias:
+        weights = weights._replace(b1=params.b1, b2=params.b2)
+    return IMPLEMENTATIONS[name].expert_mlp(disp.rows, disp.row_weights, disp.group_sizes, weights, spec)
+
+
+def _check_layout(name: str, layout: str) -> None:
+    wanted = layout_of(name)
+    if layout != wanted:
+        raise ConfigError(
+            rule(
+                "params.layout",
+                layout,
+                f"be {wanted!r} for experts={name!r}",
+                "pass the weights through jm.prepare_params(params, cfg, mesh), with this cfg and mesh",
+            )
+        )
 
 
 def _spec(disp: Dispatched, cfg: MoEConfig) -> ExpertSpec:
@@ -134,4 +188,6 @@ def _spec(disp: Dispatched, cfg: MoEConfig) -> ExpertSpec:
         block=disp.block,
         # Twice what a balanced routing brings, and the padding of the runs.
         saved_rows=2 * shape.num_tokens * shape.top_k + shape.num_local_experts * shape.block,
+        scheme=cfg.expert_quant,
+        format=schemes.format_name(disp.plan.link.architecture),
     )

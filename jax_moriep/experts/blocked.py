@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.config import MoEConfig
+from jax_moriep.experts import rounding
 from jax_moriep.experts.activation import gated
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
@@ -36,7 +37,7 @@ _MAX_TILE = 512
 # A smaller tile does not keep a core's matrix loop busy, so a run's last tile is rounded up to this.
 _MIN_TILE = 64
 
-_Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+_Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 
 
 def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
@@ -49,34 +50,31 @@ def expert_mlp(
     rows: jax.Array,
     row_weights: jax.Array,
     group_sizes: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
-    b1: jax.Array | None,
-    b2: jax.Array | None,
+    weights: ExpertWeights,
     spec: ExpertSpec,
 ) -> jax.Array:
     """Row r of expert e gives ``row_weights[r] * (act(rows[r] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
 
     With ``spec.weight_input`` the weight multiplies ``rows[r]`` instead. Operands may vary over different
-    mesh axes; the result varies over all of them. Differentiable in all operands but ``group_sizes``,
-    in reverse mode, once.
+    mesh axes; the result varies over all of them. Differentiable in all operands but ``group_sizes`` and
+    quantised weights, in reverse mode, once.
+
+    With ``spec.scheme`` the products read quantised values, as ``schemes`` has it. The derivative of rounding
+    is that of the identity: the way back reads the same weights, and where ``spec.quantises_gradients``
+    quantised cotangents as well, while the gradients of master weights are sums over the rows as they came.
 
     Args:
       rows: [C, H], f32, bf16 or f16, sorted by expert; runs start at multiples of ``spec.block``. Rows
         that are not in a run are never used, whatever they hold.
       row_weights: f32[C].
       group_sizes: i32[L], real rows of each expert; the aligned runs must fit into C.
-      w1: [L, 2*I, H], gate rows, then up rows. Weights of another float dtype than the rows' are cast.
-      w2: [L, H, I].
-      b1: [L, 2*I] or None.
-      b2: [L, H] or None; both biases or neither.
+      weights: the experts. Floating weights of another dtype than the rows' are cast.
       spec: the static side.
 
     Returns:
       [C, H] in the rows' dtype, zero in the rows that are in no run. Sums run in f32.
     """
-    operands = (rows, row_weights, group_sizes, w1, w2, b1, b2)
-    leaves, tree = jax.tree.flatten(operands)
+    leaves, tree = jax.tree.flatten((rows, row_weights, group_sizes, weights))
     # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
     return _expert_mlp(spec, jax.tree.unflatten(tree, compat.union_varying(*leaves)))
 
@@ -103,19 +101,19 @@ def _forward(
     spec: ExpertSpec, operands: _Operands, saved_rows: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The result, and pre-activations: of all C rows, or [saved_rows + the largest tile, 2*I], or None."""
-    rows, row_weights, group_sizes, *weights = operands
+    rows, row_weights, group_sizes, weights = operands
     capacity = rows.shape[0]
     sizes = tile_sizes(spec.block, capacity)
 
     def run(carry: Any, xs: Any) -> tuple[Any, None]:
-        start, size, *weights = xs
-        expert = _Expert.of(spec, rows.dtype, *weights)
+        start, size, of = xs
+        expert = _Expert.of(spec, rows.dtype, of)
 
         def tile(at: _Tile, carry: Any) -> Any:
             out, saved = carry
             x, weight = at.read(rows), at.read(row_weights)[:, None]
             pre = expert.pre(_scaled(x, weight) if spec.weight_input else x)
-            y = expert.down(expert.activate(pre).astype(x.dtype))
+            y = expert.down(expert.activate(pre))
             if not spec.weight_input:
                 y = y * weight
             if saved_rows is not None:
@@ -129,20 +127,22 @@ def _forward(
     saved = None
     if saved_rows is not None:
         kept = capacity if saved_rows == capacity else saved_rows + sizes[0]
-        saved = compat.zeros_like_varying((kept, operands[3].shape[1]), rows.dtype, rows)
-    return lax.scan(run, (out, saved), (run_starts(group_sizes, spec.block), group_sizes, *weights))[0]
+        saved = compat.zeros_like_varying((kept, weights.w1.shape[1]), rows.dtype, rows)
+    return lax.scan(run, (out, saved), (run_starts(group_sizes, spec.block), group_sizes, weights))[0]
 
 
 def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: jax.Array) -> Any:
     """The cotangents of the operands, None for ``group_sizes``."""
-    rows, row_weights, group_sizes, *weights = operands
+    rows, row_weights, group_sizes, weights = operands
     capacity = rows.shape[0]
     sizes = tile_sizes(spec.block, capacity)
     saved_rows = _saved_rows(spec, capacity)
+    # Of codes and their scales there are no gradients.
+    trained = ExpertWeights(None, None, weights.b1, weights.b2) if weights.frozen else weights
 
     def run(carry: Any, xs: Any) -> tuple[Any, Any]:
-        start, size, *weights = xs
-        expert = _Expert.of(spec, rows.dtype, *weights)
+        start, size, of, trained = xs
+        expert = _Expert.of(spec, rows.dtype, of)
 
         def tile(at: _Tile, carry: Any) -> Any:
             (d_rows, d_row_weights), d_weights = carry
@@ -158,74 +158,105 @@ def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: ja
             written = _write(d_rows, d_row, at.first), _write(d_row_weights, d_weight, at.first)
             return written, d_weights
 
-        zeros = jax.tree.map(lambda w: compat.zeros_like_varying(w.shape, jnp.float32, w), weights)
+        zeros = jax.tree.map(lambda w: compat.zeros_like_varying(w.shape, jnp.float32, w), trained)
         carry, d_weights = _for_tiles(sizes, start, size, tile, (carry, zeros))
-        return carry, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+        return carry, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, trained)
 
     d_rows = compat.zeros_like_varying(rows.shape, rows.dtype, rows)
     d_row_weights = compat.zeros_like_varying(row_weights.shape, row_weights.dtype, rows)
+    starts = run_starts(group_sizes, spec.block)
     (d_rows, d_row_weights), d_weights = lax.scan(
-        run, (d_rows, d_row_weights), (run_starts(group_sizes, spec.block), group_sizes, *weights)
+        run, (d_rows, d_row_weights), (starts, group_sizes, weights, trained)
     )
-    return (d_rows, d_row_weights, None, *d_weights)
+    return d_rows, d_row_weights, None, d_weights
 
 
 def _tile_backward(
     expert: _Expert, x: jax.Array, row: jax.Array, weight: jax.Array, pre: jax.Array, d_y: jax.Array
-) -> tuple[jax.Array, jax.Array, list[jax.Array | None]]:
-    """Cotangents of one tile's rows and row weights, and what it adds to those of w1, w2, b1 and b2, in f32.
+) -> tuple[jax.Array, jax.Array, ExpertWeights]:
+    """Cotangents of one tile's rows and row weights, and what it adds to those of the weights, in f32.
 
     The gradient of an output weight needs no second product of the forward pass:
     ``<d_y, w2 h + b2> = <w2.T d_y, h> + <d_y, b2>``.
     """
     h, activate_vjp = jax.vjp(expert.activate, pre.astype(jnp.float32))
-    d_h = _dot(d_y, expert.w2, 1, 0)
+    d_h = expert.down_transposed(d_y)
     d_y = d_y.astype(jnp.float32)
     d_weight = None
     if not expert.spec.weight_input:
-        d_weight = jnp.sum(d_h * h, 1)
+        d_weight = jnp.sum(d_h * expert.read_activated(h), 1)
         if expert.b2 is not None:
             d_weight += jnp.sum(d_y * expert.b2, 1)
         d_h, d_y = d_h * weight, d_y * weight
     (d_pre,) = activate_vjp(d_h)
     d_pre_low = d_pre.astype(x.dtype)
-    d_row = _dot(d_pre_low, expert.w1, 1, 0)
+    d_row = expert.pre_transposed(d_pre)
     if d_weight is None:
         d_weight = jnp.sum(d_row * row, 1)
         d_row = d_row * weight
-    dw1 = _dot(d_pre_low, x, 0, 0)
-    dw2 = _dot(d_y.astype(x.dtype), h.astype(x.dtype), 0, 0)
+    dw1, dw2 = None, None
+    if not expert.frozen:
+        dw1 = _dot(d_pre_low, x, 0, 0)
+        dw2 = _dot(d_y.astype(x.dtype), h.astype(x.dtype), 0, 0)
     db1, db2 = (None, None) if expert.b2 is None else (jnp.sum(d_pre, 0), jnp.sum(d_y, 0))
-    return d_row, d_weight, [dw1, dw2, db1, db2]
+    return d_row, d_weight, ExpertWeights(dw1, dw2, db1, db2)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Expert:
-    """One expert: its weights [2*I, H], [H, I] in the rows' dtype, its biases [2*I], [H] in f32 or None."""
+    """One expert: its weights [2*I, H], [H, I] in the dtype of the products, which is the rows' or with a
+    scheme f32, its biases [2*I], [H] in f32 or None, and with a scheme the dtype of codes."""
 
     spec: ExpertSpec
     w1: jax.Array
     w2: jax.Array
     b1: jax.Array | None
     b2: jax.Array | None
+    frozen: bool
+    codes: jnp.dtype | None
+    quantises_gradients: bool
 
     @classmethod
-    def of(cls, spec: ExpertSpec, dtype: Any, w1: Any, w2: Any, b1: Any, b2: Any) -> _Expert:
-        b1, b2 = (None if b is None else b.astype(jnp.float32) for b in (b1, b2))
-        return cls(spec, w1.astype(dtype), w2.astype(dtype), b1, b2)
+    def of(cls, spec: ExpertSpec, dtype: Any, weights: ExpertWeights) -> _Expert:
+        b1, b2 = (None if b is None else b.astype(jnp.float32) for b in (weights.b1, weights.b2))
+        codes = None
+        if spec.scheme is None:
+            w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
+        else:
+            w1, w2 = rounding.weights(weights, spec)
+            codes = spec.code_dtype(weights)
+        return cls(spec, w1, w2, b1, b2, weights.frozen, codes, spec.quantises_gradients(weights))
 
     def pre(self, x: jax.Array) -> jax.Array:
         """Pre-activations f32[t, 2*I] of rows [t, H]."""
+        if self.codes is not None:
+            x = rounding.rows(x, self.spec, self.codes)
         pre = _dot(x, self.w1, 1, 1)
         return pre if self.b1 is None else pre + self.b1
+
+    def pre_transposed(self, d_pre: jax.Array) -> jax.Array:
+        """Cotangents f32[t, H] of rows, of those of pre-activations f32[t, 2*I]."""
+        if self.codes is not None and self.quantises_gradients:
+            d_pre = rounding.halves(d_pre, self.codes)
+        return _dot(d_pre.astype(self.w1.dtype), self.w1, 1, 0)
 
     def activate(self, pre: jax.Array) -> jax.Array:
         return gated(pre, self.spec.activation, self.spec.activation_limit, self.spec.activation_alpha)
 
+    def read_activated(self, h: jax.Array) -> jax.Array:
+        """Activations f32[t, I] as the second product reads them."""
+        return h if self.codes is None else rounding.activated(h, self.codes)
+
     def down(self, h: jax.Array) -> jax.Array:
-        """Results f32[t, H] of activations [t, I]."""
-        y = _dot(h, self.w2, 1, 1)
+        """Results f32[t, H] of activations f32[t, I]."""
+        y = _dot(self.read_activated(h).astype(self.w2.dtype), self.w2, 1, 1)
         return y if self.b2 is None else y + self.b2
+
+    def down_transposed(self, d_y: jax.Array) -> jax.Array:
+        """Cotangents f32[t, I] of activations, of those of results [t, H]."""
+        if self.codes is not None and self.quantises_gradients:
+            d_y = rounding.activated(d_y, self.codes)
+        return _dot(d_y.astype(self.w2.dtype), self.w2, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jax_moriep import schemes
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import Dispatched
@@ -55,6 +56,9 @@ def _check_weights(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
         "row_weights": (disp.row_weights, (capacity,)),
         "w2": (params.w2, (num_local, hidden, inner)),
     }
+    if params.w1_scale is not None and cfg.expert_quant is not None:
+        shapes = schemes.scale_shapes(cfg.expert_quant, num_local, hidden, inner)
+        wanted |= {"w1_scale": (params.w1_scale, shapes[0]), "w2_scale": (params.w2_scale, shapes[1])}
     if cfg.expert_bias:
         wanted |= {"b1": (params.b1, (num_local, 2 * inner)), "b2": (params.b2, (num_local, hidden))}
     for name, (value, shape) in wanted.items():
@@ -78,7 +82,23 @@ def _check_weights(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
                     "set expert_bias=True or drop the bias",
                 )
             )
-    for name in ("w1", "w2", *(("b1", "b2") if cfg.expert_bias else ())):
+    schemes.check_weights(params, cfg)
+    floating = () if params.w1_scale is not None else ("w1", "w2")
+    for name in (*floating, *(("b1", "b2") if cfg.expert_bias else ())):
         dtype = getattr(params, name).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ConfigError(rule(f"{name}.dtype", str(dtype), "be a float", "cast or dequantise it"))
+
+
+def check_format(params: MoEParams, platform: str | None, format: str) -> None:
+    """Raises ConfigError where float8 codes are not those that the platform's matrix units read."""
+    if platform in (None, "cpu") or params.w1.dtype in (jnp.int8, schemes.FORMATS[format]):
+        return
+    raise ConfigError(
+        rule(
+            "params.w1.dtype",
+            str(params.w1.dtype),
+            f"be float8_{format} on this platform",
+            "pass the weights through jm.prepare_params(params, cfg, mesh), which converts them",
+        )
+    )

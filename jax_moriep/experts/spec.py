@@ -1,8 +1,36 @@
-"""ExpertSpec: what an implementation of the experts must know at trace time."""
+"""ExpertWeights and ExpertSpec: what an implementation of the experts gets beside the rows."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_moriep import schemes
+
+
+class ExpertWeights(NamedTuple):
+    """One rank's experts: floating weights, or codes and scales as ``MoEParams`` has them."""
+
+    w1: Any
+    """[L, 2*I, H], gate rows, then up rows."""
+    w2: Any
+    """[L, H, I]."""
+    b1: Any = None
+    """[L, 2*I] or None."""
+    b2: Any = None
+    """[L, H] or None; both biases or neither."""
+    w1_scale: Any = None
+    """f32 or None; both scales or neither."""
+    w2_scale: Any = None
+    """f32 or None."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights are codes, which have no gradient."""
+        return self.w1_scale is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +45,8 @@ class ExpertSpec:
       block: every expert's run of rows starts at a multiple of it.
       saved_rows: the backward pass may keep the pre-activations of about this many rows and recompute
         those of the rows behind them; None: keep all.
+      scheme: how weights and rows are quantised, a name in ``config.SCHEMES``; None: not at all.
+      format: the float8 of the platform, for rows and for master weights.
     """
 
     activation: str
@@ -25,3 +55,23 @@ class ExpertSpec:
     weight_input: bool
     block: int
     saved_rows: int | None = None
+    scheme: str | None = None
+    format: str = "e4m3fn"
+
+    def code_dtype(self, weights: ExpertWeights) -> jnp.dtype:
+        """Of the codes of rows and weights: that of the weights, if they are codes."""
+        assert self.scheme is not None
+        if weights.frozen:
+            return jnp.dtype(weights.w1.dtype)
+        return schemes.code_dtype(self.scheme, schemes.FORMATS[self.format])
+
+    def quantises_gradients(self, weights: ExpertWeights) -> bool:
+        """Whether cotangents are quantised before they meet weights: those of fp8_block's master weights,
+        whose blocks are the same when transposed."""
+        return self.scheme == "fp8_block" and not weights.frozen
+
+
+def dequantised(weights: ExpertWeights, scheme: str) -> tuple[jax.Array, jax.Array]:
+    """w1 and w2 in f32 of experts that are codes."""
+    w1 = schemes.dequantise_weights(weights.w1, weights.w1_scale, scheme, parts=2)
+    return w1, schemes.dequantise_weights(weights.w2, weights.w2_scale, scheme, parts=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jax_moriep import layer
-from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.flax import shared
 from jax_moriep.routing import update_score_bias
 
@@ -61,7 +60,7 @@ class LinenEpMoE(nn.Module):
           y like x, in ``dtype``, and the statistics of the call.
         """
         specs = shared.param_specs(self.cfg, self.ep_axis, self.tp_axis)
-        held: dict[str, Any] = {f.name: None for f in dataclasses.fields(MoEParams)}
+        held: dict[str, Any] = dict.fromkeys(WEIGHT_NAMES)
         for name in held:
             spec = getattr(specs, name)
             if spec is not None and name != "score_bias":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_moriep import layer
-from jax_moriep.config import MoEConfig, MoEParams, MoEStats
+from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.flax import shared
 from jax_moriep.routing import update_score_bias
@@ -81,12 +80,12 @@ class EpMoE(nnx.Module):
         self.dtype = dtype
         weights = shared.init_padded(rngs.params(), cfg, mesh, ep_axis, tp_axis, param_dtype)
         specs = shared.param_specs(cfg, ep_axis, tp_axis)
-        for field in dataclasses.fields(MoEParams):
-            value = getattr(weights, field.name)
+        for name in WEIGHT_NAMES:
+            value = getattr(weights, name)
             if value is not None:
-                kind = ScoreBias if field.name == "score_bias" else nnx.Param
-                value = kind(value, out_sharding=getattr(specs, field.name), mesh=mesh)
-            setattr(self, field.name, value)
+                kind = ScoreBias if name == "score_bias" else nnx.Param
+                value = kind(value, out_sharding=getattr(specs, name), mesh=mesh)
+            setattr(self, name, value)
 
     def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
         """Applies the layer; see ``jm.ep_moe``.
@@ -112,8 +111,11 @@ class EpMoE(nnx.Module):
 
     def weights(self) -> MoEParams:
         """The weights as ``jm.ep_moe`` takes them."""
-        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(MoEParams)}
-        return MoEParams(**{name: None if var is None else var[...] for name, var in held.items()})
+        held: dict[str, Any] = {}
+        for name in WEIGHT_NAMES:
+            variable = getattr(self, name)
+            held[name] = None if variable is None else variable[...]
+        return MoEParams(**held)
 
     def update_score_bias(self, expert_counts: jax.Array, rate: float) -> None:
         """Moves ``score_bias`` against the load, by ``jm.update_score_bias``; call it once per training step.

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_moriep import params as parameters
-from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams
 from jax_moriep.errors import ShardingError
 from jax_moriep.runtime import group
 
@@ -57,10 +57,9 @@ def param_specs(cfg: MoEConfig, ep_axis: str, tp_axis: str | None) -> MoEParams:
     def full(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
         return PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
 
-    fields = [
-        (f.name, getattr(specs, f.name), getattr(shapes, f.name)) for f in dataclasses.fields(MoEParams)
-    ]
-    return MoEParams(**{name: None if spec is None else full(spec, shape) for name, spec, shape in fields})
+    fields = [(name, getattr(specs, name), getattr(shapes, name)) for name in WEIGHT_NAMES]
+    made: dict[str, Any] = {name: None if spec is None else full(spec, shape) for name, spec, shape in fields}
+    return MoEParams(**made)
 
 
 def cast_experts(params: MoEParams, dtype: Any) -> MoEParams:

@@ -148,7 +148,7 @@ def test_biases_and_gates_under_tensor_parallelism(transport):
     filled = {
         name: jnp.asarray(rng.normal(size=value.shape), jnp.float32)
         for name, value in vars(jm.init_params(jax.random.key(0), cfg)).items()
-        if value is not None
+        if hasattr(value, "shape")
     }
     params, (x, dy) = jm.MoEParams(**filled), tokens(rng, 8, 6)
     (_, (want_y, _)), want = step(cfg, meshes.up_to(4))(x, params, dy, None)

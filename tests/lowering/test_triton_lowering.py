@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
-from jax_moriep.experts import ExpertSpec, triton
+from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
 
 L, C = 4, 1024
 FORWARD = ["moriep_down", "moriep_gate_up"]
@@ -43,8 +43,7 @@ def kernels(platform, dtype, hidden, inner, spec, biases=False, backward=True):
     operands = [jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), d) for shape, d in shapes]
 
     def loss(rows, weights, sizes, *params):
-        w1, w2, b1, b2 = (*params, None, None)[:4]
-        out = triton.expert_mlp(rows, weights, sizes, w1, w2, b1, b2, spec)
+        out = triton.expert_mlp(rows, weights, sizes, ExpertWeights(*params), spec)
         return jnp.sum(out.astype(jnp.float32))
 
     arguments = (0, 1, *range(3, len(operands)))

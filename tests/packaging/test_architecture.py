@@ -17,6 +17,7 @@ LAYERS = [
     ["tuning_options"],
     ["config"],
     ["plan", "quant"],
+    ["schemes"],
     ["runtime"],
     ["mori"],
     ["transports"],

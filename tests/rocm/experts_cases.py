@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec
+from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec, ExpertWeights
 
 
 def draw(dtype, sizes, *, hidden, inner, block):
@@ -30,7 +30,7 @@ def forward_and_backward(name, block, rows, weights, sizes, w1, w2, d_out):
     spec = ExpertSpec("silu", 0.0, 0.0, False, block)
 
     def layer(rows, weights, w1, w2):
-        return IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, w1, w2, None, None, spec)
+        return IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, ExpertWeights(w1, w2), spec)
 
     @jax.jit
     def run(rows, weights, w1, w2, d_out):

@@ -17,7 +17,7 @@ from jax.test_util import check_grads
 from jax_moriep import experts
 from jax_moriep.config import ACTIVATIONS, EXPERTS, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, TransportError
-from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec, blocked
+from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec, ExpertWeights, blocked
 from jax_moriep.experts.activation import gated
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime.place import Place
@@ -109,7 +109,7 @@ def with_gradients(name, spec):
 
     def run(sizes, operands, d_out):
         def fn(rows, weights, w1, w2, b1, b2):
-            return IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, w1, w2, b1, b2, spec)
+            return IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, ExpertWeights(w1, w2, b1, b2), spec)
 
         out, pull = jax.vjp(fn, *operands)
         return out, *pull(d_out)
@@ -221,7 +221,9 @@ def test_finite_differences_of_blocked(weight_input):
     operands = (np.where(case.real[:, None], rows, 0), np.where(case.real, weights, 0), *others)
 
     def fn(rows, weights, w1, w2, b1, b2):
-        return blocked.expert_mlp(rows, weights, jnp.asarray(case.sizes), w1, w2, b1, b2, case.spec)
+        return blocked.expert_mlp(
+            rows, weights, jnp.asarray(case.sizes), ExpertWeights(w1, w2, b1, b2), case.spec
+        )
 
     check_grads(jax.jit(fn), operands, order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
 
@@ -240,7 +242,9 @@ def test_scan_over_layers(name, remat):
 
     def layer(rows, layer_weights):
         w1, w2, b1, b2 = layer_weights
-        return rows + IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, w1, w2, b1, b2, spec), None
+        return rows + IMPLEMENTATIONS[name].expert_mlp(
+            rows, weights, sizes, ExpertWeights(w1, w2, b1, b2), spec
+        ), None
 
     def loss(rows, layers):
         return jnp.sum(lax.scan(jax.checkpoint(layer) if remat else layer, rows, layers)[0])
@@ -299,7 +303,7 @@ def test_sharded_with_check_vma(name, kind):
         w1, b1 = w1.reshape(L, -1, H), b1.reshape(L, -1)
         b2 = jnp.where(lax.axis_index("tp") == 0, b2[0], 0)
         out = IMPLEMENTATIONS[name].expert_mlp(
-            rows[0, 0], weights[0, 0], sizes[0, 0], w1, w2[0], b1, b2, spec
+            rows[0, 0], weights[0, 0], sizes[0, 0], ExpertWeights(w1, w2[0], b1, b2), spec
         )
         return lax.psum(out, "tp")[None, None]
 
@@ -455,7 +459,12 @@ ROWS, WEIGHTS, W1, W2, B1, B2 = CASE.operands
         ({}, {"w1": W1[:, :6]}, {}, r"w1.shape=\(3, 6, 12\) must have 2\*I rows, I=10 or"),
         ({}, {"w1": None}, {}, "w1.shape=None must be"),
         ({}, {"w2": W2.swapaxes(1, 2)}, {}, r"w2.shape=\(3, 10, 12\) must be \(3, 12, 10\) beside"),
-        ({}, {"w2": W2.astype(np.int8)}, {}, "w2.dtype='int8' must be a float; cast or dequantise"),
+        (
+            {},
+            {"w2": W2.astype(np.int8)},
+            {},
+            "params.w2.dtype='int8' must be bfloat16, .* with expert_quant=None; set expert_quant",
+        ),
         ({}, {"b1": None}, {}, r"b1.shape=None must be \(3, 20\)"),
         ({}, {"b2": B2[:, 1:]}, {}, r"b2.shape=\(3, 11\) must be \(3, 12\)"),
         ({}, {}, {"expert_bias": False}, "b1='an array' must be None with expert_bias=False"),

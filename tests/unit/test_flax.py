@@ -1,6 +1,5 @@
 """The Flax modules against ``ep_moe`` called by hand: values, gradients, shardings, the selection bias."""
 
-import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -16,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep.config import WEIGHT_NAMES
 from jax_moriep.flax import EpMoE, LinenEpMoE, ScoreBias
 
 HIDDEN = 16
@@ -47,7 +47,7 @@ def tokens(mesh, seed=0, axes=("ep",)):
 
 def without_none(params):
     """Name to value of what a MoEParams holds."""
-    held = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    held = {name: getattr(params, name) for name in WEIGHT_NAMES}
     return {name: value for name, value in held.items() if value is not None}
 
 

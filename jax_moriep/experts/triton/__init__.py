@@ -20,17 +20,18 @@ from __future__ import annotations
 import jax
 
 from jax_moriep.config import MoEConfig
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
 from jax_moriep.runtime.place import Place
 
 PLATFORMS = ("gpu", "cuda", "rocm")
 
 
 def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
-    """None on GPUs; elsewhere why not."""
-    del cfg
+    """None on GPUs, for experts that are not quantised; elsewhere why not."""
     if place.platform in PLATFORMS:
-        return None
+        if cfg is None or cfg.expert_quant is None:
+            return None
+        return f"it has no kernels for expert_quant={cfg.expert_quant!r}; use experts='blocked'"
     return f"it needs a GPU of NVIDIA or AMD, and this is {place.platform}; use experts='blocked'"
 
 
@@ -38,14 +39,11 @@ def expert_mlp(
     rows: jax.Array,
     row_weights: jax.Array,
     group_sizes: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
-    b1: jax.Array | None,
-    b2: jax.Array | None,
+    weights: ExpertWeights,
     spec: ExpertSpec,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     # Imported on first use: Pallas would be most of what `import jax_moriep` adds to jax's own time.
     from jax_moriep.experts.triton import mlp
 
-    return mlp.expert_mlp(rows, row_weights, group_sizes, w1, w2, b1, b2, spec)
+    return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec)

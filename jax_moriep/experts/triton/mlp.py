@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
 from jax_moriep.experts.triton import hopper, hopper_passes, passes, tuning
 from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.runtime import compat
@@ -19,14 +19,12 @@ def expert_mlp(
     rows: jax.Array,
     row_weights: jax.Array,
     group_sizes: jax.Array,
-    w1: jax.Array,
-    w2: jax.Array,
-    b1: jax.Array | None,
-    b2: jax.Array | None,
+    weights: ExpertWeights,
     spec: ExpertSpec,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
-    operands = (rows, row_weights, group_sizes, w1, w2, *(() if b1 is None or b2 is None else (b1, b2)))
+    biases = () if weights.b1 is None or weights.b2 is None else (weights.b1, weights.b2)
+    operands = (rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
     # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
     return _expert_mlp(spec, compat.union_varying(*operands))
 
