@@ -8,7 +8,7 @@ import numpy as np
 from jax_moriep.config import MoEConfig, MoEParams
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem != "spellings")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("spellings", "quantised"))
 
 
 class Golden:
@@ -32,10 +32,10 @@ class Golden:
         return found
 
 
-def spellings() -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of ``spellings.npz`` by model, then by the rest of their name."""
+def by_model(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of ``spellings.npz`` or ``quantised.npz`` by model, then by the rest of their name."""
     models: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(FOLDER / "spellings.npz") as file:
+    with np.load(FOLDER / f"{name}.npz") as file:
         for key in file.files:
             model, rest = key.split("/", 1)
             models.setdefault(model, {})[rest] = file[key]

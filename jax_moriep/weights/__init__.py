@@ -1,7 +1,7 @@
 """Weights of published models: one layer's MoE block as Hugging Face names it, to MoEParams.
 
 ``from_hf`` reads both spellings of transformers 5.24: that in memory (one tensor for all experts), and that
-of checkpoints on disk (mostly one tensor per expert).
+of checkpoints on disk (mostly one tensor per expert), also where the weights are quantised.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.weights.block import Block
 
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
-
-def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEParams:
+def from_hf(
+    state_dict: Mapping[str, Any], family: str, cfg: MoEConfig, *, dequantize: bool = False
+) -> MoEParams:
     """Converts one layer's MoE block of a Hugging Face model.
 
     ================================  =====================================================================
@@ -43,19 +43,28 @@ def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEPa
     ``config.json`` decides cannot be seen here: ``top_k``, the groups, silu or gelu, and elsewhere
     ``norm_topk`` and ``routed_scaling``. Nor can a fused gate_up that somebody has transposed where 2*I == H.
 
+    Experts that are stored as float8 or int8 codes with scales beside them stay so, in the scheme that
+    ``cfg.expert_quant`` must name: "fp8_block" for scales of 128 x 128 blocks (``weight_scale_inv`` of
+    DeepSeek-V3, Qwen3 and MiniMax-M2), "fp8_token" or "int8_token" for those of rows or of whole matrices
+    (``weight_scale`` of GLM-4.5 and others, by compressed-tensors). Floating experts with an
+    ``expert_quant`` are master weights. Whatever else is stored as codes becomes bfloat16: shared experts,
+    and gpt-oss's MXFP4. Fixed scales for the experts' inputs are not used: rows are quantised by what they
+    hold.
+
     Args:
       state_dict: NumPy arrays or torch tensors by their name below the block, for example "gate.weight".
       family: a name of the table.
       cfg: the layer; says which shapes, biases and shared expert must be there.
+      dequantize: give experts that are stored in float8 or int8 in bfloat16.
 
     Returns:
-      MoEParams of NumPy arrays in the dtype that they had (score_bias: f32); some may share memory with the
-      input. ``jax.device_put(params, shardings)`` then sends each device only its own shard.
+      MoEParams of NumPy arrays in the dtype that they had (score_bias, scales: f32); some may share memory
+      with the input. ``jax.device_put(params, shardings)`` then sends each device only its own shard.
 
     Raises:
       ConfigError: the family is unknown or contradicts cfg, or a tensor is missing, has another shape than
-        cfg says, is not floating (a quantised checkpoint), or is one that the family does not have. Where the
-        names are those of a whole model, the text has the prefixes that would fit.
+        cfg says, is quantised in another way, or is one that the family does not have. Where the names are
+        those of a whole model, the text has the prefixes that would fit.
 
     Example:
       >>> prefix = "model.layers.3.mlp."
@@ -72,7 +81,7 @@ def from_hf(state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> MoEPa
         )
     _check_config(family, cfg)
     _check_names(family, state_dict)
-    block = _Block(state_dict, family, cfg)
+    block = Block(state_dict, family, cfg, dequantize)
     params = FAMILIES[family].read(block)
     block.check_all_read(params)
     return params
@@ -125,118 +134,11 @@ def _prefixes(names: list[str], routers: tuple[str, ...]) -> list[str]:
     return sorted(blocks, key=lambda p: [(len(part) if part.isdigit() else 0, part) for part in p.split(".")])
 
 
-class _Block:
-    """A state dict that checks the shape of what is read and remembers what has been."""
-
-    def __init__(self, state_dict: Mapping[str, Any], family: str, cfg: MoEConfig) -> None:
-        self.cfg = cfg
-        self._tensors = state_dict
-        self._family = family
-        self._read: set[str] = set()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def array(self, name: str, *shape: int) -> np.ndarray:
-        """The tensor of that name as NumPy, of exactly that shape."""
-        if name not in self._tensors:
-            if f"{name}_blocks" in self._tensors:
-                raise ConfigError(
-                    f"state_dict has {name + '_blocks'!r}, a quantised tensor, instead of {name!r}; "
-                    "dequantise the checkpoint first"
-                )
-            raise ConfigError(
-                f"state_dict lacks {name!r} of shape {shape}, which family={self._family!r} with this config "
-                "needs; pass the names below one layer's MoE block, and a config that fits the model"
-            )
-        self._read.add(name)
-        array = _to_numpy(name, self._tensors[name])
-        if array.shape != shape:
-            raise ConfigError(
-                rule(f"state_dict[{name!r}].shape", array.shape, f"be {shape}", "pass the model's own config")
-            )
-        return array
-
-    def check_all_read(self, params: MoEParams) -> None:
-        """Nothing may be left over, in the state dict or in the config's wishes."""
-        left = sorted(set(self._tensors) - self._read)
-        if left:
-            raise ConfigError(
-                f"state_dict has {left[:4]} ({len(left)} in all), which family={self._family!r} with this "
-                "config does not read; pick the right family, set the config's biases and shared expert as "
-                "the model has them, and drop what is not part of the block"
-            )
-        present = {
-            "router_bias": (self.cfg.router_bias, params.router_bias),
-            "score_bias": (self.cfg.score_bias, params.score_bias),
-            "expert_bias": (self.cfg.expert_bias, params.b1),
-            "shared_intermediate_size": (self.cfg.shared_intermediate_size, params.shared_w1),
-            "shared_gate": (self.cfg.shared_gate, params.shared_gate),
-        }
-        for name, (wish, array) in present.items():
-            if bool(wish) != (array is not None):
-                must, cure = ("be unset", "drop it") if wish else ("be set", "set it in MoEConfig")
-                raise ConfigError(rule(name, wish, f"{must} for family={self._family!r}", cure))
-
-    def router(self, name: str) -> np.ndarray:
-        return self.array(name, self.cfg.num_experts, self.cfg.hidden_size).T
-
-    def experts(self, names: tuple[str, str, str] = GATE_UP_DOWN) -> dict[str, Any]:
-        """w1 and w2, from the fused tensors or from ``experts.<i>.<name>.weight``: gate, up and down."""
-        experts, hidden, inter = self.cfg.num_experts, self.cfg.hidden_size, self.cfg.intermediate_size
-        if "experts.gate_up_proj" in self:
-            return {
-                "w1": self.array("experts.gate_up_proj", experts, 2 * inter, hidden),
-                "w2": self.array("experts.down_proj", experts, hidden, inter),
-            }
-        gate, up, down = names
-        w1, w2 = [], []
-        for i in range(experts):
-            halves = [self.array(f"experts.{i}.{half}.weight", inter, hidden) for half in (gate, up)]
-            w1.append(np.concatenate(halves))
-            w2.append(self.array(f"experts.{i}.{down}.weight", hidden, inter))
-        return {"w1": np.stack(w1), "w2": np.stack(w2)}
-
-    def score_bias(self, *names: str) -> dict[str, Any]:
-        """The selection bias under the first name that is there; nothing when the config wants none."""
-        if not self.cfg.score_bias:
-            return {}
-        name = next((n for n in names if n in self), names[0])
-        # ERNIE keeps a leading dimension of 1.
-        lead = (1,) if "moe_statics" in name else ()
-        bias = self.array(name, *lead, self.cfg.num_experts)
-        return {"score_bias": bias.reshape(-1).astype(np.float32)}
-
-    def shared(self, name: str) -> dict[str, Any]:
-        """The shared expert below ``name``; nothing when the config wants none."""
-        inter, hidden = self.cfg.shared_intermediate_size, self.cfg.hidden_size
-        if inter is None:
-            return {}
-        halves = [self.array(f"{name}.{half}.weight", inter, hidden) for half in GATE_UP_DOWN[:2]]
-        down = self.array(f"{name}.down_proj.weight", hidden, inter)
-        return {"shared_w1": np.concatenate(halves), "shared_w2": down}
-
-
-def _to_numpy(name: str, value: Any) -> np.ndarray:
-    """NumPy array of a NumPy, JAX or torch array, without importing torch."""
-    dtype = str(getattr(value, "dtype", type(value).__name__))
-    if dtype.removeprefix("torch.") not in ("float64", "float32", "float16", "bfloat16"):
-        must = "be float64, float32, float16 or bfloat16"
-        raise ConfigError(rule(f"state_dict[{name!r}].dtype", dtype, must, "dequantise the checkpoint first"))
-    if not dtype.startswith("torch."):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    if dtype == "torch.bfloat16":
-        # torch gives NumPy no bfloat16; through float32 no bit is lost.
-        return value.float().numpy().astype(jnp.bfloat16)
-    return value.numpy()
-
-
-def _mixtral(block: _Block) -> MoEParams:
+def _mixtral(block: Block) -> MoEParams:
     return MoEParams(router=block.router("gate.weight"), **block.experts(("w1", "w3", "w2")))
 
 
-def _minimax_m2(block: _Block) -> MoEParams:
+def _minimax_m2(block: Block) -> MoEParams:
     return MoEParams(
         router=block.router("gate.weight"),
         **block.experts(("w1", "w3", "w2")),
@@ -244,11 +146,11 @@ def _minimax_m2(block: _Block) -> MoEParams:
     )
 
 
-def _qwen3_moe(block: _Block) -> MoEParams:
+def _qwen3_moe(block: Block) -> MoEParams:
     return MoEParams(router=block.router("gate.weight"), **block.experts())
 
 
-def _qwen2_moe(block: _Block) -> MoEParams:
+def _qwen2_moe(block: Block) -> MoEParams:
     gate = None
     if block.cfg.shared_gate:
         gate = block.array("shared_expert_gate.weight", 1, block.cfg.hidden_size).T
@@ -260,11 +162,11 @@ def _qwen2_moe(block: _Block) -> MoEParams:
     )
 
 
-def _deepseek_v2(block: _Block) -> MoEParams:
+def _deepseek_v2(block: Block) -> MoEParams:
     return MoEParams(router=block.router("gate.weight"), **block.experts(), **block.shared("shared_experts"))
 
 
-def _deepseek_v3(block: _Block) -> MoEParams:
+def _deepseek_v3(block: Block) -> MoEParams:
     return MoEParams(
         router=block.router("gate.weight"),
         **block.experts(),
@@ -273,7 +175,7 @@ def _deepseek_v3(block: _Block) -> MoEParams:
     )
 
 
-def _ernie45(block: _Block) -> MoEParams:
+def _ernie45(block: Block) -> MoEParams:
     # In memory the bias is below the gate; on disk it is beside it.
     bias = "moe_statics.e_score_correction_bias"
     return MoEParams(
@@ -284,7 +186,7 @@ def _ernie45(block: _Block) -> MoEParams:
     )
 
 
-def _granite(block: _Block) -> MoEParams:
+def _granite(block: Block) -> MoEParams:
     cfg = block.cfg
     if "router.layer.weight" not in block:
         return MoEParams(router=block.router("router.weight"), **block.experts())
@@ -296,10 +198,10 @@ def _granite(block: _Block) -> MoEParams:
     )
 
 
-def _gpt_oss(block: _Block) -> MoEParams:
+def _gpt_oss(block: Block) -> MoEParams:
     cfg = block.cfg
     experts, hidden, inter = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-    w1 = block.array("experts.gate_up_proj", experts, hidden, 2 * inter).swapaxes(1, 2)
+    w1 = block.transposed("experts.gate_up_proj", experts, 2 * inter, hidden)
     b1 = block.array("experts.gate_up_proj_bias", experts, 2 * inter)
     return MoEParams(
         router=block.router("router.weight"),
@@ -307,12 +209,12 @@ def _gpt_oss(block: _Block) -> MoEParams:
         # Gate and up alternate; the even ones are the gate's.
         w1=np.concatenate([w1[:, ::2], w1[:, 1::2]], axis=1),
         b1=np.concatenate([b1[:, ::2], b1[:, 1::2]], axis=1),
-        w2=block.array("experts.down_proj", experts, inter, hidden).swapaxes(1, 2),
+        w2=block.transposed("experts.down_proj", experts, hidden, inter),
         b2=block.array("experts.down_proj_bias", experts, hidden),
     )
 
 
-def _llama4(block: _Block) -> MoEParams:
+def _llama4(block: Block) -> MoEParams:
     cfg = block.cfg
     experts, hidden, inter = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
     return MoEParams(
@@ -327,7 +229,7 @@ def _llama4(block: _Block) -> MoEParams:
 class Family:
     """How one family's block is read, and what the code of its models fixes in a config."""
 
-    read: Callable[[_Block], MoEParams]
+    read: Callable[[Block], MoEParams]
     routers: tuple[str, ...]
     """The model's own router first; another one in the list is the same formula."""
     router_names: tuple[str, ...] = ("gate.weight",)
