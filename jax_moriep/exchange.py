@@ -20,6 +20,7 @@ from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime import compat, group
 from jax_moriep.runtime import order as order_chain
+from jax_moriep.runtime.derivatives import first_order, reverse_only
 from jax_moriep.runtime.place import Place
 from jax_moriep.runtime.unbatched import unbatched
 from jax_moriep.transports import IMPLEMENTATIONS, choose
@@ -30,6 +31,10 @@ COMBINE_NAME = "moriep_combine"
 _VMAP_CURE = (
     "dispatch and combine cannot be batched by jax.vmap, because a batched exchange is another exchange; "
     "put the batch into the tokens, x [T, H]"
+)
+_VMAP_BACK_CURE = (
+    "the cotangents of an exchange cannot be batched by jax.vmap (as jax.jacrev does), because a batched "
+    "exchange is another exchange; call the function of jax.vjp once for each, in a loop or by jax.lax.map"
 )
 
 
@@ -63,7 +68,7 @@ def dispatch(
       TransportError: the transport cannot run here.
     """
     link = link_in_shard_map(x, ids, weights, cfg, axis_name)
-    x, ids, weights = unbatched((x, ids, weights), _VMAP_CURE)
+    x, ids, weights = unbatched(reverse_only((x, ids, weights), "dispatch"), _VMAP_CURE)
     key = _chain_key(link, x, ids, weights)
     token = order_chain.last(key)
     token = order_chain.start() if token is None else token
@@ -106,7 +111,7 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
                 "pass dispatch's rows, transformed",
             )
         )
-    rows = unbatched(rows, _VMAP_CURE)
+    rows = unbatched(reverse_only(rows, "combine"), _VMAP_CURE)
     key = _chain_key(plan.link, rows, *jax.tree.leaves(plan.own))
     token = order_chain.last(key)
     y, token = ordered_combine(rows, plan, order_chain.start() if token is None else token)
@@ -285,6 +290,7 @@ def _dispatch_fwd(
     words: jax.Array,
     token: jax.Array,
 ) -> tuple[Any, Plan]:
+    x, weights = first_order((x, weights), "dispatch")
     transport = IMPLEMENTATIONS[link.transport]
     fp8 = quant.format_of(link.architecture)
     wire = quant.pack(x, fp8) if packed else x
@@ -304,7 +310,7 @@ def _dispatch_fwd(
 
 def _dispatch_bwd(link: Link, packed: bool, plan: Plan, cotangents: Any) -> tuple[Any, ...]:
     del packed  # The gradient passes the quantisation as if it were not there (straight through).
-    d_rows, d_row_weights, _, _, _, d_token = cotangents
+    d_rows, d_row_weights, _, _, _, d_token = unbatched(cotangents, _VMAP_BACK_CURE)
     d_x, d_weights, order = IMPLEMENTATIONS[link.transport].combine(
         link, d_rows, plan.ids, plan.own, _to_order(d_token), row_scalars=d_row_weights
     )
@@ -320,6 +326,7 @@ def _combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, 
 
 
 def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, tuple[Plan, jax.Array]]:
+    rows = first_order(rows, "combine")
     transport = IMPLEMENTATIONS[plan.link.transport]
     y, _, order = transport.combine(plan.link, rows, plan.ids, plan.own, _to_order(token))
     y, order = checkpoint_name((y, order), COMBINE_NAME)
@@ -328,7 +335,7 @@ def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, tu
 
 def _combine_bwd(residuals: tuple[Plan, jax.Array], cotangents: Any) -> tuple[Any, ...]:
     plan, forward = residuals
-    d_y, d_token = cotangents
+    d_y, d_token = unbatched(cotangents, _VMAP_BACK_CURE)
     # Where the loss is linear in y, neither cotangent depends on the forward pass. The maximum does, so that
     # no rank begins the way back before it has ended the way there.
     order = jnp.maximum(_to_order(d_token), forward)

@@ -23,6 +23,7 @@ from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.layout import Layout
 from jax_moriep.plan import Link
 from jax_moriep.runtime import compat, order
+from jax_moriep.runtime.derivatives import reverse_only
 from jax_moriep.runtime.unbatched import unbatched
 
 
@@ -66,6 +67,7 @@ def ep_moe(
     mesh = _resolve_mesh(mesh)
     layout = Layout.of(mesh, ep_axis, token_axes, tp_axis)
     _check_operands(x, params, cfg, layout, token_mask)
+    x, params, token_mask = reverse_only((x, params, token_mask), "ep_moe")
     x, params, token_mask = unbatched((x, params, token_mask), _VMAP_CURE)
     params = (
         parameters.pad_params(params, layout.num_ranks)

@@ -228,6 +228,32 @@ def test_vmap_says_what_to_do(case):
             jax.vmap(fn)(batched)
 
 
+FORWARD = r"ep_moe has no forward-mode derivative .*; use reverse mode: jax\.grad"
+SECOND = r"dispatch has derivatives of first order only; use"
+BATCHED_BACK = r"the cotangents of an exchange cannot be batched by jax\.vmap .*; call the function of"
+
+
+@pytest.mark.parametrize(
+    ("transform", "text"),
+    [
+        (lambda f, x: jax.jvp(f, (x,), (x,)), FORWARD),
+        (lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x), FORWARD),
+        (lambda f, x: jax.jacfwd(f)(x), FORWARD),
+        (lambda f, x: jax.linearize(f, x)[1](x), FORWARD),
+        (lambda f, x: jax.jvp(jax.checkpoint(f), (x,), (x,)), FORWARD),
+        (lambda f, x: jax.hessian(lambda x: f(x).sum())(x), FORWARD),
+        (lambda f, x: jax.jit(jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum()))(x), SECOND),
+        (lambda f, x: jax.jacrev(f)(x), BATCHED_BACK),
+        (lambda f, x: jax.vmap(jax.vjp(f, x)[1])(jnp.stack([x, x])), BATCHED_BACK),
+    ],
+)
+def test_derivatives_that_there_are_not(case, transform, text):
+    """A text of ours, also outside jit, where forward mode compiled for long and then failed inside JAX."""
+    cfg, params, mesh, x = case
+    with pytest.raises(jm.ConfigError, match=text):
+        transform(lambda x: jm.ep_moe(x, params, cfg, mesh=mesh)[0], x)
+
+
 def test_vmap_of_the_exchanges_says_what_to_do(transport):
     cfg = config(transport)
     ids, weights = jnp.zeros((8, cfg.top_k), jnp.int32), jnp.ones((8, cfg.top_k))
