@@ -62,6 +62,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names; the modules that hold them are not public."""
+    return __all__
+
+
 def __getattr__(name: str) -> ModuleType:
     """Imports ``jm.flax`` on first use, so that jax_moriep itself needs no Flax."""
     if name == "flax":

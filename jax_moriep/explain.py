@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_moriep import experts, transports
-from jax_moriep.config import MoEConfig
+from jax_moriep.config import MoEConfig, check_type
+from jax_moriep.errors import ShardingError, rule
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 
@@ -73,8 +74,13 @@ def explain(
       The explanation.
 
     Raises:
-      ShardingError: the mesh has no such axis.
+      ConfigError: ``cfg`` is no config.
+      ShardingError: ``mesh`` is no mesh, or has no such axis.
     """
+    check_type("cfg", cfg, MoEConfig, "call explain(cfg, mesh)")
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        cure = "make one with jax.make_mesh"
+        raise ShardingError(rule("mesh", type(mesh).__name__, "be a jax.sharding.Mesh or AbstractMesh", cure))
     place = Place.of(mesh, ep_axis)
     transport_reasons = transports.reasons(place)
     experts_reasons = experts.reasons(place, cfg)

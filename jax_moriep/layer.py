@@ -20,7 +20,7 @@ from jax_moriep import exchange, experts, routing, schemes, stats
 from jax_moriep import params as parameters
 from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
-from jax_moriep.layout import Layout
+from jax_moriep.layout import Layout, axes_of
 from jax_moriep.plan import Link
 from jax_moriep.runtime import compat, order
 from jax_moriep.runtime.derivatives import reverse_only
@@ -77,6 +77,8 @@ def ep_moe(
 
     lead = x.shape[:-1]
     x_spec, divides = layout.spec_of_tokens(x)
+    if layout.explicit:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, x_spec))
     if not divides:
         # Tokens that fill the last shard; they are masked, so nothing sees them.
         x, token_mask = _pad_tokens(x, token_mask, layout.num_shards)
@@ -245,7 +247,8 @@ def _check_operands(
         raise ConfigError(rule("cfg", type(cfg).__name__, "be a jm.MoEConfig", "make one"))
     for name, array in (("x", x), ("token_mask", token_mask)):
         if array is not None and not (hasattr(array, "dtype") and hasattr(array, "shape")):
-            raise ConfigError(rule(name, array, "be an array", "wrap it in jnp.asarray"))
+            cure = "call ep_moe(x, params, cfg)" if isinstance(array, MoEParams) else "wrap it in jnp.asarray"
+            raise ConfigError(rule(name, type(array).__name__, "be an array", cure))
     if x.ndim < 1 or x.shape[-1] != cfg.hidden_size:
         raise ConfigError(
             rule("x.shape", x.shape, f"end in hidden_size={cfg.hidden_size}", "pass x as [..., H]")
@@ -297,7 +300,7 @@ def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: Layout, mesh: An
             done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
         else:
             got = jax.typeof(value).sharding.spec
-            if _trim(got) != _trim(spec):
+            if _trim(got, layout) != _trim(spec, layout):
                 raise ShardingError(
                     rule(
                         f"params.{name}.sharding",
@@ -306,13 +309,17 @@ def _padded_explicit(params: MoEParams, cfg: MoEConfig, layout: Layout, mesh: An
                         "place the weights with jax.device_put or jax.sharding.reshard by jm.param_specs",
                     )
                 )
-            done[name] = value
+            # Free: they differ by axes of one device at most.
+            done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
     return MoEParams(**done)
 
 
-def _trim(spec: PartitionSpec) -> tuple[Any, ...]:
-    """A spec without its trailing Nones, which say nothing."""
-    parts = [part[0] if isinstance(part, tuple) and len(part) == 1 else part for part in spec]
+def _trim(spec: PartitionSpec, layout: Layout) -> tuple[Any, ...]:
+    """A spec without what says nothing: axes of one device, and trailing Nones."""
+    parts: list[Any] = []
+    for part in spec:
+        split = tuple(axis for axis in axes_of(PartitionSpec(part)) if layout.mesh_shape[axis] > 1)
+        parts.append(split or None)
     while parts and parts[-1] is None:
         parts.pop()
     return tuple(parts)

@@ -103,17 +103,36 @@ class Layout:
     def _spec_on_explicit_mesh(self, x: jax.Array) -> PartitionSpec:
         spec = jax.typeof(x).sharding.spec
         last = spec[x.ndim - 1] if len(spec) == x.ndim else None
-        if set(axes_of(spec)) != set(self.token_axes) or last is not None:
+        if (
+            self._splitting(axes_of(spec)) != self._splitting(self.token_axes)
+            or last is not None
+            or x.ndim < 2
+        ):
             want = PartitionSpec(self.token_axes, *[None] * (x.ndim - 1))
+            cure = f"use jax.sharding.reshard(x, {want})"
+            if x.ndim == 1 or x.shape[0] % self.num_shards:
+                cure = (
+                    f"pad x so that the {self.num_shards} shards divide its first dimension, reshard it by "
+                    f"{want} and mask the added tokens by token_mask, or use a mesh with AxisType.Auto, "
+                    "where ep_moe does so"
+                )
             raise ShardingError(
                 rule(
                     "x.sharding",
                     spec,
                     f"split the leading dimensions over token_axes={self.token_axes} and leave H whole",
-                    f"use jax.sharding.reshard(x, {want})",
+                    cure,
                 )
             )
-        return PartitionSpec(*spec[: x.ndim - 1])
+        lead: list[Any] = [*spec, *[None] * x.ndim][: x.ndim - 1]
+        alone = tuple(axis for axis in self.token_axes if axis not in axes_of(spec))
+        if alone:
+            lead[0] = (*axes_of(PartitionSpec(lead[0])), *alone)
+        return PartitionSpec(*lead)
+
+    def _splitting(self, axes: tuple[str, ...]) -> set[str]:
+        """Those of more than one device."""
+        return {axis for axis in axes if self.mesh_shape[axis] > 1}
 
 
 def axes_of(spec: PartitionSpec) -> tuple[str, ...]:

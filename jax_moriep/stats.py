@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jax_moriep import routing
-from jax_moriep.config import MoEConfig, MoEStats
+from jax_moriep.config import MoEConfig, MoEStats, check_type
 from jax_moriep.errors import CapacityOverflow
 from jax_moriep.plan import ExchangeShape, kept_counts
 from jax_moriep.runtime import compat, group
@@ -134,8 +134,10 @@ def check_stats(stats: MoEStats) -> None:
 
     Raises:
       CapacityOverflow: routes were dropped; the text has the numbers and the cure.
+      ConfigError: ``stats`` is no MoEStats.
       TransportError: an exchange of this process has failed on a GPU.
     """
+    check_type("stats", stats, MoEStats, "pass the second result of ep_moe")
     dropped = int(np.sum(np.asarray(stats.dropped)))
     group.check_failures()
     if not dropped:

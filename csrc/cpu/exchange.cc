@@ -116,6 +116,9 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
   }
 }
 
+constexpr const char* kUnchanged =
+    "; pass combine the plan of the dispatch that brought its rows, unchanged";
+
 // A plan is the user's array by the time it comes back: nothing in it is trusted as an index.
 Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slots) {
   const int64_t num_routes = shape.num_ranks * shape.num_routes();
@@ -123,14 +126,14 @@ Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slot
     if (routes[i] >= shape.capacity) {
       return Status(Code::kInvalidArgument, "plan.routes names row " + std::to_string(routes[i]) +
                                                 " but the capacity is " +
-                                                std::to_string(shape.capacity));
+                                                std::to_string(shape.capacity) + kUnchanged);
     }
   }
   for (int64_t i = 0; slots != nullptr && i < shape.num_ranks * shape.num_tokens; ++i) {
     if (slots[i] >= shape.max_fanout()) {
       return Status(Code::kInvalidArgument, "plan.slots names place " + std::to_string(slots[i]) +
                                                 " but there are " +
-                                                std::to_string(shape.max_fanout()));
+                                                std::to_string(shape.max_fanout()) + kUnchanged);
     }
   }
   return Status();

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "moriep/row_type.h"
+
 namespace moriep {
 namespace {
 
@@ -141,7 +143,7 @@ Status Step::compare_with(int32_t peer) {
   compare_number("block", header_.block, theirs.block);
   compare_number("capacity", header_.capacity, theirs.capacity);
   compare_number("words", header_.num_words, theirs.num_words);
-  compare_number("dtype code", header_.dtype, theirs.dtype);
+  compare("dtype", type_name(header_.dtype), type_name(theirs.dtype));
   compare_number("scalars carried", header_.with_scalars, theirs.with_scalars);
   compare_number("the order token (which call of the program it is) has", header_.order,
                  theirs.order);

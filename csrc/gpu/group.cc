@@ -70,7 +70,8 @@ Status describe(const FaultReport& report, int32_t rank, double timeout) {
                         "jm.initialize(mesh, ep_axis)");
     case Fault::kBadPlan:
       return Status(Code::kInvalidArgument,
-                    where + "plan names row or place " + here + " but there are " + there);
+                    where + "plan names row or place " + here + " but there are " + there +
+                        "; pass combine the plan of the dispatch that brought its rows, unchanged");
     case Fault::kStopped:
       return Status(Code::kDeadlineExceeded, where + peer + " came and did not go on within " +
                                                  std::to_string(timeout) + " s" + cure);

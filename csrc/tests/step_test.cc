@@ -172,7 +172,7 @@ TEST(ranks_that_run_different_programs_show_both_values, 40) {
   expect(odd, "the order token (which call of the program it is) has", "0", "7");
   odd = Tick();
   odd.dtype = 2;
-  expect(odd, "dtype code", "1", "2");
+  expect(odd, "dtype", "float32", "bfloat16");
   odd = Tick();
   odd.with_scalars = true;
   expect(odd, "scalars carried", "0", "1");

@@ -24,6 +24,7 @@ def mesh_of(count=4, names=("ep",), kind=AxisType.Auto):
 
 
 CFG = jm.MoEConfig(8, 2, 16, 8, transport="native")
+PARAMS = jm.init_params(jax.random.key(0), CFG)
 
 
 def call(x=None, params=None, cfg=CFG, **options):
@@ -106,7 +107,8 @@ def test_a_config_in_words_is_the_same_in_every_process():
         ({"token_axes": ("dp",)}, jm.ShardingError, "token_axes='dp' must be an axis of the mesh"),
         ({"mesh": None}, jm.ShardingError, "mesh=None must find a mesh in context"),
         ({"params": {"router": 1}}, jm.ConfigError, "params='dict' must be a jm.MoEParams"),
-        ({"token_mask": [True] * 8}, jm.ConfigError, "must be an array; wrap it in jnp.asarray"),
+        ({"token_mask": [True] * 8}, jm.ConfigError, "token_mask='list' must be an array; wrap it in jnp"),
+        ({"x": PARAMS}, jm.ConfigError, "x='MoEParams' must be an array; call ep_moe(x, params, cfg)"),
         ({"mesh": 8}, jm.ShardingError, "mesh=8 must be a jax.sharding.Mesh or AbstractMesh"),
     ],
 )
@@ -161,6 +163,42 @@ def test_explicit_shardings_must_match():
             jm.ShardingError, match=r"x.sharding=.* must split the leading dimensions.*reshard"
         ):
             jax.eval_shape(lambda x, p: jm.ep_moe(x, p, CFG), whole, placed)
+
+
+def test_an_explicit_mesh_of_one_device_needs_no_sharding():
+    """Axes of one device split nothing, so whether a sharding names them says nothing."""
+    mesh = jax.make_mesh((1,), ("ep",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        y, _ = jm.ep_moe(jnp.ones((8, 16)), PARAMS, CFG)
+    want, _ = jm.ep_moe(jnp.ones((8, 16)), PARAMS, CFG, mesh=mesh_of(1))
+    np.testing.assert_allclose(y, want, rtol=1e-5)
+
+
+def test_tokens_that_an_explicit_mesh_cannot_split():
+    mesh = jax.make_mesh((3,), ("ep",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:3])
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(jm.ShardingError, match=r"; pad x so that the 3 shards divide .* AxisType.Auto"),
+    ):
+        jm.ep_moe(jnp.ones((8, 16)), PARAMS, CFG)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: jm.explain(CFG, None), "mesh='NoneType' must be a jax.sharding.Mesh or AbstractMesh; make"),
+        (lambda: jm.explain(None, CFG), r"cfg='NoneType' must be a jm.MoEConfig; call explain\(cfg, mesh\)"),
+        (lambda: jm.check_stats(jnp.ones(3)), "stats='ArrayImpl' must be a jm.MoEStats; pass the second"),
+    ],
+)
+def test_arguments_of_another_kind(call, text):
+    with pytest.raises(jm.MoriepError, match=text):
+        call()
+
+
+def test_only_public_names_are_listed():
+    assert set(dir(jm)) == set(jm.__all__)
+    assert all(hasattr(jm, name) for name in dir(jm))
 
 
 def test_inside_a_shard_map():

@@ -21,4 +21,19 @@ inline int64_t element_bytes(RowType type) {
   return 0;
 }
 
+// Of a number in a step header, which may be any.
+inline const char* type_name(int32_t type) {
+  switch (static_cast<RowType>(type)) {
+    case RowType::kF32:
+      return "float32";
+    case RowType::kBF16:
+      return "bfloat16";
+    case RowType::kF16:
+      return "float16";
+    case RowType::kU8:
+      return "packed float8";
+  }
+  return "unknown";
+}
+
 }  // namespace moriep
