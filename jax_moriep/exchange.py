@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_moriep import quant
+from jax_moriep import experts, quant
 from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
@@ -193,7 +193,8 @@ def initialize(
     Args:
       mesh: the mesh.
       ep_axis: its expert-parallel axis.
-      cfg: the layer whose transport is opened; None: the one that ``transport="auto"`` takes here.
+      cfg: the layer whose transport is opened and whose experts' kernels are loaded; None: the transport that
+        ``transport="auto"`` takes here.
       num_tokens: T, tokens per rank, for transports whose buffers depend on it; needs cfg.
       dtype: of the tokens, for the same; bfloat16 if not given.
 
@@ -218,6 +219,8 @@ def initialize(
     transport = choose("auto" if cfg is None else cfg.transport, place)
     name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
     IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
+    if cfg is not None:
+        experts.open_for(cfg, place)
     # After it has opened: a mesh that was refused must not be found by its shape later.
     group.remember_mesh(mesh)
 

@@ -28,6 +28,8 @@ class Explanation:
       shape: the sizes of an exchange, if ``num_tokens`` was given.
       transport_details: what transports that can run tell of that exchange: kernels and their launch sizes,
         or what they refuse it for. Empty without ``num_tokens``.
+      experts_details: what expert implementations that can run tell of the layer: their kernels, and what
+        must be known of them.
     """
 
     transport: str | None
@@ -36,12 +38,13 @@ class Explanation:
     experts_reasons: dict[str, str | None]
     shape: ExchangeShape | None
     transport_details: dict[str, str] = dataclasses.field(default_factory=dict)
+    experts_details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
         for kind, chosen, reasons, details in (
             ("transport", self.transport, self.transport_reasons, self.transport_details),
-            ("experts", self.experts, self.experts_reasons, {}),
+            ("experts", self.experts, self.experts_reasons, self.experts_details),
         ):
             lines.append(f"{kind}: {chosen or 'none: the named one cannot run'}")
             for name, why in reasons.items():
@@ -89,6 +92,9 @@ def explain(
     if shape is not None:
         names = [name for name, why in transport_reasons.items() if why is None]
         told = {name: transports.describe(name, place, cfg, shape, jnp.dtype(dtype).name) for name in names}
+    layers = {
+        name: experts.describe(name, place, cfg) for name, why in experts_reasons.items() if why is None
+    }
     return Explanation(
         transport=_chosen(cfg.transport, transport_reasons),
         experts=_chosen(cfg.experts, experts_reasons),
@@ -96,6 +102,7 @@ def explain(
         experts_reasons=experts_reasons,
         shape=shape,
         transport_details={name: text for name, text in told.items() if text is not None},
+        experts_details={name: text for name, text in layers.items() if text is not None},
     )
 
 

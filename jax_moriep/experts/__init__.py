@@ -13,7 +13,7 @@ import jax
 from jax_moriep import schemes
 from jax_moriep.config import EXPERTS, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, TransportError, rule
-from jax_moriep.experts import blocked, reference, triton
+from jax_moriep.experts import aiter, blocked, reference, triton
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
@@ -65,7 +65,30 @@ class LaysOut(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"blocked": blocked, "triton": triton, "reference": reference}
+@runtime_checkable
+class Opens(Protocol):
+    """What an implementation offers besides, if its programs call what must be loaded before."""
+
+    def open(self, cfg: MoEConfig) -> None:
+        """Loads what programs with a layer call; idempotent."""
+        ...
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """What an implementation may offer besides, if it chooses what it runs by more than its name."""
+
+    def describe(self, place: Place, cfg: MoEConfig) -> str | None:
+        """What it would run, and what must be known of that; in lines for people. None: nothing to tell."""
+        ...
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "aiter": aiter,
+    "triton": triton,
+    "blocked": blocked,
+    "reference": reference,
+}
 """By name; ``config.EXPERTS`` has the order in which "auto" tries them."""
 
 
@@ -82,9 +105,22 @@ def reasons(place: Place, cfg: MoEConfig | None = None) -> dict[str, str | None]
     return {name: _reason(name, place, cfg) for name in EXPERTS}
 
 
+def open_for(cfg: MoEConfig, place: Place) -> None:
+    """Loads what programs with a layer call at a place; tracing one does so too."""
+    implementation = IMPLEMENTATIONS[choose(cfg, place)]
+    if place.platform is not None and isinstance(implementation, Opens):
+        implementation.open(cfg)
+
+
+def describe(name: str, place: Place, cfg: MoEConfig) -> str | None:
+    """What an implementation tells of a layer, see ``Describes``; None if it tells nothing."""
+    implementation = IMPLEMENTATIONS[name]
+    if place.platform is None or not isinstance(implementation, Describes):
+        return None
+    return implementation.describe(place, cfg)
+
+
 def _reason(name: str, place: Place, cfg: MoEConfig | None) -> str | None:
-    if name not in IMPLEMENTATIONS:
-        return "it is not in this version; use experts='auto'"
     return None if place.platform is None else IMPLEMENTATIONS[name].unavailable_reason(place, cfg)
 
 

@@ -25,11 +25,13 @@ SEND = "moriep_send"
 RESEND = "moriep_resend"
 GIVE_BACK = "moriep_give_back"
 DLPACK_CALL = "moriep_dlpack_call"
+AITER_EXPERTS = "moriep_aiter_experts"
 
 _ROW_MAJOR = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
 _TOKEN_MAJOR = {SEND: "MoriepSend", RESEND: "MoriepResend", GIVE_BACK: "MoriepGiveBack"}
 _SYMBOLS = {"cpu": _ROW_MAJOR, "cuda": _ROW_MAJOR, "rocm": _ROW_MAJOR, "mori": _TOKEN_MAJOR}
 _EXPAND_SYMBOLS = {EXPAND: "MoriepExpand", REEXPAND: "MoriepReexpand", GATHER: "MoriepGather"}
+_AITER_SYMBOLS = {AITER_EXPERTS: "MoriepAiterExperts"}
 # As XLA spells its platforms: another spelling is accepted, and never used.
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA", "rocm": "ROCM", "mori": "ROCM"}
 _INTEROP_SYMBOLS = {"cpu": "MoriepDlpackCpu", "CUDA": "MoriepDlpackCuda", "ROCM": "MoriepDlpackRocm"}
@@ -46,14 +48,7 @@ def register(backend: str) -> None:
     Raises:
       LibraryError: the library is missing or does not fit.
     """
-    with _lock:
-        if backend in _registered:
-            return
-        lib = library.load(backend)
-        for target, symbol in _SYMBOLS[backend].items():
-            capsule = jax.ffi.pycapsule(getattr(lib, symbol))
-            jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
-        _registered.add(backend)
+    _register(backend, backend, _SYMBOLS[backend])
 
 
 def register_expand(backend: str) -> None:
@@ -65,12 +60,27 @@ def register_expand(backend: str) -> None:
     Raises:
       LibraryError: the library is missing or does not fit.
     """
-    name = f"{backend} expand"
+    _register(f"{backend} expand", backend, _EXPAND_SYMBOLS)
+
+
+def register_aiter(backend: str) -> None:
+    """Registers the handlers that run AITER's kernels, once.
+
+    Args:
+      backend: the library that has them, "rocm".
+
+    Raises:
+      LibraryError: the library is missing or does not fit.
+    """
+    _register(f"{backend} aiter", backend, _AITER_SYMBOLS)
+
+
+def _register(name: str, backend: str, symbols: dict[str, str]) -> None:
     with _lock:
         if name in _registered:
             return
         lib = library.load(backend)
-        for target, symbol in _EXPAND_SYMBOLS.items():
+        for target, symbol in symbols.items():
             capsule = jax.ffi.pycapsule(getattr(lib, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS[backend])
         _registered.add(name)

@@ -34,7 +34,8 @@ SIZES = {
     "full": (40, 64, 64),
     "full, one expert": (0, 0, 168),
 }
-NAMES = list(IMPLEMENTATIONS)
+# AITER's kernels have sizes and weights of their own: tests/rocm/test_aiter_experts.py.
+NAMES = [name for name in IMPLEMENTATIONS if name != "aiter"]
 ON_CPU = [name for name in NAMES if IMPLEMENTATIONS[name].unavailable_reason(Place("cpu"), None) is None]
 # Every pair of values of two settings meets in one of these.
 COMBINATIONS = [
@@ -411,7 +412,7 @@ def test_auto_takes_the_first_that_can_run():
     assert choose("auto", "cpu") == "blocked"
     assert list(experts.reasons(Place("cpu"))) == list(EXPERTS)
     assert choose("auto", "tpu") == "blocked"
-    assert {name for name, why in experts.reasons(Place(None)).items() if why is None} == set(NAMES)
+    assert {name for name, why in experts.reasons(Place(None)).items() if why is None} == set(EXPERTS)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda", "rocm"])
@@ -427,12 +428,6 @@ def test_auto_takes_what_runs_everywhere_where_there_is_no_device():
 def test_triton_by_name_on_a_cpu():
     with pytest.raises(TransportError, match="experts='triton' cannot run on platform 'cpu': it needs a GPU"):
         choose("triton", "cpu")
-
-
-@pytest.mark.parametrize("name", sorted(set(EXPERTS) - set(NAMES)))
-def test_an_implementation_of_a_later_version(name):
-    with pytest.raises(TransportError, match=f"experts='{name}' cannot run .* not in this version; use"):
-        choose(name, "cpu")
 
 
 CASE = make_case(SIZES["uneven"], make_spec(), biases=True)

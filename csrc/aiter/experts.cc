@@ -1,0 +1,161 @@
+#include "experts.h"
+
+#include <string>
+
+#include "arguments.h"
+#include "gpu/launch.h"
+#include "kernels.h"
+#include "modules.h"
+
+namespace moriep::aiter {
+namespace {
+
+using gpu::launched;
+
+constexpr uint32_t kThreads = 256;  // of a work-group of AITER's
+
+int64_t max_list_blocks(int64_t num_pairs, int64_t num_experts) {
+  return (num_pairs + (kBlockRows - 1) * num_experts) / kBlockRows;
+}
+
+Lists lists_in(int32_t* words, int64_t num_blocks) {
+  const int64_t pairs = num_blocks * kBlockRows;
+  return {.pairs = reinterpret_cast<uint32_t*>(words),
+          .weights = reinterpret_cast<float*>(words + pairs),
+          .experts = words + 2 * pairs,
+          .valid = words + 2 * pairs + num_blocks};
+}
+
+Status clear(gpuStream_t stream, const Layer& layer, int64_t num_rows, std::byte* out) {
+  const auto bytes = static_cast<size_t>(num_rows * layer.hidden_size * 2);
+  return launched(gpuMemsetAsync(out, 0, bytes, stream));
+}
+
+// A launch of AITER's along the lists, whose grid is as large as the longest lists.
+Status launch_experts(int32_t device, gpuStream_t stream, const Layer& layer, const void* codes,
+                      const void* row_scales, int64_t num_rows, const Lists& lists,
+                      int64_t num_blocks, std::byte* out) {
+  hipFunction_t function = nullptr;
+  if (Status status = find_kernel(device, layer.kernel, &function); !status.ok()) return status;
+  const auto number = [](int64_t value) { return static_cast<uint32_t>(value); };
+  const int64_t hidden = layer.hidden_size;
+  const int64_t inner = layer.intermediate;
+  const bool blocks = layer.scheme == Scheme::kFp8Block;
+  Arguments args;
+  args.out = out;
+  args.rows = codes;
+  args.w1 = layer.w1;
+  args.valid = lists.valid;
+  args.w2 = layer.w2;
+  args.row_scales = row_scales;
+  args.w1_scale = layer.w1_scale;
+  args.w2_scale = layer.w2_scale;
+  args.pairs = lists.pairs;
+  args.weights = lists.weights;
+  args.experts = lists.experts;
+  args.hidden = number(hidden);
+  args.intermediate = number(inner);
+  args.num_rows = number(num_rows);
+  args.num_experts = number(layer.num_experts);
+  args.row_stride = number(hidden);
+  args.w1_row_stride = number(hidden);
+  args.w2_row_stride = number(inner);
+  args.out_stride = number(hidden * 2);
+  args.w1_stride = number(2 * inner * hidden);
+  args.w2_stride = number(hidden * inner);
+  args.w1_scale_stride =
+      number(4 * (blocks ? 2 * inner / kScaleBlock * (hidden / kScaleBlock) : 2 * inner));
+  args.w2_scale_stride =
+      number(4 * (blocks ? hidden / kScaleBlock * (inner / kScaleBlock) : hidden));
+  args.smooth_stride = number(4 * inner);
+  args.top_k = number(1);
+  args.groups_divisor = number(inner / layer.tile);
+
+  size_t size = sizeof(args);
+  void* extra[] = {HIP_LAUNCH_PARAM_BUFFER_POINTER, &args, HIP_LAUNCH_PARAM_BUFFER_SIZE, &size,
+                   HIP_LAUNCH_PARAM_END};
+  return launched(hipModuleLaunchKernel(function, number(inner / layer.tile), number(num_blocks), 1,
+                                        kThreads, 1, 1, 0, stream, nullptr, extra));
+}
+
+}  // namespace
+
+int64_t row_scale_count(const Layer& layer, int64_t num_rows) {
+  return layer.scheme == Scheme::kFp8Block ? num_rows * (layer.hidden_size / kScaleBlock)
+                                           : num_rows;
+}
+
+int64_t list_words(int64_t num_pairs, int64_t num_experts) {
+  const int64_t blocks = max_list_blocks(num_pairs, num_experts);
+  return blocks * (2 * kBlockRows + 1) + 2;
+}
+
+Status check_layer(const Layer& layer, int64_t num_rows) {
+  constexpr int64_t kMaxBytes = int64_t{1} << 32;  // that the kernels count
+  constexpr int64_t kMaxRows = int64_t{1} << 24;   // that a pair can name
+  const auto refused = [](const std::string& what) {
+    return Status(Code::kInvalidArgument, what + "; use experts='triton'");
+  };
+  if (layer.tile < 1 || layer.intermediate % layer.tile != 0 || layer.hidden_size % 256 != 0 ||
+      layer.hidden_size < 512 || (layer.scheme == Scheme::kFp8Block && layer.tile % kScaleBlock)) {
+    return refused("hidden_size=" + std::to_string(layer.hidden_size) + " and intermediate_size=" +
+                   std::to_string(layer.intermediate) + " are none of those that AITER's kernel " +
+                   std::string(layer.kernel) + " gets right");
+  }
+  if (layer.num_experts > gpu::kMaxLocalExperts ||
+      layer.num_experts * 2 * layer.intermediate * layer.hidden_size >= kMaxBytes) {
+    return refused(std::to_string(layer.num_experts) +
+                   " experts on a rank are more than AITER's kernels count: all of w1 must be "
+                   "smaller than 4 GiB");
+  }
+  if (num_rows >= kMaxRows || num_rows * layer.hidden_size * 2 >= kMaxBytes) {
+    return refused(std::to_string(num_rows) +
+                   " rows of hidden_size=" + std::to_string(layer.hidden_size) +
+                   " are more than AITER's kernels count: all of them must be smaller than 4 GiB, "
+                   "so lower capacity_factor");
+  }
+  return Status();
+}
+
+Status run_rows(int32_t device, void* stream, const Layer& layer, const RowBuffers& at) {
+  if (Status status = check_layer(layer, at.num_rows); !status.ok()) return status;
+  if (at.num_rows == 0 || layer.num_experts == 0) return Status();
+  auto* const on = static_cast<gpuStream_t>(stream);
+  const int64_t blocks = max_list_blocks(at.num_rows, layer.num_experts);
+  const Lists lists = lists_in(at.lists, blocks);
+  const auto num_rows = static_cast<int32_t>(at.num_rows);
+  const auto num_pairs = static_cast<int32_t>(blocks * kBlockRows);
+  if (Status status = clear(on, layer, at.num_rows, at.out); !status.ok()) return status;
+  gpuError_t error = launch_row_lists(on, num_pairs,
+                                      {.group_sizes = at.group_sizes,
+                                       .row_weights = at.row_weights,
+                                       .num_experts = static_cast<int32_t>(layer.num_experts),
+                                       .block = static_cast<int32_t>(at.block),
+                                       .num_rows = num_rows,
+                                       .lists = lists});
+  if (Status status = launched(error); !status.ok()) return status;
+  error = launch_quantise(on, layer.scheme, num_pairs,
+                          {.x = at.rows,
+                           .num_rows = num_rows,
+                           .hidden = static_cast<int32_t>(layer.hidden_size),
+                           .pairs = lists.pairs,
+                           .valid = lists.valid,
+                           .count = nullptr,
+                           .codes = at.codes,
+                           .scales = at.scales,
+                           .out = at.out});
+  if (Status status = launched(error); !status.ok()) return status;
+  return launch_experts(device, on, layer, at.codes, at.scales, at.num_rows, lists, blocks, at.out);
+}
+
+Status preload_kernels() {
+  for (const gpuError_t error : {preload_lists(), preload_quantise()}) {
+    if (error != gpuSuccess) {
+      return Status(Code::kFailedPrecondition,
+                    std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));
+    }
+  }
+  return Status();
+}
+
+}  // namespace moriep::aiter
