@@ -111,7 +111,8 @@ def expert_mlp(
         # Elsewhere the program is only lowered.
         _load(call.kernel)
     operands = compat.union_varying(rows.astype(jnp.bfloat16), row_weights, group_sizes, *_coded(weights))
-    return _expert_mlp(call, *operands).astype(rows.dtype)
+    out: jax.Array = _expert_mlp(call, *operands)
+    return out.astype(rows.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

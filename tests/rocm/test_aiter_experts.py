@@ -42,6 +42,7 @@ def error(found, wanted):
 def wanted(scheme, block, case):
     hidden, inner = case[4][0].shape[1:]
     kernel = kernels.choose(scheme, hidden, inner)
+    assert isinstance(kernel, kernels.Kernel)
     return oracle.experts(scheme, kernel.tile, block, *case)
 
 
@@ -93,7 +94,8 @@ def test_sizes_at_the_edges_of_what_kernels_can(run, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_with_an_infinity_is_nan_and_no_other(run, scheme):
-    rows, *rest = cases.draw(scheme, [5, 20], hidden=512, inner=256, block=16)[:5]
+    drawn: tuple = cases.draw(scheme, [5, 20], hidden=512, inner=256, block=16)
+    rows, *rest = drawn[:5]
     rows[18, 100] = np.inf
     ((found,),) = run(cases.forward, scheme, [(16, (rows, *rest))], **in_step(scheme))
     assert np.isnan(found).any(axis=1).tolist() == [i == 18 for i in range(len(rows))]
@@ -119,7 +121,8 @@ def test_no_wave_reads_what_another_is_not_done_with(run, scheme):
 
 
 def test_sizes_that_make_no_sense_reach_no_memory(run):
-    rows, weights, _, *coded = cases.draw("fp8_token", [5, 40], hidden=512, inner=256, block=16)[:5]
+    drawn: tuple = cases.draw("fp8_token", [5, 40], hidden=512, inner=256, block=16)
+    rows, weights, _, *coded = drawn[:5]
     senseless = ([-5, 10], [2**31 - 1, 2**31 - 1], [1000, 7])
     made = [(16, (rows, weights, np.int32(sizes), *coded)) for sizes in senseless]
     for (found,) in run(cases.forward, "fp8_token", made):
@@ -167,12 +170,13 @@ def test_what_explain_says(run):
 def layer_wanted(scheme, found):
     """The layer as the sum of its experts, each on the rows of its own tokens."""
     inner = found.w2[0].shape[2]
-    tile = kernels.choose(scheme, found.x.shape[1], inner).tile
+    kernel = kernels.choose(scheme, found.x.shape[1], inner)
+    assert isinstance(kernel, kernels.Kernel)
     y = np.zeros(found.x.shape)
     for k in range(found.ids.shape[1]):
         order = np.argsort(found.ids[:, k], kind="stable")
         order = order[found.ids[order, k] >= 0]
         sizes = np.bincount(found.ids[order, k], minlength=len(found.w1[0]))
         routed = (found.x[order], found.weights[order, k], sizes, found.w1, found.w2)
-        y[order] += oracle.experts(scheme, tile, 1, *routed)
+        y[order] += oracle.experts(scheme, kernel.tile, 1, *routed)
     return y
