@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.experts.triton import activation, hopper_stream, products
 from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Work
+from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line, Work
 from jax_moriep.experts.triton.tiles import RowTiles
 from jax_moriep.runtime import compat
 
@@ -238,21 +238,22 @@ def _rows_of_tile(table: Any, row_tile: Any) -> tuple[Any, Any]:
 
 
 def _all_tiles(
-    blocks: tuple[Block, ...],
+    blocks: tuple[Block | Line, ...],
     dtype: Any,
     table: Any,
     tiles: RowTiles,
     col_tiles: int,
-    tile: Callable[[Lanes, Any, Any], Work],
+    tile: Callable[[Lanes, Any, Any], Any],
+    **of_stream: Any,
 ) -> None:
-    """Does tile(lanes, tile of rows, tile of columns) for all that are in use."""
+    """Does tile(lanes, tile of rows, tile of columns) for all that are in use; see ``hopper_stream.run``."""
     first = table[rows_of.FIRST_TILE, tiles.max_tiles]
     num_tiles = table[rows_of.NUM_TILES, tiles.max_tiles] - first
 
     def of_turn(lanes: Lanes, index: Any) -> Work:
         return tile(lanes, *rows_of.position(table, index[0], first, col_tiles))
 
-    hopper_stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn)
+    hopper_stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
 
 
 def _call(
@@ -266,6 +267,9 @@ def _call(
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=mg.CompilerParams(lowering_semantics=mg.LoweringSemantics.Warpgroup),
+        # Sums and maxima along rows stay within a warp, so they need no place in shared memory.
+        compiler_params=mg.CompilerParams(
+            lowering_semantics=mg.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+        ),
     )
     return list(kernel(*like))

@@ -19,13 +19,13 @@ from jax.experimental.pallas import mosaic_gpu as mg
 SLOTS = 4
 """Steps of the stream that have a place in shared memory at the same time."""
 PIECE = 64
-"""Rows and columns that leave a warpgroup's registers at a time."""
+"""Rows that leave a warpgroup's registers at a time, as many columns as 128 bytes hold."""
 PIECES = 2
 """How many of them have a place in shared memory; with ``SLOTS`` steps that is all there is."""
 _MULTIPLIERS = 2
 _COPIER = _MULTIPLIERS
-_COPIER_REGISTERS = 40
-_MULTIPLIER_REGISTERS = 232
+COPIER_REGISTERS = 40
+MULTIPLIER_REGISTERS = 232
 """The most that 64K registers leave for each thread of both when the copier's have 40."""
 
 
@@ -42,6 +42,26 @@ class Block:
         size = (self.rows, self.cols)[self.dim]
         along = pl.ds(pl.multiple_of(step * size, size), size)
         return source.at[along, :] if self.dim == 0 else source.at[:, along]
+
+    def places(self, slots: int, dtype: Any) -> Any:
+        """Where the blocks of some steps lie in shared memory."""
+        return mg.SMEM((slots, self.rows, self.cols), dtype, transforms=_swizzled(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What a step reads of an f32 operand [steps, size]: its own line."""
+
+    size: int
+
+    def at(self, source: Any, step: Any) -> Any:
+        """The line of a step."""
+        return source.at[step, :]
+
+    def places(self, slots: int, dtype: Any) -> Any:
+        """As in ``Block``; ``dtype`` is that of the matrices."""
+        del dtype
+        return mg.SMEM((slots, self.size), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +84,7 @@ class Work:
 
 
 def _swizzled(dtype: Any) -> tuple[Any, ...]:
-    """How a 16-bit operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
+    """How an operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
     elements = 128 // jnp.dtype(dtype).itemsize
     return mg.TilingTransform((8, elements)), mg.SwizzleTransform(128)
 
@@ -75,11 +95,11 @@ class Lanes:
 
     Attributes:
       me: its number; those that multiply have 0 and 1.
-      pieces: places in shared memory.
+      pieces: places in shared memory for each dtype of results.
     """
 
     me: Any
-    pieces: Any
+    pieces: dict[jnp.dtype, Any]
 
     def leave(self, parts: list[tuple[Any, Any]]) -> None:
         """Stores each (values, target) through shared memory, by turns; the copies run on."""
@@ -87,12 +107,14 @@ class Lanes:
         turn = 0
         for values, target in parts:
             values = values.astype(target.dtype)
+            pieces = self.pieces[jnp.dtype(target.dtype)]
+            count, wide = pieces.shape[1], pieces.shape[3]
             for row in range(0, values.shape[0], PIECE):
-                for col in range(0, values.shape[1], PIECE):
-                    at = (slice(row, row + PIECE), slice(col, col + PIECE))
-                    if turn >= PIECES:
-                        mg.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
-                    place = self.pieces.at[self.me, turn % PIECES]
+                for col in range(0, values.shape[1], wide):
+                    at = (slice(row, row + PIECE), slice(col, col + wide))
+                    if turn >= count:
+                        mg.wait_smem_to_gmem(count - 1, wait_read_only=True)
+                    place = pieces.at[self.me, turn % count]
                     place[...] = values[at]
                     mg.commit_smem()
                     mg.copy_smem_to_gmem(place, target.at[at])
@@ -100,43 +122,66 @@ class Lanes:
 
 
 def run(
-    blocks: tuple[Block, ...], dtype: Any, turns: tuple[Any, ...], work: Callable[[Lanes, Any], Work]
+    blocks: tuple[Block | Line, ...],
+    dtype: Any,
+    turns: tuple[Any, ...],
+    work: Callable[[Lanes, Any], Any],
+    results: tuple[Any, ...] = (),
+    multiply: Callable[..., None] | None = None,
+    copier_registers: int = COPIER_REGISTERS,
 ) -> None:
     """Does all turns of a program.
 
     Args:
       blocks: of each operand.
-      dtype: of the operands and the results.
+      dtype: of the operands.
       turns: how many turns there are in each dimension of ``work``'s index; the programs share them.
       work: work(lanes, index), the tile of a turn.
+      results: dtypes of the results, if they are not the operands'.
+      multiply: what the warpgroups that multiply do; ``_multiply``, or another that takes the same and knows
+        what ``work`` gives.
+      copier_registers: of each of the copier's threads; at most ``COPIER_REGISTERS``.
     """
+    results = tuple(dict.fromkeys(jnp.dtype(result) for result in results or (dtype,)))
+    count = max(1, PIECES // len(results))
 
     def scoped(slots: Any, produced: Any, consumed: Any, pieces: Any) -> None:
         me = lax.axis_index("wg")
-        lanes = Lanes(me, pieces)
+        lanes = Lanes(me, dict(zip(results, pieces, strict=True)))
         pl.when(me == _COPIER)(
-            functools.partial(_copy, blocks, turns, work, lanes, slots, produced, consumed)
+            functools.partial(_copy, copier_registers, blocks, turns, work, lanes, slots, produced, consumed)
         )
-        pl.when(me != _COPIER)(functools.partial(_multiply, turns, work, lanes, slots, produced, consumed))
+        pl.when(me != _COPIER)(
+            functools.partial(multiply or _multiply, turns, work, lanes, slots, produced, consumed)
+        )
         mg.wait_smem_to_gmem(0, wait_read_only=True)
 
-    transforms = _swizzled(dtype)
     pl.run_scoped(
         scoped,
-        slots=tuple(
-            mg.SMEM((SLOTS, block.rows, block.cols), dtype, transforms=transforms) for block in blocks
-        ),
+        slots=tuple(block.places(SLOTS, dtype) for block in blocks),
         produced=mg.Barrier(num_arrivals=len(blocks), num_barriers=SLOTS),
         consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=SLOTS),
-        pieces=mg.SMEM((_MULTIPLIERS, PIECES, PIECE, PIECE), dtype, transforms=transforms),
+        pieces=tuple(
+            mg.SMEM(
+                (_MULTIPLIERS, count, PIECE, 128 // result.itemsize), result, transforms=_swizzled(result)
+            )
+            for result in results
+        ),
         collective_axes="wg",
     )
 
 
 def _copy(
-    blocks: tuple[Block, ...], turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any
+    registers: int,
+    blocks: tuple[Block | Line, ...],
+    turns: Any,
+    work: Any,
+    lanes: Lanes,
+    slots: Any,
+    produced: Any,
+    consumed: Any,
 ) -> None:
-    mg.set_max_registers(_COPIER_REGISTERS, action="decrease")
+    mg.set_max_registers(registers, action="decrease")
 
     def one(info: Any, carry: Any) -> Any:
         tile = work(lanes, info.index)
@@ -159,7 +204,7 @@ def _copy(
 
 
 def _multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any) -> None:
-    mg.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+    mg.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
 
     @mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))
     def _(info: Any, carry: Any) -> Any:
