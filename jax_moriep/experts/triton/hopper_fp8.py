@@ -1,0 +1,228 @@
+"""The products of quantised experts on Hopper GPUs, in Pallas-Mosaic: see ``hopper`` and ``hopper_scaled``.
+
+Scales of rows come as [groups, C], so that those of a tile's rows lie side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.triton import activation, hopper, hopper_scaled, quantise
+from jax_moriep.experts.triton.hopper import ROWS
+from jax_moriep.experts.triton.hopper_scaled import DEPTH, Work
+from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line
+from jax_moriep.experts.triton.tiles import RowTiles
+
+_WIDTH = 128
+_HEIGHT = ROWS // 2
+_PRODUCT_COPIER_REGISTERS = 32
+"""With 40 the compiler spills registers of the product's loop, which then takes 1.4 times as long."""
+
+
+def product(
+    codes: jax.Array,
+    row_scales: jax.Array,
+    weights: jax.Array,
+    weight_scales: jax.Array,
+    tiles: RowTiles,
+    dtype: Any,
+) -> jax.Array:
+    """Rows times their expert's weights, undefined behind the last run.
+
+    Args:
+      codes: [C, D], float8.
+      row_scales: f32[D/128, C].
+      weights: [L, N, D], float8.
+      weight_scales: f32[L, N/128, D/128] for blocks, or f32[L, N] for one scale per row of weights.
+      tiles: the tiles of rows.
+      dtype: of the result.
+
+    Returns:
+      [C, N].
+    """
+    depth, cols = codes.shape[1], weights.shape[1]
+    halves = 2 if cols % (2 * _WIDTH) == 0 else 1
+    blocks = (Block(ROWS, DEPTH, 1), Block(halves * _WIDTH, DEPTH, 1), Line(ROWS))
+    by_block = weight_scales.ndim == 3
+
+    def body(
+        table: Any, codes_ref: Any, rows_ref: Any, weights_ref: Any, scales_ref: Any, out_ref: Any
+    ) -> None:
+        def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
+            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            own = pl.ds(lanes.me * _HEIGHT, _HEIGHT)
+            first_col = col_tile * (halves * _WIDTH)
+
+            def multiply(n: int, operands: Any, partial: Any) -> None:
+                x, w, _ = operands
+                mg.wgmma(partial, x.at[own], w.at[n * _WIDTH : (n + 1) * _WIDTH].transpose((1, 0)))
+
+            def finish(sums: Any) -> None:
+                parts = []
+                for n, total in enumerate(sums):
+                    at_cols = pl.ds(first_col + n * _WIDTH, _WIDTH)
+                    if not by_block:
+                        total = total * _along_cols(scales_ref.at[expert, at_cols], total.shape)
+                    parts.append((total, out_ref.at[at_rows, at_cols].at[own]))
+                lanes.leave(parts)
+
+            return Work(
+                depth // DEPTH,
+                (
+                    codes_ref.at[at_rows, :],
+                    weights_ref.at[expert].at[pl.ds(first_col, halves * _WIDTH), :],
+                    rows_ref.at[:, at_rows],
+                ),
+                ((_HEIGHT, _WIDTH),) * halves,
+                multiply,
+                lambda operands: _of_rows(operands[2].at[own]),
+                (lambda n, k: scales_ref[expert, col_tile * halves + n, k]) if by_block else None,
+                finish,
+            )
+
+        hopper._all_tiles(
+            blocks,
+            codes.dtype,
+            table,
+            tiles,
+            cols // (halves * _WIDTH),
+            tile,
+            results=(dtype,),
+            multiply=hopper_scaled.multiply,
+            copier_registers=_PRODUCT_COPIER_REGISTERS,
+        )
+
+    shape = ((tiles.capacity, cols), dtype)
+    return hopper._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
+
+
+def gate_up(
+    codes: jax.Array,
+    row_scales: jax.Array,
+    weights: jax.Array,
+    weight_scales: jax.Array,
+    factors: jax.Array,
+    tiles: RowTiles,
+    spec: ExpertSpec,
+    *,
+    saved_rows: int,
+    dtype: Any,
+) -> list[jax.Array]:
+    """Gate and up in one pass over the rows, the activation, and what it becomes in float8.
+
+    Args:
+      codes: [C, H], float8.
+      row_scales: f32[H/128, C], or f32[1, C] for one scale per row.
+      weights: w1, [L, 2*I, H], float8.
+      weight_scales: f32[L, 2*I/128, H/128] for blocks, or f32[L, 2*I] for one scale per row of weights; the
+        rows' scales are of the same kind.
+      factors: f32[C], what each row of activations is multiplied with; a row whose factor is 0 gives zeros,
+        whatever it holds.
+      tiles: the tiles of rows.
+      spec: names the activation.
+      saved_rows: write the pre-activations of the first so many rows, a multiple of ``ROWS``.
+      dtype: of the pre-activations.
+
+    Returns:
+      Codes [C, I] and scales f32[I/128, C] of the activations, the factors in the scales, and the
+      pre-activations [saved_rows, 2*I] if there are any.
+    """
+    depth, cols = codes.shape[1], weights.shape[1] // 2
+    by_block = weight_scales.ndim == 3
+    weight = Block(_WIDTH, DEPTH, 1)
+    blocks = (Block(ROWS, DEPTH, 1), weight, weight, *([Line(ROWS)] if by_block else []))
+
+    def body(
+        table: Any,
+        codes_ref: Any,
+        rows_ref: Any,
+        weights_ref: Any,
+        scales_ref: Any,
+        factors_ref: Any,
+        act_ref: Any,
+        act_scales_ref: Any,
+        *kept_ref: Any,
+    ) -> None:
+        def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
+            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            first, own = at_rows.start, pl.ds(lanes.me * _HEIGHT, _HEIGHT)
+            mine = pl.ds(first + lanes.me * _HEIGHT, _HEIGHT)
+            at_cols = [pl.ds(n * cols + col_tile * _WIDTH, _WIDTH) for n in range(2)]
+
+            def multiply(n: int, operands: Any, partial: Any) -> None:
+                mg.wgmma(partial, operands[0].at[own], operands[1 + n].transpose((1, 0)))
+
+            def finish(sums: Any) -> None:
+                gate, up = sums
+                if not by_block:
+                    of_row = lax.broadcast_in_dim(_of_rows(rows_ref.at[0, mine]), gate.shape, (0,))
+                    gate, up = (
+                        total * of_row * _along_cols(scales_ref.at[expert, at], total.shape)
+                        for total, at in zip(sums, at_cols, strict=True)
+                    )
+                factor = _of_rows(factors_ref.at[mine])
+                h = activation.value(gate, up, spec)
+                scale, inverse = quantise.power_scales(jnp.max(quantise.magnitudes(h), axis=1), codes.dtype)
+                used = factor != 0
+                inverse = lax.broadcast_in_dim(jnp.where(used, inverse, 0.0), h.shape, (0,))
+                h = jnp.where(inverse != 0, h * inverse, 0.0)
+                act_scales_ref[col_tile, mine] = jnp.where(used, scale * factor, 0.0)
+                parts = [(h, act_ref.at[at_rows, at_cols[0]].at[own])]
+                if not saved_rows:
+                    lanes.leave(parts)
+                    return
+                kept = kept_ref[0].at[at_rows]
+                both = [(x, kept.at[:, at].at[own]) for x, at in zip((gate, up), at_cols, strict=True)]
+                if saved_rows == tiles.capacity:
+                    lanes.leave(parts + both)
+                else:
+                    lanes.leave(parts)
+                    pl.when(first < saved_rows)(lambda: lanes.leave(both))
+
+            w = weights_ref.at[expert]
+            sources = (codes_ref.at[at_rows, :], *(w.at[at, :] for at in at_cols))
+            return Work(
+                depth // DEPTH,
+                (*sources, rows_ref.at[:, at_rows]) if by_block else sources,
+                ((_HEIGHT, _WIDTH),) * 2,
+                multiply,
+                (lambda operands: _of_rows(operands[3].at[own])) if by_block else None,
+                (lambda n, k: scales_ref[expert, n * (cols // _WIDTH) + col_tile, k]) if by_block else None,
+                finish,
+            )
+
+        results = (codes.dtype, *([dtype] if saved_rows else []))
+        hopper._all_tiles(
+            blocks,
+            codes.dtype,
+            table,
+            tiles,
+            cols // _WIDTH,
+            tile,
+            results=results,
+            multiply=hopper_scaled.multiply,
+        )
+
+    shapes = [((tiles.capacity, cols), codes.dtype), ((cols // _WIDTH, tiles.capacity), jnp.float32)]
+    if saved_rows:
+        shapes.append(((saved_rows, 2 * cols), dtype))
+    operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
+    return hopper._call(body, operands, shapes)
+
+
+def _of_rows(ref: Any) -> Any:
+    """A value for each row of a warpgroup's sums."""
+    return mg.load(ref, layout=mg.Layout.WGMMA.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]
+
+
+def _along_cols(ref: Any, shape: tuple[int, ...]) -> Any:
+    """A value for each column, for all rows."""
+    values = mg.load(ref, layout=mg.Layout.WGMMA.reduce(0), optimized=False)  # pyright: ignore[reportCallIssue]
+    return lax.broadcast_in_dim(values, shape, (1,))
