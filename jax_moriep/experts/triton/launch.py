@@ -93,7 +93,14 @@ def _mask(a: Span, b: Span) -> jax.Array | None:
 def load(ref: Any, a: Span, b: Span, *lead: Any) -> jax.Array:
     """The [a, b] tile of ``ref[*lead]``, zeros where it is masked."""
     mask = _mask(a, b)
-    return plgpu.load(ref.at[(*lead, a.slice, b.slice)], mask=mask, other=None if mask is None else 0)
+    return plgpu.load(ref.at[(*lead, a.slice, b.slice)], mask=mask, other=_zero(ref, mask))
+
+
+def _zero(ref: Any, mask: Any) -> Any:
+    """What a masked load gives; Pallas makes no float8 of an integer."""
+    if mask is None:
+        return None
+    return 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
 
 
 def load_pairs(ref: Any, lead: Any, cols: Span, second: int, depth: Span) -> jax.Array:
@@ -111,7 +118,7 @@ def load_pairs(ref: Any, lead: Any, cols: Span, second: int, depth: Span) -> jax
     if depth.mask is not None:
         mask = depth.mask[None, :] & (jnp.ones_like(index[0], jnp.bool_) if mask is None else mask)
     lead = jnp.broadcast_to(lead, (1, 1))
-    return plgpu.load(ref.at[(lead, *index)], mask=mask, other=None if mask is None else 0)
+    return plgpu.load(ref.at[(lead, *index)], mask=mask, other=_zero(ref, mask))
 
 
 def unpaired(sums: jax.Array) -> tuple[jax.Array, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import triton as plgpu
 
 from jax_moriep.experts.triton import tiles as rows_of
 from jax_moriep.experts.triton.launch import (
@@ -23,6 +24,7 @@ from jax_moriep.experts.triton.launch import (
     dot,
     load,
     load_pairs,
+    load_vector,
     power_of_two,
     span,
     store,
@@ -56,6 +58,47 @@ class At:
         return jnp.where(mask[:, None], values, 0)
 
 
+GROUP = 128
+"""Columns that share a scale of rows, and both sides of a block of weights that do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """How quantised operands are multiplied.
+
+    Attributes:
+      dtype: in which the matrix unit gets both operands.
+      of_rows: f32[D/128, C], of each row and ``GROUP`` of depth; None: rows are what they are.
+      of_weights: f32[L, N/128, D/128], of blocks; with paired weights gate's blocks, then up's.
+    """
+
+    dtype: Any
+    of_rows: jax.Array | None = None
+    of_weights: jax.Array | None = None
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        return tuple(x for x in (self.of_rows, self.of_weights) if x is not None)
+
+    def scaled(
+        self, part: jax.Array, refs: Any, expert: Any, rows: Span, cols: Span, group: Any, paired: bool
+    ) -> jax.Array:
+        """A product of at most ``GROUP`` of depth, times the scales of that group."""
+        if self.of_rows is not None:
+            part = part * load_vector(refs[0], rows, group)[:, None]
+        if self.of_weights is not None:
+            col = jnp.arange(part.shape[1])
+            block = lax.div(cols.first + (col // 2 if paired else col), GROUP)
+            if paired:
+                block += col % 2 * (self.of_weights.shape[1] // 2)
+            mask = None
+            if cols.stop is not None:
+                mask = block < self.of_weights.shape[1]
+            at = refs[-1].at[jnp.broadcast_to(expert, (1,)), block, jnp.broadcast_to(group, (1,))]
+            part = part * plgpu.load(at, mask=mask, other=None if mask is None else 0)[None, :]
+        return part
+
+
 def rows_times_weights(
     rows: jax.Array,
     weights: jax.Array,
@@ -69,6 +112,7 @@ def rows_times_weights(
     by_column: bool,
     paired: bool = False,
     zeroed: bool = False,
+    scales: Scales | None = None,
     interpret: bool,
 ) -> list[jax.Array]:
     """For every tile of rows and of columns of the result: ``rows @ weights[expert]``, then the epilogue.
@@ -86,6 +130,7 @@ def rows_times_weights(
       by_column: see ``weights``.
       paired: a tile of columns is one of the first half of N, gate, and the same one of the second half, up.
       zeroed: fill the first result's rows behind the last run with zeros.
+      scales: those of quantised operands.
       interpret: see ``launch.call``.
 
     Returns:
@@ -94,6 +139,8 @@ def rows_times_weights(
     depth = rows.shape[1]
     cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
     tile = tile.fitted(cols, depth)
+    scales = scales or Scales(rows.dtype)
+    assert scales.of_weights is None or (GROUP % tile.depth == 0 and not by_column)
     assert tile.rows == tiles.size
     col_tiles = -(-cols // tile.cols)
     work = (tiles.max_tiles + 1) * col_tiles
@@ -101,6 +148,7 @@ def rows_times_weights(
     last = tiles.max_tiles
 
     def kernel(table_ref: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
+        scale_refs, refs = refs[: len(scales.arrays)], refs[len(scales.arrays) :]
         first_tile, num_tiles = table_ref[rows_of.FIRST_TILE, last], table_ref[rows_of.NUM_TILES, last]
         num_tiles = num_tiles - first_tile
 
@@ -125,7 +173,9 @@ def rows_times_weights(
                     w = load(weights_ref, deep, at.cols, expert)
                 else:
                     w = load(weights_ref, at.cols, deep, expert)
-                return sums + dot(x, w.astype(x.dtype), 1, 0 if by_column else 1)
+                part = dot(x.astype(scales.dtype), w.astype(scales.dtype), 1, 0 if by_column else 1)
+                group = lax.div(k, jnp.int32(max(1, GROUP // tile.depth)))
+                return sums + scales.scaled(part, scale_refs, expert, read, at.cols, group, paired)
 
             # A tile that is all padding costs no product.
             steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
@@ -147,7 +197,8 @@ def rows_times_weights(
 
             by_turns(programs, empty * col_tiles, fill)
 
-    return call(kernel, name, (tiles.table, rows, weights, *extra), results, programs, tile, interpret)
+    operands = (tiles.table, rows, weights, *scales.arrays, *extra)
+    return call(kernel, name, operands, results, programs, tile, interpret)
 
 
 def weight_gradient(
