@@ -65,6 +65,7 @@ test-gpu: build
 # would import otherwise.
 NEWEST_TESTS := tests/contract/test_order.py tests/contract/test_transforms.py tests/lowering \
   tests/multiprocess/test_launch.py tests/unit/test_doctor.py tests/unit/test_flax.py tests/unit/test_hopper.py \
+  tests/unit/test_hopper_fp8.py \
   tests/unit/test_interop.py
 ifeq ($(NEWEST_PYTHON),)
 test-newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from jax_moriep.bench import cases, report, runner
 from jax_moriep.cli import bench_host
+from jax_moriep.config import SCHEMES
 from jax_moriep.errors import ConfigError, rule
 
 KINDS = {
@@ -64,6 +66,9 @@ def add_parser(subparsers: Any) -> None:
     of_kernels.add_argument(
         "--minutes", type=float, default=5.0, help="after which no baseline begins (default: 5)"
     )
+    of_kernels.add_argument(
+        "--quant", choices=SCHEMES, help="measure experts under this scheme, beside bf16 and torch's float8"
+    )
     of_kernels.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
@@ -73,21 +78,29 @@ def _names(text: str) -> list[str]:
 
 def _run_kernels(args: argparse.Namespace) -> int:
     # Imported here, because it needs Pallas, which takes its time to import.
-    from jax_moriep.bench import grouped, kernels, shares
+    from jax_moriep.bench import grouped, kernels, quantised, shares
 
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
+    say = functools.partial(print, flush=True)
 
     def save(result: dict[str, Any]) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
 
+    names = args.shares or list(shares.SHARES)
+    if args.quant is not None:
+        found = quantised.run(args.quant, names, args.rounds, say)
+        save(found)
+        for what in ("wrong", "failed"):
+            print(f"{what}:", found[what] or "nothing")
+        return 1 if found["wrong"] or found["failed"] else 0
     baselines = args.baselines or list(grouped.BASELINES)
     found = kernels.run(
-        args.shares or list(shares.SHARES),
+        names,
         args.sizes or list(shares.SIZES),
         args.rounds,
         [] if baselines == ["none"] else baselines,
-        lambda line: print(line, flush=True),
+        say,
         save,
         args.minutes,
     )

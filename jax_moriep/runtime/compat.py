@@ -99,6 +99,22 @@ def has_hopper_kernels() -> bool:
     return str(getattr(device, "compute_capability", "")) == "9.0"
 
 
+def converts_float8(platform: str, dtype: Any) -> bool:
+    """Whether Pallas-Triton converts codes of a dtype on a platform: no float8 but e4m3fn, from sm_89 on.
+
+    Where this process has no such device, nothing is said of it that might be wrong.
+    """
+    if jnp.dtype(dtype) != jnp.float8_e4m3fn or platform == "rocm":
+        return jnp.issubdtype(dtype, jnp.integer)
+    if platform == "cpu":
+        return True
+    try:
+        capability = str(getattr(jax.local_devices(backend=platform)[0], "compute_capability", ""))
+    except RuntimeError:
+        return False
+    return tuple(int(part) for part in capability.split(".") if part.isdigit()) >= (8, 9)
+
+
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()

@@ -9,6 +9,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep import schemes
+from jax_moriep.config import SCHEMES
 from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
 
 L, C = 4, 1024
@@ -60,8 +62,8 @@ def kernels(platform, dtype, hidden, inner, spec, biases=False, backward=True):
     return sorted(re.findall(r'name = "(moriep_\w+)"', text))
 
 
-def spec_of(activation="silu", weight_input=False, saved_rows=None):
-    return ExpertSpec(activation, 7.0, 1.702, weight_input, 128, saved_rows)
+def spec_of(activation="silu", weight_input=False, saved_rows=None, scheme=None, format="e4m3fn"):
+    return ExpertSpec(activation, 7.0, 1.702, weight_input, 128, saved_rows, scheme, format)
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])
@@ -87,6 +89,43 @@ def test_backward_with_biases_and_rows_computed_again(platform):
     assert names.count("moriep_gate_up") == 2
     assert names.count("moriep_row_sums") == 2
     assert names.count("moriep_rows_times_bias") == 1
+
+
+@pytest.mark.parametrize(("platform", "format"), [("rocm", "e4m3fnuz"), ("cuda", "e4m3fn")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("biases", [False, True])
+def test_quantised_master_weights(biases, scheme, platform, format):
+    spec = spec_of(scheme=scheme, saved_rows=256, format=format)
+    names = kernels(platform, "bfloat16", 200, 104, spec, biases=biases)
+    assert names.count("moriep_gate_up") == 2
+    assert {"moriep_down", "moriep_d_act", "moriep_act_grad", "moriep_d_rows", "moriep_dw1"} <= set(names)
+
+
+@pytest.mark.parametrize(("platform", "format"), [("rocm", "e4m3fnuz"), ("cuda", "e4m3fn")])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights(scheme, platform, format):
+    hidden, inner, spec = 512, 256, spec_of(scheme=scheme, format=format)
+    code = schemes.code_dtype(scheme, schemes.FORMATS[format])
+    scales = schemes.scale_shapes(scheme, L, hidden, inner)
+    weights = ExpertWeights(
+        jax.ShapeDtypeStruct((L, 2 * inner, hidden), code),
+        jax.ShapeDtypeStruct((L, hidden, inner), code),
+        w1_scale=jax.ShapeDtypeStruct(scales[0], jnp.float32),
+        w2_scale=jax.ShapeDtypeStruct(scales[1], jnp.float32),
+    )
+    rows = jax.ShapeDtypeStruct((C, hidden), jnp.bfloat16)
+
+    def loss(rows, row_weights, sizes, weights):
+        return jnp.sum(triton.expert_mlp(rows, row_weights, sizes, weights, spec).astype(jnp.float32))
+
+    operands = rows, jax.ShapeDtypeStruct((C,), jnp.float32), jax.ShapeDtypeStruct((L,), jnp.int32), weights
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+        for fn, wanted in (
+            (loss, FORWARD),
+            (jax.grad(loss, (0, 1)), ["moriep_act_grad", "moriep_d_act", "moriep_d_rows", *FORWARD]),
+        ):
+            text = jax.jit(fn).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+            assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == sorted(wanted)
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])

@@ -175,7 +175,7 @@ def near(got, want, what):
     assert error < 2e-3, (what, error)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("scheme", "name"), KINDS)
 def test_experts(scheme, name, frozen, implementation):

@@ -10,9 +10,18 @@ import jax
 from jax import lax
 
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import hopper, hopper_passes, passes, tuning
+from jax_moriep.experts.triton import (
+    hopper,
+    hopper_passes,
+    hopper_quantised,
+    passes,
+    quantised_passes,
+    tuning,
+)
 from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.runtime import compat
+
+_Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 
 
 def expert_mlp(
@@ -23,28 +32,34 @@ def expert_mlp(
     spec: ExpertSpec,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
-    biases = () if weights.b1 is None or weights.b2 is None else (weights.b1, weights.b2)
-    operands = (rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
+    leaves, tree = jax.tree.flatten((rows, row_weights, group_sizes, weights))
     # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
-    return _expert_mlp(spec, compat.union_varying(*operands))
+    operands = jax.tree.unflatten(tree, compat.union_varying(*leaves))
+    if spec.scheme is not None and spec.weight_input:
+        return quantised_passes.with_weighted_input(_expert_mlp, spec, operands)
+    return _expert_mlp(spec, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_mlp(spec: ExpertSpec, operands: tuple[jax.Array, ...]) -> jax.Array:
-    return _on_platform("forward", spec, operands[0], 0, *operands)[0]
+def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
+    return _on_platform("forward", spec, operands, 0)[0]
 
 
-def _expert_mlp_fwd(spec: ExpertSpec, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-    kept = saved_rows(spec, operands[0].shape[0])
-    out, saved = _on_platform("forward", spec, operands[0], kept, *operands)
+def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
+    out, saved = _on_platform("forward", spec, operands, saved_rows(spec, operands[0].shape[0]))
     return out, (operands, saved)
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
     operands, saved = residuals
     kept = saved_rows(spec, d_out.shape[0])
-    d_rows, d_weights, *others = _on_platform("backward", spec, d_out, kept, d_out, saved, *operands)
-    return ((d_rows, d_weights, None, *others),)
+    d_rows, d_row_weights, *others = _on_platform("backward", spec, operands, kept, d_out, saved)
+    weights: ExpertWeights = operands[3]
+    # Of codes and their scales there are no gradients.
+    trained = [] if weights.frozen else ["w1", "w2"]
+    trained += [] if weights.b1 is None else ["b1", "b2"]
+    nothing = ExpertWeights(None, None)
+    return ((d_rows, d_row_weights, None, nothing._replace(**dict(zip(trained, others, strict=True)))),)
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
@@ -57,35 +72,50 @@ def saved_rows(spec: ExpertSpec, capacity: int) -> int:
     return min(-(-max(1, spec.saved_rows) // hopper.ROWS) * hopper.ROWS, capacity)
 
 
-def _on_platform(name: str, spec: ExpertSpec, rows: jax.Array, kept: int, *arrays: Any) -> Any:
+def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *of_pass: jax.Array) -> Any:
     """Runs a pass as the platform wants it for which the program is lowered, wherever it is traced."""
+    rows, row_weights, group_sizes, weights = operands
+    if spec.scheme is None:
+        biases = () if weights.b1 is None else (weights.b1, weights.b2)
+        arrays = (*of_pass, rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
+    else:
+        arrays = (*of_pass, *operands)
+    capacity, itemsize, table = rows.shape[0], rows.dtype.itemsize, tuning.table()
 
-    def on(platform: str) -> Callable[..., Any]:
+    def by_triton(platform: str) -> Callable[..., Any]:
         kind = compat.device_kind(platform)
-        table = tuning.table()
 
         def tile_of(kernel: str) -> Tile:
-            return tuning.lookup(table, kind, kernel, spec.block, rows.dtype.itemsize)
+            if spec.scheme is not None and kernel in tuning.FORWARD:
+                mean = capacity / group_sizes.size
+                return tuning.lookup_of_codes(table, kind, kernel, spec.block, mean)
+            return tuning.lookup(table, kind, kernel, spec.block, itemsize)
 
-        return functools.partial(getattr(passes, name), spec, tile_of, kept, False)
+        if spec.scheme is None:
+            return functools.partial(getattr(passes, name), spec, tile_of, kept, False)
+        native = compat.converts_float8(platform, spec.code_dtype(weights))
+        return functools.partial(getattr(quantised_passes, name), spec, tile_of, kept, False, native)
 
-    interpreted = functools.partial(getattr(passes, name), spec, _interpreted_tile, kept, True)
-    on_cuda = on("cuda")
-    if compat.has_hopper_kernels() and hopper.covers(spec, rows, *_operands(name, arrays)):
-        on_cuda = functools.partial(getattr(hopper_passes, name), spec, kept)
-    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on("rocm"), default=on_cuda)
+    if spec.scheme is None:
+        interpreted = functools.partial(getattr(passes, name), spec, _interpreted_tile, kept, True)
+        covered = hopper.covers(spec, rows, weights.w1, weights.w2, weights.b1 is not None)
+        by_hopper = functools.partial(getattr(hopper_passes, name), spec, kept)
+    else:
+        # Both ways to read codes are tested so: one float8 is converted, the other one's bits are taken.
+        native = compat.converts_float8("cpu", spec.code_dtype(weights))
+        interpreted = functools.partial(
+            getattr(quantised_passes, name), spec, _interpreted_tile, kept, True, native
+        )
+        covered = hopper_quantised.covers(spec, rows, weights)
+        by_hopper = functools.partial(getattr(hopper_quantised, name), spec, kept, False)
+    on_cuda = by_hopper if covered and compat.has_hopper_kernels() else by_triton("cuda")
+    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=by_triton("rocm"), default=on_cuda)
     # jax 0.10.2 forgets over which mesh axes a kernel's results vary.
-    axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
+    axes = frozenset().union(*(compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
     return tuple(compat.pcast_varying(x, axes) for x in results)
-
-
-def _operands(name: str, arrays: tuple[Any, ...]) -> tuple[Any, Any, bool]:
-    """w1, w2 and whether there are biases."""
-    operands = arrays if name == "forward" else arrays[2:]
-    return operands[3], operands[4], len(operands) > 5
 
 
 def _interpreted_tile(kernel: str) -> Tile:
     """Small, of uneven sides and with few programs, so that tests meet every mask and every turn."""
-    del kernel
-    return Tile(rows=16, cols=32, depth=16, warps=4, stages=1, programs=3, group=2)
+    swapped = kernel == "down"
+    return Tile(rows=16, cols=32, depth=16, warps=4, stages=1, programs=3, group=2, swapped=swapped)

@@ -33,7 +33,7 @@ from jax_moriep.experts.triton.launch import (
     store,
     store_vector,
 )
-from jax_moriep.experts.triton.products import At, rows_times_weights, weight_gradient
+from jax_moriep.experts.triton.products import At, Scales, rows_times_weights, weight_gradient
 from jax_moriep.experts.triton.rowwise import pre_activations, second
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
@@ -66,9 +66,14 @@ def forward(
 
 
 def down(
-    spec: ExpertSpec, tile: Tile, interpret: bool, act: jax.Array, operands: tuple[Any, ...]
+    spec: ExpertSpec,
+    tile: Tile,
+    interpret: bool,
+    act: jax.Array,
+    operands: tuple[Any, ...],
+    scales: Scales | None = None,
 ) -> jax.Array:
-    """The result [C, H] from activations [C, I]."""
+    """The result [C, H] from activations [C, I]; ``scales`` if these and w2 are codes."""
     rows, row_weights, group_sizes, _, w2, _, b2 = unpacked(operands)
     capacity, hidden = rows.shape
 
@@ -91,6 +96,7 @@ def down(
         name="moriep_down",
         by_column=False,
         zeroed=True,
+        scales=scales,
         interpret=interpret,
     )[0]
 
@@ -103,8 +109,14 @@ def gate_up(
     *,
     saved_rows: int = 0,
     recomputed_from: int | None = None,
+    scales: Scales | None = None,
+    dtype: Any = None,
 ) -> list[jax.Array]:
-    """Activations [C, I] and the first rows' pre-activations; or only those from a row on, [C, 2*I]."""
+    """Activations [C, I] and the first rows' pre-activations; or only those from a row on, [C, 2*I].
+
+    With ``scales`` rows and w1 are codes, pre-activations are of ``dtype``, and activations are f32, because
+    they will be quantised.
+    """
     rows, row_weights, group_sizes, w1, w2, b1, _ = unpacked(operands)
     capacity, inner = rows.shape[0], w2.shape[2]
     again = recomputed_from is not None
@@ -126,9 +138,9 @@ def gate_up(
             store(refs[-1], kept, at.cols, gate)
             store(refs[-1], kept, second(at.cols, inner), up)
 
-    results = [] if again else [((capacity, inner), rows.dtype)]
+    results = [] if again else [((capacity, inner), jnp.float32 if scales else rows.dtype)]
     if saved_rows or again:
-        results.append(((capacity if again else saved_rows, 2 * inner), rows.dtype))
+        results.append(((capacity if again else saved_rows, 2 * inner), dtype or rows.dtype))
     return rows_times_weights(
         rows,
         w1,
@@ -140,6 +152,7 @@ def gate_up(
         name="moriep_gate_up",
         by_column=False,
         paired=True,
+        scales=scales,
         interpret=interpret,
     )
 

@@ -58,45 +58,106 @@ class At:
         return jnp.where(mask[:, None], values, 0)
 
 
+_F16 = jnp.float16
 GROUP = 128
 """Columns that share a scale of rows, and both sides of a block of weights that do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """How quantised operands are multiplied.
+    """Scales of codes, which are multiplied in float16, because it holds every 8-bit code; sums are f32.
 
     Attributes:
-      dtype: in which the matrix unit gets both operands.
-      of_rows: f32[D/128, C], of each row and ``GROUP`` of depth; None: rows are what they are.
-      of_weights: f32[L, N/128, D/128], of blocks; with paired weights gate's blocks, then up's.
+      format: the codes' dtype; where rows and weights are u8 arrays, they are the bits of that float8.
+      of_rows: f32[D/128, C], of each row and ``GROUP`` of depth, or f32[1, C].
+      of_weights: f32[L, N/128, D/128], of blocks, with paired weights gate's blocks, then up's; or f32[L, N].
     """
 
-    dtype: Any
-    of_rows: jax.Array | None = None
-    of_weights: jax.Array | None = None
+    format: Any
+    of_rows: jax.Array
+    of_weights: jax.Array
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
-        return tuple(x for x in (self.of_rows, self.of_weights) if x is not None)
+        """The operands of a kernel."""
+        return self.of_rows, self.of_weights
 
-    def scaled(
-        self, part: jax.Array, refs: Any, expert: Any, rows: Span, cols: Span, group: Any, paired: bool
-    ) -> jax.Array:
-        """A product of at most ``GROUP`` of depth, times the scales of that group."""
-        if self.of_rows is not None:
-            part = part * load_vector(refs[0], rows, group)[:, None]
-        if self.of_weights is not None:
-            col = jnp.arange(part.shape[1])
-            block = lax.div(cols.first + (col // 2 if paired else col), GROUP)
-            if paired:
-                block += col % 2 * (self.of_weights.shape[1] // 2)
-            mask = None
-            if cols.stop is not None:
-                mask = block < self.of_weights.shape[1]
-            at = refs[-1].at[jnp.broadcast_to(expert, (1,)), block, jnp.broadcast_to(group, (1,))]
-            part = part * plgpu.load(at, mask=mask, other=None if mask is None else 0)[None, :]
+    def values(self, codes: jax.Array) -> jax.Array:
+        """Codes as float16."""
+        return float8_bits_as_float16(codes, self.format) if codes.dtype == jnp.uint8 else codes.astype(_F16)
+
+    def scaled(self, part: jax.Array, refs: Any, at: At, read: Span, group: Any, layout: Layout) -> jax.Array:
+        """A product of at most ``GROUP`` of depth, times the scales that this group has of its own."""
+        rows_ref, weights_ref = refs
+        if self.of_rows.shape[0] > 1:
+            part = part * layout.by_row(load_vector(rows_ref, read, group))
+        if self.of_weights.ndim == 3:
+            block, half = layout.columns(at.cols, part)
+            block = lax.div(block, GROUP) + half * (self.of_weights.shape[1] // 2)
+            mask = None if at.cols.stop is None else block < self.of_weights.shape[1]
+            lead, last = (jnp.broadcast_to(i, (1,)) for i in (at.expert, group))
+            scale = plgpu.load(
+                weights_ref.at[lead, block, last], mask=mask, other=None if mask is None else 0.0
+            )
+            part = part * layout.by_column(scale)
         return part
+
+    def finished(self, sums: jax.Array, refs: Any, at: At, read: Span, layout: Layout) -> jax.Array:
+        """Sums times the scales that all groups share."""
+        rows_ref, weights_ref = refs
+        if self.of_rows.shape[0] == 1:
+            sums = sums * layout.by_row(load_vector(rows_ref, read, jnp.int32(0)))
+        if self.of_weights.ndim == 2:
+            col, half = layout.columns(at.cols, sums)
+            mask = None if at.cols.stop is None else col < at.cols.stop
+            col += half * (self.of_weights.shape[1] // 2)
+            scale = plgpu.load(
+                weights_ref.at[jnp.broadcast_to(at.expert, (1,)), col],
+                mask=mask,
+                other=None if mask is None else 0.0,
+            )
+            sums = sums * layout.by_column(scale)
+        return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a kernel's sums lie.
+
+    Attributes:
+      paired: gate's and up's columns by turns.
+      swapped: columns of the result along the first dimension.
+    """
+
+    paired: bool
+    swapped: bool
+
+    def by_row(self, values: jax.Array) -> jax.Array:
+        """A value for each row, to be multiplied with sums."""
+        return values[None, :] if self.swapped else values[:, None]
+
+    def by_column(self, values: jax.Array) -> jax.Array:
+        """A value for each column."""
+        return values[:, None] if self.swapped else values[None, :]
+
+    def columns(self, cols: Span, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of each column of sums: the column of the weights' half, and the half, 0 or 1."""
+        col = jnp.arange(sums.shape[0 if self.swapped else 1])
+        return (cols.first + col // 2, col % 2) if self.paired else (cols.first + col, jnp.zeros_like(col))
+
+
+def float8_bits_as_float16(bits: jax.Array, format: Any) -> jax.Array:
+    """The values of float8 codes by integer arithmetic, for GPUs that do not convert this format.
+
+    Moved to float16's place the bits are a value with another bias of the exponent, also where the exponent
+    is 0.
+    """
+    wide = bits.astype(jnp.int32)
+    fn = jnp.dtype(format) == jnp.float8_e4m3fn
+    moved = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    moved = jnp.where((wide & 0x7F) == 0x7F if fn else wide == 0x80, 0x7E00, moved)
+    values = lax.bitcast_convert_type(moved.astype(jnp.int16), _F16)
+    return values * jnp.asarray(2.0 ** (8 if fn else 7), _F16)
 
 
 def rows_times_weights(
@@ -130,7 +191,7 @@ def rows_times_weights(
       by_column: see ``weights``.
       paired: a tile of columns is one of the first half of N, gate, and the same one of the second half, up.
       zeroed: fill the first result's rows behind the last run with zeros.
-      scales: those of quantised operands.
+      scales: those of codes; not with ``by_column``.
       interpret: see ``launch.call``.
 
     Returns:
@@ -139,8 +200,8 @@ def rows_times_weights(
     depth = rows.shape[1]
     cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
     tile = tile.fitted(cols, depth)
-    scales = scales or Scales(rows.dtype)
-    assert scales.of_weights is None or (GROUP % tile.depth == 0 and not by_column)
+    layout, given = Layout(paired, tile.swapped), scales.arrays if scales else ()
+    assert scales is None or (GROUP % tile.depth == 0 and not by_column)
     assert tile.rows == tiles.size
     col_tiles = -(-cols // tile.cols)
     work = (tiles.max_tiles + 1) * col_tiles
@@ -148,7 +209,7 @@ def rows_times_weights(
     last = tiles.max_tiles
 
     def kernel(table_ref: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
-        scale_refs, refs = refs[: len(scales.arrays)], refs[len(scales.arrays) :]
+        scale_refs, refs = refs[: len(given)], refs[len(given) :]
         first_tile, num_tiles = table_ref[rows_of.FIRST_TILE, last], table_ref[rows_of.NUM_TILES, last]
         num_tiles = num_tiles - first_tile
 
@@ -173,14 +234,23 @@ def rows_times_weights(
                     w = load(weights_ref, deep, at.cols, expert)
                 else:
                     w = load(weights_ref, at.cols, deep, expert)
-                part = dot(x.astype(scales.dtype), w.astype(scales.dtype), 1, 0 if by_column else 1)
-                group = lax.div(k, jnp.int32(max(1, GROUP // tile.depth)))
-                return sums + scales.scaled(part, scale_refs, expert, read, at.cols, group, paired)
+                x, w = (scales.values(x), scales.values(w)) if scales else (x, w.astype(x.dtype))
+                deep_of_w = 0 if by_column else 1
+                part = dot(w, x, deep_of_w, 1) if layout.swapped else dot(x, w, 1, deep_of_w)
+                if scales:
+                    group = lax.div(k, jnp.int32(GROUP // tile.depth))
+                    part = scales.scaled(part, scale_refs, at, read, group, layout)
+                return sums + part
 
             # A tile that is all padding costs no product.
             steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
-            sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
+            shape = (tile.rows, tile.cols * (2 if paired else 1))
+            sums = jnp.zeros(shape[::-1] if layout.swapped else shape, jnp.float32)
             sums = lax.fori_loop(0, steps, step, sums)
+            if scales:
+                sums = scales.finished(sums, scale_refs, at, read, layout)
+            if layout.swapped:
+                sums = sums.T
             epilogue(at, unpaired(sums) if paired else (sums,), *refs)
 
         by_turns(programs, num_tiles * col_tiles, product)
@@ -197,7 +267,7 @@ def rows_times_weights(
 
             by_turns(programs, empty * col_tiles, fill)
 
-    operands = (tiles.table, rows, weights, *scales.arrays, *extra)
+    operands = (tiles.table, rows, weights, *given, *extra)
     return call(kernel, name, operands, results, programs, tile, interpret)
 
 

@@ -12,10 +12,10 @@ from jax.experimental import pallas as pl
 
 from jax_moriep.experts.triton import tiles as rows_of
 from jax_moriep.experts.triton.launch import Span, Tile, by_turns, call, load, store, store_vector
-from jax_moriep.experts.triton.rowwise import SLICE
 from jax_moriep.experts.triton.tiles import RowTiles
 
 GROUP = 128
+SLICE = 32
 # Bits of f32: 2^-100, below which a group is zeros, infinity, and a NaN.
 _SMALLEST, _INFINITY, _NAN = 27 << 23, 0x7F800000, 0x7FC00000
 _PROGRAMS = 16896
@@ -44,9 +44,7 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
             own = Span(table_ref[rows_of.FIRST, row_tile], SLICE, table_ref[rows_of.END, row_tile])
             cols = Span(group * GROUP, GROUP)
             values = load(x_ref, own, cols).astype(jnp.float32)
-            scale, inverse = power_scales(jnp.max(magnitudes(values), axis=1), format)
-            store(codes_ref, own, cols, scaled(values, inverse[:, None]))
-            store_vector(scales_ref, own, scale, group)
+            store_rows(codes_ref, scales_ref, own, cols, values, group)
 
         by_turns(programs, table_ref[rows_of.NUM_TILES, last] * groups, one)
 
@@ -58,43 +56,52 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
     return codes, scales
 
 
-def weights(
-    w: jax.Array, format: Any, *, transposed: bool, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Weights in blocks of 128x128.
 
     Args:
       w: [L, N, D]; 128 divides N and D.
       format: the float8.
-      transposed: give the transposed codes as well.
+      transposed: give the same blocks of the transposed weights.
       interpret: see ``launch.call``.
 
     Returns:
-      Codes [L, N, D], scales f32[L, N/128, D/128], and codes [L, D, N] or None.
+      Codes [L, N, D] and scales f32[L, N/128, D/128], with ``transposed`` [L, D, N] and f32[L, D/128, N/128].
     """
     experts, height, width = w.shape
     high, wide = height // GROUP, width // GROUP
 
-    def kernel(w_ref: Any, codes_ref: Any, scales_ref: Any, *turned_ref: Any) -> None:
+    def kernel(w_ref: Any, codes_ref: Any, scales_ref: Any) -> None:
         turn = pl.program_id(0)
         expert, inside = lax.div(turn, high * wide), lax.rem(turn, high * wide)
-        at = Span(lax.div(inside, wide) * GROUP, GROUP), Span(lax.rem(inside, wide) * GROUP, GROUP)
+        high_at, wide_at = lax.div(inside, wide), lax.rem(inside, wide)
+        at = Span(high_at * GROUP, GROUP), Span(wide_at * GROUP, GROUP)
         values = load(w_ref, *at, expert).astype(jnp.float32)
         scale, inverse = power_scales(jnp.max(jnp.max(magnitudes(values), axis=1), axis=0), format)
-        values = scaled(values, inverse)
-        store(codes_ref, *at, values, expert)
-        for ref in turned_ref:
-            store(ref, *reversed(at), values.astype(format).T, expert)
-        scales_ref[expert, lax.div(inside, wide), lax.rem(inside, wide)] = scale
+        codes = scaled(values, inverse).astype(format)
+        if transposed:
+            store(codes_ref, *reversed(at), codes.T, expert)
+            scales_ref[expert, wide_at, high_at] = scale
+        else:
+            store(codes_ref, *at, codes, expert)
+            scales_ref[expert, high_at, wide_at] = scale
 
-    results = [(w.shape, format), ((experts, high, wide), jnp.float32)]
+    shapes = [w.shape, (experts, high, wide)]
     if transposed:
-        results.append(((experts, width, height), format))
+        shapes = [(a, c, b) for a, b, c in shapes]
+    results = [(shapes[0], format), (shapes[1], jnp.float32)]
     programs = experts * high * wide
-    codes, scales, *turned = call(
-        kernel, "moriep_quantise_weights", (w,), results, programs, _BLOCK_TILE, interpret
-    )
-    return codes, scales, turned[0] if turned else None
+    codes, scales = call(kernel, "moriep_quantise_weights", (w,), results, programs, _BLOCK_TILE, interpret)
+    return codes, scales
+
+
+def store_rows(
+    codes_ref: Any, scales_ref: Any, rows: Span, cols: Span, values: jax.Array, group: Any
+) -> None:
+    """Writes f32 values, all of a group of columns, as codes and scales."""
+    scale, inverse = power_scales(jnp.max(magnitudes(values), axis=1), codes_ref.dtype)
+    store(codes_ref, rows, cols, scaled(values, inverse[:, None]))
+    store_vector(scales_ref, rows, scale, group)
 
 
 def magnitudes(values: jax.Array) -> jax.Array:
@@ -122,3 +129,40 @@ def power_scales(bits: jax.Array, format: Any) -> tuple[jax.Array, jax.Array]:
 def scaled(values: jax.Array, inverse: jax.Array) -> jax.Array:
     """values * inverse, zeros where the reciprocal is: there a value may be no number."""
     return jnp.where(inverse != 0, values * inverse, 0.0)
+
+
+def seen(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What codes leave of groups: codes as f32 and f32 scales [..., 1], of f32 values [..., G].
+
+    Rounding is spelled out, because Pallas-Triton converts to few float8 formats and rounds nothing itself.
+    """
+    largest = jnp.max(magnitudes(values), axis=-1, keepdims=True)
+    if jnp.dtype(dtype) == jnp.int8:
+        used = (largest >= _SMALLEST) & (largest < _INFINITY)
+        amax = lax.bitcast_convert_type(largest, jnp.float32)
+        scale = jnp.where(used, amax / 127.0, jnp.where(largest < _SMALLEST, 0.0, math.nan))
+        codes = jnp.where(used, values / jnp.where(used, scale, 1.0), 0.0)
+        return _to_multiple(codes, 1.0), scale
+    scale, inverse = power_scales(largest, dtype)
+    return rounded(scaled(values, inverse), dtype), scale
+
+
+def rounded(values: jax.Array, format: Any) -> jax.Array:
+    """See ``quant.rounded``, with integer arithmetic."""
+    info = jnp.finfo(format)
+    dropped = 23 - info.nmant
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    even = (bits >> dropped) & 1
+    bits = (bits + ((1 << (dropped - 1)) - 1) + even) & ~((1 << dropped) - 1)
+    normal = lax.bitcast_convert_type(bits, jnp.float32)
+    near_zero = _to_multiple(values, float(info.smallest_subnormal))
+    return jnp.where(jnp.abs(values) < float(info.smallest_normal), near_zero, normal)
+
+
+def _to_multiple(values: jax.Array, step: float) -> jax.Array:
+    """The nearest multiples of a power of two, of two the even one; of magnitudes below 2^31 of them."""
+    values = values * (1 / step)
+    below = jnp.floor(values)
+    part = values - below
+    up = (part > 0.5) | ((part == 0.5) & (below.astype(jnp.int32) % 2 != 0))
+    return jnp.where(up, below + 1, below) * step

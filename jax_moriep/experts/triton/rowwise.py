@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation
+from jax_moriep.experts.triton import activation, quantise
 from jax_moriep.experts.triton import tiles as rows_of
 from jax_moriep.experts.triton.launch import (
     Span,
@@ -25,7 +25,7 @@ from jax_moriep.experts.triton.launch import (
 )
 from jax_moriep.experts.triton.tiles import RowTiles
 
-SLICE = 32
+SLICE = quantise.SLICE
 """Rows per program: those of the tiles that the functions here take."""
 _COLS = 128
 _PROGRAMS = 16896
@@ -40,8 +40,10 @@ def activation_gradient(
     spec: ExpertSpec,
     *,
     saved_rows: int,
+    seen: Any = None,
+    gradient_codes: Any = None,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The way back through the row weight and the activation.
 
     Args:
@@ -52,18 +54,22 @@ def activation_gradient(
       tiles: tiles of ``SLICE`` rows.
       spec: names the activation.
       saved_rows: how many rows were kept.
+      seen: of what dtype the codes were of which the second product got the activations; None: none.
+      gradient_codes: a float8 in which the cotangent of the pre-activations is wanted too, or None; then 128
+        divides I.
       interpret: see ``launch.call``.
 
     Returns:
       The weighted activations [C, I], the cotangent of the pre-activations [C, 2*I], both zero in the padding
-      of runs, and shares of that of the row weights, f32[n, C], to be summed.
+      of runs, and shares of that of the row weights, f32[n, C], to be summed; with ``gradient_codes`` also
+      codes [C, 2*I] and their scales f32[2*I/128, C].
     """
     capacity, inner = d_act.shape
     cols = min(_COLS, power_of_two(inner))
     col_tiles, last = -(-inner // cols), tiles.max_tiles
 
     def kernel(table_ref: Any, d_act_ref: Any, weights_ref: Any, *refs: Any) -> None:
-        pre_refs, (act_ref, d_pre_ref, shares_ref) = refs[: len(pre)], refs[len(pre) :]
+        pre_refs, (act_ref, d_pre_ref, shares_ref, *coded_refs) = refs[: len(pre)], refs[len(pre) :]
 
         def one(turn: Any) -> None:
             row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
@@ -75,11 +81,18 @@ def activation_gradient(
             act, by_gate, by_up = activation.with_derivatives(gate, up, spec)
             # Every load gives zeros in padding, so zeros are what is stored there.
             weight = load_vector(weights_ref, real)[:, None]
-            store_vector(shares_ref, real, jnp.sum(d * act, axis=1), col_tile)
+            read = act
+            if seen is not None:
+                codes, scale = quantise.seen(act, seen)
+                read = codes * scale
+            store_vector(shares_ref, real, jnp.sum(d * read, axis=1), col_tile)
             d = d * weight
             store(act_ref, own, at_cols, act * weight)
-            store(d_pre_ref, own, at_cols, d * by_gate)
-            store(d_pre_ref, own, second(at_cols, inner), d * by_up)
+            for half, by in enumerate((by_gate, by_up)):
+                at_half = second(at_cols, inner) if half else at_cols
+                store(d_pre_ref, own, at_half, d * by)
+                if coded_refs:
+                    quantise.store_rows(*coded_refs, own, at_half, d * by, half * col_tiles + col_tile)
 
         by_turns(programs, table_ref[rows_of.NUM_TILES, last] * col_tiles, one)
 
@@ -89,9 +102,13 @@ def activation_gradient(
         ((capacity, 2 * inner), d_act.dtype),
         ((col_tiles, capacity), jnp.float32),
     ]
+    if gradient_codes is not None:
+        results += [
+            ((capacity, 2 * inner), gradient_codes),
+            ((2 * col_tiles, capacity), jnp.float32),
+        ]
     operands = (tiles.table, d_act, row_weights, *pre)
-    act, d_pre, shares = call(kernel, "moriep_act_grad", operands, results, programs, _TILE, interpret)
-    return act, d_pre, shares
+    return tuple(call(kernel, "moriep_act_grad", operands, results, programs, _TILE, interpret))
 
 
 def zeroed_behind(rows: jax.Array, tiles: RowTiles, *, interpret: bool) -> jax.Array:

@@ -20,6 +20,7 @@ from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts.triton.launch import Tile
 
 KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
+FORWARD = KERNELS[:2]
 CLASSES = ("few", "some", "many")
 """Rows of an expert: below 64, below 256, more."""
 VARIABLE = "JAX_MORIEP_TUNING"
@@ -31,6 +32,8 @@ SMALLEST = "AMD Instinct MI300X"
 
 # Small enough for every GPU's local memory; f32 products use no matrix unit that bf16 would.
 _F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
+
+_FEWEST = 24
 
 Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 """Device kind -> kernel -> class -> the fields of Tile."""
@@ -60,9 +63,36 @@ def lookup(table: Table, device_kind: str, kernel: str, block: int, itemsize: in
     """
     if itemsize > 2:
         return _F32
+    return Tile(**_of_device(table, device_kind)[kernel][class_of(block)])
+
+
+def _of_device(table: Table, device_kind: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     other = HOPPER if device_kind.startswith(_HOPPER_KINDS) else SMALLEST
-    of_device = table.get(device_kind) or table[other]
-    return Tile(**of_device[kernel][class_of(block)])
+    return table.get(device_kind) or table[other]
+
+
+def lookup_of_codes(table: Table, device_kind: str, kernel: str, block: int, mean_rows: float) -> Tile:
+    """The tile of a kernel of ``FORWARD`` that multiplies codes.
+
+    With few rows such a kernel is bound by reading weights, which tiles of fewer rows read several times, and
+    by converting them, which takes longer for tiles of more rows than there are.
+
+    Args:
+      table: see ``Table``.
+      device_kind: as for ``lookup``.
+      kernel: its name.
+      block: rows per block.
+      mean_rows: the most rows that an expert can have in the mean.
+
+    Returns:
+      The tile.
+    """
+    of_kernel = _of_device(table, device_kind)[kernel]
+    if class_of(block) != "few":
+        return Tile(**of_kernel[class_of(block)])
+    coded = of_kernel.get("few_codes") or shipped()[HOPPER][kernel]["few_codes"]
+    tile = Tile(**coded)
+    return dataclasses.replace(tile, rows=16 if mean_rows <= _FEWEST else tile.rows)
 
 
 @functools.cache

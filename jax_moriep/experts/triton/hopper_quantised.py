@@ -1,0 +1,153 @@
+"""Both passes of experts that a float8 scheme quantises, by Hopper products; see ``quantised_passes``."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_moriep import schemes
+from jax_moriep.experts import rounding
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.triton import hopper, hopper_fp8, quantise, rowwise
+from jax_moriep.experts.triton.quantised_passes import codes_of
+from jax_moriep.experts.triton.tiles import RowTiles, real_rows, row_tiles
+from jax_moriep.plan import run_starts
+
+_FORMAT = jnp.dtype(jnp.float8_e4m3fn)
+
+
+def covers(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
+    """Whether the kernels here can run a call: float8 codes, 16-bit rows, no biases, output weights, even
+    sizes."""
+    return (
+        spec.code_dtype(weights) == _FORMAT
+        and rows.dtype.itemsize == 2
+        and weights.b1 is None
+        and not spec.weight_input
+        and spec.block % hopper.ROWS == 0
+        and rows.shape[0] % hopper.ROWS == 0
+        and all(size % quantise.GROUP == 0 for size in (rows.shape[1], weights.w2.shape[2]))
+    )
+
+
+def forward(
+    spec: ExpertSpec,
+    saved_rows: int,
+    interpret: bool,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> tuple[jax.Array, ...]:
+    """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``."""
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS)
+    # Zero in padding, whose activations and results are then zeros too.
+    factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
+    coded = _codes_of(weights, spec, interpret)
+    codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
+    act, act_scales, *saved = hopper_fp8.gate_up(
+        codes,
+        scales,
+        coded.w1,
+        coded.w1_scale,
+        factors,
+        tiles,
+        spec,
+        saved_rows=saved_rows,
+        dtype=rows.dtype,
+    )
+    out = hopper_fp8.product(act, act_scales, coded.w2, coded.w2_scale, tiles, rows.dtype)
+    return (rowwise.zeroed_behind(out, tiles, interpret=interpret), *saved)
+
+
+def backward(
+    spec: ExpertSpec,
+    saved_rows: int,
+    interpret: bool,
+    d_out: jax.Array,
+    saved: jax.Array,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> tuple[jax.Array, ...]:
+    """See ``quantised_passes.backward``."""
+    capacity, dtype = rows.shape[0], rows.dtype
+    tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS)
+    slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
+    pre = (saved,)
+    if saved_rows < capacity:
+        pre += (_pre_activations(spec, saved_rows, interpret, rows, row_weights, group_sizes, weights),)
+
+    def through_activation(d_act: jax.Array, gradient_codes: jnp.dtype | None) -> tuple[jax.Array, ...]:
+        return rowwise.activation_gradient(
+            d_act,
+            pre,
+            row_weights,
+            slices,
+            spec,
+            saved_rows=saved_rows,
+            seen=_FORMAT,
+            gradient_codes=gradient_codes,
+            interpret=interpret,
+        )
+
+    if spec.quantises_gradients(weights):
+        d_y = quantise.rows(d_out, slices, _FORMAT, interpret=interpret)
+        w2 = quantise.weights(weights.w2, _FORMAT, transposed=True, interpret=interpret)
+        d_act = hopper_fp8.product(*d_y, *w2, tiles, dtype)
+        act, d_pre, shares, *d_codes = through_activation(d_act, _FORMAT)
+        w1 = quantise.weights(weights.w1, _FORMAT, transposed=True, interpret=interpret)
+        d_rows = hopper_fp8.product(*d_codes, *w1, tiles, dtype)
+    else:
+        w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
+        d_act = hopper.product(d_out, w2, tiles, by_column=True)
+        act, d_pre, shares = through_activation(d_act, None)
+        d_rows = hopper.product(d_pre, w1, tiles, by_column=True)
+    d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=interpret)
+    d_row_weights = jnp.where(real_rows(group_sizes, spec.block, capacity), jnp.sum(shares, axis=0), 0)
+    if weights.frozen:
+        return d_rows, d_row_weights
+    starts = run_starts(group_sizes, spec.block)
+    dw1 = hopper.weight_gradient(d_pre, rows, starts, group_sizes, unclean="right")
+    dw2 = hopper.weight_gradient(d_out, act, starts, group_sizes, unclean="left")
+    return d_rows, d_row_weights, dw1.astype(weights.w1.dtype), dw2.astype(weights.w2.dtype)
+
+
+def _pre_activations(
+    spec: ExpertSpec,
+    first_row: int,
+    interpret: bool,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> jax.Array:
+    """Those of the rows from one on, [C, 2*I]."""
+    capacity = rows.shape[0]
+    behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, first_row)
+    coded = _codes_of(weights, spec, interpret)
+    codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
+    operands = (codes, scales, coded.w1, coded.w1_scale, row_weights, behind, spec)
+    return hopper_fp8.gate_up(*operands, saved_rows=capacity, dtype=rows.dtype)[-1]
+
+
+def quantised_rows(
+    rows: jax.Array, spec: ExpertSpec, group_sizes: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Codes [C, H] and scales f32[H/128, C] or f32[1, C]."""
+    if spec.scheme == "fp8_block":
+        slices: RowTiles = row_tiles(group_sizes, spec.block, rows.shape[0], rowwise.SLICE)
+        return quantise.rows(rows, slices, _FORMAT, interpret=interpret)
+    assert spec.scheme is not None
+    codes, scales = schemes.quantise_rows(rows, spec.scheme, _FORMAT)
+    return codes, scales.T
+
+
+def _codes_of(weights: ExpertWeights, spec: ExpertSpec, interpret: bool) -> ExpertWeights:
+    """As ``codes_of``; blocks by a kernel."""
+    if weights.frozen or spec.scheme != "fp8_block":
+        return codes_of(weights, spec)
+    w1, s1 = quantise.weights(weights.w1, _FORMAT, transposed=False, interpret=interpret)
+    w2, s2 = quantise.weights(weights.w2, _FORMAT, transposed=False, interpret=interpret)
+    return weights._replace(w1=w1, w2=w2, w1_scale=s1, w2_scale=s2)
