@@ -48,3 +48,11 @@ def test_readme():
 def test_flax_models_learn(command):
     first, last = errors(run(*command))
     assert last < first / 2
+
+
+@pytest.mark.parametrize("options", [[], ["--quant", "fp8_block"]], ids=["floating", "fp8_block"])
+def test_a_server_compiles_before_it_serves_and_decodes_as_without_a_cache(options):
+    shown = run(ROOT / "examples" / "serve.py", "--requests", "6", *options)
+    assert "6 programs for 4 devices" in shown
+    assert shown.count(" 0 compilations") == 2
+    assert shown.count("tokens are those of a forward pass without a cache") == 2
