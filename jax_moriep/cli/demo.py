@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.cli import demo_report
+from jax_moriep.cli import demo_curves, demo_report
 from jax_moriep.cli.demo_settings import EVENT_MARK, Settings
 from jax_moriep.cli.launch import launch
-from jax_moriep.config import TRANSPORTS
+from jax_moriep.config import SCHEMES, TRANSPORTS
 from jax_moriep.errors import ConfigError, MoriepError, rule
 
 _MARKER = "made-by-jax-moriep-demo"
@@ -37,8 +39,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, default=360, help="steps of training (default: 360)")
     parser.add_argument("--experts", type=int, default=8, help="experts in each layer (default: 8)")
     parser.add_argument("--transport", choices=("auto", *TRANSPORTS), default="auto", help="default: auto")
+    parser.add_argument(
+        "--quant",
+        choices=SCHEMES,
+        help="experts that compute quantised, from floating weights that are trained",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", default="demo.png", help="the picture (default: demo.png)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the losses there; `jax-moriep plot` compares such files",
+    )
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="default: checkpoints")
     parser.add_argument(
         "--checkpoint-every",
@@ -54,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("ranks", "steps", "experts"):
         if getattr(args, name) < 1:
             raise ConfigError(rule(name, getattr(args, name), "be at least 1", "pass a positive number"))
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError(
+            rule("--json", str(args.json), "lie in an existing folder", "make the folder first")
+        )
     _check_installed()
     folder = Path(args.checkpoint_dir)
     _prepare_checkpoints(folder, args.resume)
@@ -66,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_dir=str(folder),
         checkpoint_every=args.checkpoint_every or max(1, -(-args.steps // 4)),
         resume=args.resume,
+        quant=args.quant,
     )
     began = time.perf_counter()
     progress = demo_report.Progress(settings)
@@ -93,7 +111,10 @@ def run(args: argparse.Namespace) -> int:
     if result.returncode:
         progress.failed("".join(talk))
         return result.returncode
-    progress.finish(time.perf_counter() - began, _draw(progress.results, Path(args.out)))
+    seconds = time.perf_counter() - began
+    progress.finish(seconds, _draw(progress.results, Path(args.out)))
+    if args.json is not None:
+        demo_curves.write(progress.results, seconds, shlex.join(["jax-moriep", *sys.argv[1:]]), args.json)
     return 0
 
 

@@ -49,12 +49,14 @@ class Checkpoints:
         assert step is not None, "the demo's first process looked for one"
         found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         for name, value in self._identity.items():
-            if found["identity"][name] != value:
+            # A checkpoint of an earlier version lacks what there was no choice about.
+            there = found["identity"].get(name)
+            if there != value:
                 raise ConfigError(
                     rule(
                         name,
                         value,
-                        f"be {found['identity'][name]!r} as in the checkpoint",
+                        f"be {there!r} as in the checkpoint",
                         "run without --resume",
                     )
                 )

@@ -23,6 +23,7 @@ class ModelConfig:
 
     num_experts: int = 8
     transport: str = "auto"
+    quant: str | None = None
     vocabulary: int = 256
     width: int = 128
     layers: int = 4
@@ -40,6 +41,7 @@ class ModelConfig:
             router="sigmoid_topk",
             score_bias=True,
             transport=self.transport,
+            expert_quant=self.quant,
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jax_moriep.cli.demo_report import Results
+from jax_moriep.cli.demo_report import Results, quantised, smoothed
 
 _COLUMNS = 120
 """At most so many columns in a heat map; each is the mean over a few steps."""
@@ -56,10 +56,10 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _draw_loss(axes: Axes, results: Results) -> None:
-    loss = np.asarray(results.loss)
+    loss = results.loss
     steps = np.arange(1, len(loss) + 1)
     axes.plot(steps, loss, color=_BLUE, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _smoothed(loss), color=_BLUE, linewidth=1.8, label="training")
+    axes.plot(steps, smoothed(loss), color=_BLUE, linewidth=1.8, label="training")
     axes.plot(
         [0, len(loss)],
         [results.before, results.after],
@@ -88,19 +88,11 @@ def _draw_loss(axes: Axes, results: Results) -> None:
     settings, start = results.settings, results.start
     axes.set_title(
         f"{settings.ranks} ranks, {settings.experts} experts in each layer, "
-        f"{start['parameters'] / 1e6:.1f} million parameters, transport {start['transport']}",
+        f"{start['parameters'] / 1e6:.1f} million parameters, transport {start['transport']}"
+        + quantised(settings),
         loc="left",
         fontsize=11,
     )
-
-
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean over the steps around each: one in forty of all, and fewer at the ends."""
-    reach = min(len(values) // 80, (len(values) - 1) // 2)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    reaches = np.minimum(reach, np.minimum(middle, len(values) - 1 - middle))
-    return (sums[middle + reaches + 1] - sums[middle - reaches]) / (2 * reaches + 1)
 
 
 def _thinned(load: np.ndarray) -> np.ndarray:

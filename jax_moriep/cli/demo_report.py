@@ -6,8 +6,11 @@ import dataclasses
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jax_moriep.cli import demo_data
 from jax_moriep.cli.demo_settings import Settings
@@ -51,7 +54,7 @@ class Progress:
         getattr(self, f"_on_{event.pop('event')}")(**event)
 
     def _on_start(self, history: dict[str, Any], **start: Any) -> None:
-        results = self.results
+        results, settings = self.results, self.results.settings
         results.start = start
         results.loss, results.load = history["loss"], history["load"]
         self._note(
@@ -61,7 +64,7 @@ class Progress:
         )
         self._note(
             f"model: {start['parameters'] / 1e6:.1f} million parameters; transport {start['transport']}, "
-            f"experts {start['experts']}; {start['tokens_per_step']} tokens in a step"
+            f"experts {start['experts']}{quantised(settings)}; {start['tokens_per_step']} tokens in a step"
         )
         if results.loss:
             results.before = history["heldout_before"]
@@ -156,3 +159,18 @@ def mean_load(load: list[list[list[int]]]) -> list[list[float]]:
         counts = [sum(expert) for expert in zip(*layer, strict=True)]
         shares.append([count / sum(counts) for count in counts])
     return shares
+
+
+def quantised(settings: Settings) -> str:
+    """What is to be added to the name of the experts."""
+    return "" if settings.quant is None else f", experts in {settings.quant}"
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """The mean over the steps around each: one in forty of all, and fewer at the ends."""
+    values = np.asarray(losses)
+    reach = min(len(values) // 80, (len(values) - 1) // 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    reaches = np.minimum(reach, np.minimum(middle, len(values) - 1 - middle))
+    return (sums[middle + reaches + 1] - sums[middle - reaches]) / (2 * reaches + 1)

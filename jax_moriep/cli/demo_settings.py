@@ -21,6 +21,8 @@ class Settings:
     checkpoint_dir: str
     checkpoint_every: int
     resume: bool
+    quant: str | None = None
+    """How the experts are quantised, as ``MoEConfig.expert_quant`` has it."""
     context: int = 128
     """Bytes in a window."""
     windows: int = 24
@@ -33,5 +35,5 @@ class Settings:
 
     def identity(self) -> dict[str, object]:
         """What two runs must have in common for one to go on from the other's checkpoint."""
-        shared = ("ranks", "experts", "seed", "context", "windows")
+        shared = ("ranks", "experts", "quant", "seed", "context", "windows")
         return {name: getattr(self, name) for name in shared}

@@ -1,4 +1,4 @@
-"""``jax-moriep plot``: draws what ``jax-moriep bench --json`` wrote."""
+"""``jax-moriep plot``: draws what ``jax-moriep bench --json`` and ``jax-moriep demo --json`` wrote."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench import kernels_picture, picture
+from jax_moriep.cli import demo_curves
 from jax_moriep.errors import ConfigError, rule
 
 
@@ -14,9 +15,10 @@ def add_parser(subparsers: Any) -> None:
     """Adds the parser of ``jax-moriep plot``."""
     parser = subparsers.add_parser(
         "plot",
-        description="Draws the comparisons that `jax-moriep bench --json FILE` wrote, one row for each file.",
+        description="Draws the comparisons that `jax-moriep bench --json FILE` wrote, one row for each file, "
+        "or the losses that `jax-moriep demo --json FILE` wrote, over each other.",
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what bench wrote")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what bench or demo wrote")
     parser.add_argument(
         "--out", type=Path, default=Path("bench.png"), help="the picture (default: bench.png)"
     )
@@ -24,13 +26,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep plot``; returns 0."""
-    of_kernels = [result for result in map(kernels_picture.read, args.files) if result is not None]
-    if of_kernels and len(of_kernels) < len(args.files):
-        names = [str(path) for path in args.files]
-        cure = "draw those of `bench kernels` alone"
-        raise ConfigError(rule("FILE", names, "be all of `bench kernels` or all of others", cure))
-    if of_kernels:
-        kernels_picture.draw(of_kernels, args.out)
+    for module, command in ((kernels_picture, "bench kernels"), (demo_curves, "demo")):
+        results = [result for result in map(module.read, args.files) if result is not None]
+        if results and len(results) < len(args.files):
+            names = [str(path) for path in args.files]
+            cure = f"draw those of `{command}` alone"
+            raise ConfigError(rule("FILE", names, f"be all of `{command}` or all of others", cure))
+        if results:
+            module.draw(results, args.out)
+            break
     else:
         picture.draw([picture.read(path) for path in args.files], args.out)
     print(f"wrote {args.out}")

@@ -1,5 +1,6 @@
 """The demo from end to end: it trains, reports, draws, and goes on from a checkpoint as if never stopped."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ def report(text):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, demo(folder)
+    return folder, demo(folder, "--json=f32.json")
 
 
 def test_it_learns_and_shows_what_it_promises(finished):
@@ -60,6 +61,23 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(finished):
     assert "going on from the checkpoint after step 2" in resumed
     assert f"step 1/{STEPS}" not in re.sub(" +", " ", resumed)
     assert report(resumed) == report(text)
+
+
+def test_quantised_experts_learn_as_well_and_plot_puts_the_losses_beside_each_other(finished):
+    folder, _ = finished
+    text = demo(folder, "--quant=fp8_block", "--json=fp8.json", "--checkpoint-dir=quantised")
+    assert "experts blocked, experts in fp8_block" in text
+    plain, quantised = (json.loads((folder / name).read_text()) for name in ("f32.json", "fp8.json"))
+    assert quantised["settings"] == {**plain["settings"], "quant": "fp8_block"}
+    assert len(plain["loss"]) == len(quantised["loss"]) == STEPS
+    # In the first step the head is zero; later ones differ by what rounding changes, and by little.
+    assert quantised["loss"][0] == pytest.approx(plain["loss"][0], abs=1e-3)
+    assert quantised["loss"][2:] != plain["loss"][2:]
+    assert quantised["loss"] == pytest.approx(plain["loss"], abs=0.05)
+    command = [sys.executable, "-m", "jax_moriep", "plot", "f32.json", "fp8.json", "--out", "both.png"]
+    drawn = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_it_does_not_go_on_from_another_run(finished):
