@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.bench import patterns
-from jax_moriep.config import TRANSPORTS, MoEConfig
+from jax_moriep.config import SCHEMES, TRANSPORTS, MoEConfig
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import ExchangeShape
 
@@ -24,12 +24,17 @@ PLAIN = ("plain", "plain_hopper")
 """Layers written without this package, for one rank."""
 DENSE_COPY = "dense+copy"
 """Floor under the layer of one rank: dense products of its FLOPs, and copies of the bytes that must move."""
+_PAIRS = tuple(f"{transport}+{experts}" for transport in TRANSPORTS for experts in EXPERTS)
+_QUANTISED = tuple(
+    f"{pair}-{scheme}" for pair in _PAIRS if not pair.endswith("ragged_dot") for scheme in SCHEMES
+)
 FLOORS = ("memcpy", "nccl", "copy", DENSE_COPY)
 """What no implementation can be faster than, or hardly."""
 COMPARABLE = {
     "exchange": (*TRANSPORTS, *(name + FP8 for name in TRANSPORTS)),
     "experts": (*EXPERTS, "dense"),
-    "layer": (*(f"{transport}+{experts}" for transport in TRANSPORTS for experts in EXPERTS), *PLAIN),
+    "layer": (*_PAIRS, *PLAIN),
+    "decode": (*_PAIRS, *_QUANTISED, *PLAIN),
     "link": ("ppermute",),
     "train": TRANSPORTS,
 }
@@ -38,16 +43,29 @@ COMPARED = {
     "exchange": ("native", "collective"),
     "experts": ("blocked", "ragged_dot", "dense"),
     "layer": ("native+blocked", "collective+ragged_dot"),
+    "decode": ("native+blocked", "collective+ragged_dot"),
     "link": ("ppermute",),
     "train": ("native", "collective"),
 }
 """What each kind of run compares unless told otherwise."""
-COMPARED_ON_GPUS = {**COMPARED, "layer": ("native+triton", "collective+triton")}
+_ON_GPUS = ("native+triton", "collective+triton")
+COMPARED_ON_GPUS = {**COMPARED, "layer": _ON_GPUS, "decode": _ON_GPUS}
 """The same on GPUs."""
-ITERATIONS = {"exchange": (20, 3), "experts": (7, 1), "layer": (7, 1), "link": (10, 2), "train": (5, 1)}
+ITERATIONS = {
+    "exchange": (20, 3),
+    "experts": (7, 1),
+    "layer": (7, 1),
+    "decode": (20, 2),
+    "link": (10, 2),
+    "train": (5, 1),
+}
 """Timed iterations and those before them, unless told otherwise; ``ragged_dot`` takes many seconds."""
-REPEATS_ON_GPUS = {"exchange": 20, "experts": 1, "layer": 3, "link": 5, "train": 5}
+REPEATS_ON_GPUS = {"exchange": 20, "experts": 1, "layer": 3, "decode": 5, "link": 5, "train": 5}
 """How often one program does the work there, unless told otherwise; its start is paid once for all."""
+DECODED_TOKENS = (1, 8, 32, 128)
+"""Tokens per rank while a server decodes."""
+DECODED_LAYERS = 4
+"""How many layers one program has then."""
 GPU_PLATFORMS = ("cuda", "rocm", "gpu")
 
 
@@ -56,10 +74,11 @@ class Case:
     """One run of the bench.
 
     Args:
-      kind: "exchange", "experts", "layer", "link" (a copy to the next rank) or "train" (the demo's step).
+      kind: "exchange", "experts", "layer", "decode" (layers in a row, with few tokens), "link" (a copy to the
+        next rank) or "train" (the demo's step).
       ranks: R.
       processes: how many processes hold the ranks; divides R.
-      tokens: T, per rank.
+      tokens: T, per rank; of "decode", whose operations have their own, the most.
       hidden: H.
       intermediate: I.
       experts: E.
@@ -75,6 +94,7 @@ class Case:
       repeats: how often one program does the work; times are those of one.
       operations: which of the kind's operations; () for all.
       floors: some of ``FLOORS``.
+      layers: of "decode", how many one program has; times are those of one.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -99,6 +119,7 @@ class Case:
     repeats: int = 1
     operations: tuple[str, ...] = ()
     floors: tuple[str, ...] = ()
+    layers: int = 1
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -133,7 +154,13 @@ class Case:
                     "leave out --repeats; `bench kernels` repeats",
                 )
             )
-        if self.kind == "layer" and self.hidden < self.experts:
+        if self.kind != "decode" and self.layers > 1:
+            raise ConfigError(
+                rule(
+                    "layers", self.layers, "be 1 but for decoding", "add --phase decode or leave out --layers"
+                )
+            )
+        if self.kind in ("layer", "decode") and self.hidden < self.experts:
             raise ConfigError(
                 rule(
                     "hidden",
@@ -182,7 +209,13 @@ class Case:
         """The sizes of the exchange."""
         return ExchangeShape.of(self.config(), self.ranks, self.tokens)
 
-    def config(self, transport: str = "auto", experts: str = "auto", wire: str | None = None) -> MoEConfig:
+    def config(
+        self,
+        transport: str = "auto",
+        experts: str = "auto",
+        wire: str | None = None,
+        quant: str | None = None,
+    ) -> MoEConfig:
         """The layer's config."""
         return MoEConfig(
             self.experts,
@@ -193,11 +226,13 @@ class Case:
             transport=transport,
             experts=experts,
             wire_dtype=wire,
+            expert_quant=quant,
         )
 
     def title(self) -> str:
         """One line that names the run."""
-        sizes = f"T={self.tokens} H={self.hidden} "
+        sizes = f"{self.layers} layers, " if self.kind == "decode" else f"T={self.tokens} "
+        sizes += f"H={self.hidden} "
         if self.kind != "exchange":
             sizes += f"I={self.intermediate} "
         return (
@@ -222,6 +257,13 @@ class Case:
         return cls(**{**fields, **{name: tuple(fields[name]) for name in names if name in fields}})
 
 
+def pair_of(name: str) -> tuple[str, str, str | None]:
+    """The transport, the experts and the scheme of a layer's name, such as "native+blocked-fp8_block"."""
+    transport, experts = name.split("+")
+    scheme = next((scheme for scheme in SCHEMES if experts.endswith(f"-{scheme}")), None)
+    return transport, experts.removesuffix(f"-{scheme}"), scheme
+
+
 def is_baseline(name: str) -> bool:
     """Whether a name is of something that others have made: its errors are not the package's."""
     return name in (*PLAIN, *FLOORS, "ppermute")
@@ -238,6 +280,7 @@ _LEAST = {
     "iters": 1,
     "warmup": 1,
     "repeats": 1,
+    "layers": 1,
 }
 
 
@@ -258,7 +301,10 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--processes", type=int, help="processes that hold the ranks (default: one for each rank)"
     )
-    number("tokens", "T, tokens per rank")
+    decoding = ", with --phase decode 1, 8, 32 and 128" if kind == "layer" else ""
+    parser.add_argument(
+        "--tokens", type=int, help=f"T, tokens per rank (default: {defaults['tokens']}{decoding})"
+    )
     number("hidden", "H, width of a token")
     number("intermediate", "I, width inside an expert")
     number("experts", "E, experts in all")
@@ -268,9 +314,9 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
         "--routing", choices=patterns.PATTERNS, default=defaults["routing"], help="default: uniform"
     )
     number("capacity_factor", "rows reserved on a rank, in units of T*K; None is the exact bound", float)
-    defaults["iters"], defaults["warmup"] = ITERATIONS[kind]
-    number("iters", "timed iterations of every call")
-    number("warmup", "iterations before them")
+    iters, warmup = ITERATIONS[kind]
+    parser.add_argument("--iters", type=int, help=f"timed iterations of every call (default: {iters})")
+    parser.add_argument("--warmup", type=int, help=f"iterations before them (default: {warmup})")
     number("seed", "of the data")
     parser.add_argument(
         "--repeats",
@@ -287,6 +333,18 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
         help=f"what to compare, ratios being to the first one (default: {','.join(COMPARED[kind])}; "
         f"there are: {', '.join(COMPARABLE[kind])})",
     )
+    if kind == "layer":
+        parser.add_argument(
+            "--phase", choices=("decode",), help="few tokens, forward, through several layers of one program"
+        )
+        parser.add_argument(
+            "--layers", type=int, help=f"of one program, with --phase decode (default: {DECODED_LAYERS})"
+        )
+        parser.add_argument(
+            "--quant",
+            choices=SCHEMES,
+            help="with --phase decode: compare each of them with its experts quantised as well",
+        )
     if kind == "exchange":
         parser.add_argument(
             "--wire", choices=("fp8",), help="compare each of them with float8 on the wire as well"
@@ -305,25 +363,37 @@ def of_arguments(kind: str, args: argparse.Namespace) -> Case:
       ConfigError: an option breaks its rule.
     """
     on_gpus = getattr(args, "platform", None) in GPU_PLATFORMS
+    quant = getattr(args, "quant", None)
+    if getattr(args, "phase", None) == "decode":
+        kind = "decode"
+    elif quant is not None:
+        raise ConfigError(rule("quant", quant, "come with --phase decode", "add it, or leave out --quant"))
     taken_apart = ("kind", "operations", "floors")
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(Case)
-        if field.name not in taken_apart
+        if field.name not in taken_apart and getattr(args, field.name, None) is not None
     }
     ranks = max(1, given["ranks"])
-    if given["processes"] is None:
-        given["processes"] = ranks
-    if given["repeats"] is None:
-        given["repeats"] = REPEATS_ON_GPUS[kind] if on_gpus else 1
+    iters, warmup = ITERATIONS[kind]
+    repeats = REPEATS_ON_GPUS[kind] if on_gpus else 1
+    given = {"processes": ranks, "iters": iters, "warmup": warmup, "repeats": repeats, **given}
     floors: tuple[str, ...] = ()
     if kind == "exchange":
         floors = ("memcpy",) if not on_gpus else ("nccl",) if ranks > 1 else ("copy",)
     if kind == "layer" and on_gpus and ranks == 1:
         floors = (DENSE_COPY,)
+    if kind == "decode":
+        floors = ("copy",) if on_gpus and ranks == 1 else ()
+        tokens = DECODED_TOKENS if args.tokens is None else (args.tokens,)
+        operations = tuple(f"T={count}" for count in tokens)
+        given = {"layers": DECODED_LAYERS, **given, "tokens": max(tokens), "operations": operations}
     if not given["compare"]:
-        plain = PLAIN if floors == (DENSE_COPY,) else ()
+        plain = PLAIN if floors == (DENSE_COPY,) else PLAIN[:1] if kind == "decode" and floors else ()
         given["compare"] = (COMPARED_ON_GPUS if on_gpus else COMPARED)[kind] + plain
     if getattr(args, "wire", None) == "fp8":
         given["compare"] += tuple(name + FP8 for name in given["compare"] if not name.endswith(FP8))
+    if quant is not None:
+        names = [f"{name}-{quant}" for name in given["compare"]]
+        given["compare"] += tuple(name for name in names if name in COMPARABLE[kind])
     return Case(kind, floors=floors, **given)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-TOKENS, COTANGENTS, W1, W2 = range(1, 5)
+TOKENS, COTANGENTS, W1, W2, FACTORS = range(1, 6)
 """What a value is of; each has values of its own."""
 STEPS = {W1: 1, W2: 3}
 """By how many rows an expert's matrix is turned against that of the expert before it."""
@@ -45,6 +45,31 @@ def matrix(what: int, rows: np.ndarray, num_columns: int, exponent: int = -7) ->
     """f32[rows, num_columns] of some rows, on the host."""
     column = np.arange(num_columns, dtype=np.uint32)
     return values(what, np.asarray(rows, np.uint32)[:, None], column[None], exponent)
+
+
+def by_blocks(what: int, matrix: Any, row: Any, num_rows: int, height: int) -> tuple[Any, Any]:
+    """Where the rows of one of many matrices come from, which differ by what quantising commutes with.
+
+    Rows are turned within their blocks of ``height``, and each block has a factor of its own, 1 or 2. So a
+    block has the same values in another order, times a power of two, and its codes are those of the first
+    matrix.
+
+    Args:
+      what: ``W1`` or ``W2``.
+      matrix: uint32, its number.
+      row: uint32, below ``num_rows``; broadcast against ``matrix``.
+      num_rows: of the part of the matrix whose blocks these are.
+      height: of a block; the last one may have less.
+
+    Returns:
+      The row of the first matrix, and its factor, f32.
+    """
+    last = num_rows // height
+    block = row // np.uint32(height)
+    size = np.uint32(height) - np.uint32(height - num_rows % height) * (block == last)
+    inside = (row % np.uint32(height) + size - matrix * np.uint32(STEPS[what]) % size) % size
+    factor = 1 + (values(FACTORS + what, matrix, block) > 0).astype(np.float32)
+    return block * np.uint32(height) + inside, factor
 
 
 def exponent_for(fan_in: int) -> int:

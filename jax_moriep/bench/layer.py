@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moriep import exchange, layer, params, routing
 from jax_moriep.bench import compiled, floors, formula, layer_oracle, oracle, patterns, plain, ragged
-from jax_moriep.bench.cases import DENSE_COPY, PLAIN, Case
+from jax_moriep.bench.cases import DENSE_COPY, PLAIN, Case, pair_of
 from jax_moriep.bench.experts import FORWARD, MEMORY_OPERATION, OPERATIONS, TOLERANCE
 from jax_moriep.bench.timing import Call, Check
 from jax_moriep.bench.world import AXIS, World
@@ -97,7 +97,7 @@ def calls(case: Case, world: World, data: Data) -> list[Call]:
         if DENSE_COPY in case.floors:
             made.append(floors.dense_copy(operation, case, world))
         for name in case.compare:
-            fn = _layer(name, case, world, data)
+            fn = of_name(name, case, world, data.ids)
 
             def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array, fn: Any = fn) -> Any:
                 y, pull = jax.vjp(fn, x, weights)
@@ -107,37 +107,54 @@ def calls(case: Case, world: World, data: Data) -> list[Call]:
             inputs = (x, weights) if operation == FORWARD else (x, weights, d_y)
             in_specs = (P(AXIS), specs, P(AXIS))[: len(inputs)]
             out_specs = P(AXIS) if operation == FORWARD else (P(AXIS), (P(AXIS), specs))
-            once = compiled.over(work, world.mesh, inputs, in_specs, out_specs, name in PLAIN)
-            many, others = once, (once,)
-            if case.repeats > 1:
-                repeated = compiled.repeated_over(work, case.repeats, world.mesh, AXIS, out_specs)
-                many = compiled.over(repeated, world.mesh, inputs, in_specs, P(AXIS), name in PLAIN)
-                others = (many, once)
-            made.append(
-                Call(
-                    name,
-                    operation,
-                    functools.partial(many, *inputs),
-                    functools.partial(expected.check, name, operation, world),
-                    case.repeats,
-                    None if many is once else functools.partial(once, *inputs),
-                    others,
-                )
-            )
+            check = functools.partial(expected.check, name, operation, world)
+            made.append(timed(name, operation, case, world, work, inputs, in_specs, out_specs, check))
     return made
 
 
-def _layer(name: str, case: Case, world: World, data: Data) -> Callable[[jax.Array, MoEParams], jax.Array]:
-    """fn(x [R*T, H], weights) -> y [R*T, H]."""
+def timed(
+    name: str,
+    operation: str,
+    case: Case,
+    world: World,
+    work: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    in_specs: Any,
+    out_specs: Any,
+    check: Callable[[Any], list[Check]],
+    layers: int = 1,
+) -> Call:
+    """The call of a program over the mesh that does the work of some layers, as often as the case says."""
+    once = compiled.over(work, world.mesh, inputs, in_specs, out_specs, name in PLAIN)
+    many, others = once, (once,)
+    if case.repeats > 1:
+        repeated = compiled.repeated_over(work, case.repeats, world.mesh, AXIS, out_specs)
+        many = compiled.over(repeated, world.mesh, inputs, in_specs, P(AXIS), name in PLAIN)
+        others = (many, once)
+    return Call(
+        name,
+        operation,
+        functools.partial(many, *inputs),
+        check,
+        case.repeats * layers,
+        None if many is once else functools.partial(once, *inputs),
+        others,
+    )
+
+
+def of_name(
+    name: str, case: Case, world: World, ids: np.ndarray
+) -> Callable[[jax.Array, MoEParams], jax.Array]:
+    """fn(x [R*T, H], weights) -> y [R*T, H], for tokens with the experts i32[R*T, K]."""
     if name in PLAIN:
         return plain.layer(name, case)
-    transport, experts = name.split("+")
+    transport, experts, scheme = pair_of(name)
     if experts != "ragged_dot":
-        cfg = case.config(transport=transport, experts=experts)
+        cfg = case.config(transport=transport, experts=experts, quant=scheme)
         return lambda x, weights: layer.ep_moe(x, weights, cfg, mesh=world.mesh)[0]
 
     cfg, shape = case.config(transport=transport), case.shape
-    fullest = int(np.bincount(data.ids.ravel() // shape.num_local_experts).max())
+    fullest = int(np.bincount(ids.ravel() // shape.num_local_experts).max())
 
     def local(x: jax.Array, weights: MoEParams) -> jax.Array:
         route = routing.route(x, weights, cfg)

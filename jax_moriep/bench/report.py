@@ -29,6 +29,8 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     if case.repeats > 1:
         lines.append(f"an iteration is one program that does the work {case.repeats} times; times are of one")
+    if case.layers > 1:
+        lines.append(f"a program has {case.layers} layers, each with weights of its own; times are of one")
     if result["bytes"] is not None:
         received, remote = (_mean(result["bytes"][key]) / _MB for key in ("received", "remote"))
         lines.append(

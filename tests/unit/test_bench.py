@@ -10,12 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import schemes_oracle
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench import cases, memory, oracle, patterns, picture, report, runner, traffic
+from jax_moriep.bench import (
+    cases,
+    decode,
+    decode_oracle,
+    formula,
+    memory,
+    oracle,
+    patterns,
+    picture,
+    report,
+    runner,
+    traffic,
+)
 from jax_moriep.bench.cases import Case
 from jax_moriep.bench.timing import Call, Check, interleave, percentile, slowest
 from jax_moriep.bench.world import Barrier, World
+from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, MoriepError
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.transports import collective
@@ -276,6 +290,100 @@ def test_every_kind_is_right(kind, routing, compare, tmp_path):
 def test_low_precision_is_right_too(kind, dtype, compare, tmp_path):
     case = Case(kind, ranks=2, processes=1, dtype=dtype, compare=(compare,), **SMALL)
     assert [check for check in run_here(case, tmp_path)[2] if not check.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("compare", "dtype", "sizes"),
+    [
+        (("collective+blocked", "reference+ragged_dot"), "f32", {}),
+        # Blocks at ragged edges, also between gate and up.
+        (("collective+blocked-fp8_block",), "f32", {"hidden": 136, "intermediate": 132}),
+        (("collective+blocked", "collective+blocked-int8_token"), "bf16", {}),
+    ],
+)
+def test_decoding_is_right(compare, dtype, sizes, tmp_path):
+    case = Case(
+        "decode",
+        ranks=2,
+        processes=1,
+        layers=2,
+        operations=("T=1", "T=5"),
+        dtype=dtype,
+        compare=compare,
+        **{**SMALL, **sizes},
+    )
+    calls, spans, checks = run_here(case, tmp_path)
+    assert [check for check in checks if not check.ok] == []
+    # One token of each rank, and four; each in every layer, of the first and the last result.
+    assert len(checks) == len(compare) * case.ranks * case.layers * 2 * 2
+    assert {(call.name, call.operation) for call in calls} == {
+        (name, operation) for name in compare for operation in case.operations
+    }
+    assert all(call.repeats == case.layers for call in calls)
+
+
+def test_experts_that_are_not_quantised_are_noticed_while_decoding(tmp_path, monkeypatch):
+    right = MoEConfig.__init__
+    monkeypatch.setattr(decode.prepare, "prepare_params", lambda weights, cfg, mesh, ep_axis: weights)
+    monkeypatch.setattr(
+        MoEConfig,
+        "__init__",
+        lambda self, *args, **given: right(self, *args, **{**given, "expert_quant": None}),
+    )
+    compare = ("collective+blocked", "collective+blocked-fp8_block")
+    case = Case("decode", ranks=2, processes=1, layers=1, operations=("T=5",), compare=compare, **SMALL)
+    assert {check.name for check in run_here(case, tmp_path)[2] if not check.ok} == {compare[1]}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"), [("fp8_block", "e4m3fn"), ("fp8_token", "e4m3fnuz"), ("int8_token", "int8")]
+)
+def test_the_decoding_oracle_rounds_by_the_schemes(scheme, format):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2 * 132, 136)) * np.exp2(rng.integers(-30, 30, size=(2 * 132, 1)))
+    w = w.astype(np.float32).astype(np.float64)
+    w[140:150] = 2.0**-101
+    want = schemes_oracle.weights(w[None], scheme, format, 2)[0][0]
+    np.testing.assert_array_equal(decode_oracle.rounded_weights(w, scheme, 2, format), want)
+    want = schemes_oracle.rounded_columns(w[:20], 128, format)
+    np.testing.assert_array_equal(decode_oracle.rounded_columns(w[:20], 128, format), want)
+
+
+def test_matrices_of_layers_differ_and_have_the_codes_of_the_first():
+    height = 300
+    first = formula.matrix(formula.W2, np.arange(height), 130).astype(np.float64)
+    codes = decode_oracle.rounded_weights(first, "fp8_block", 1, "e4m3fn")
+    seen = set()
+    for number in range(40):
+        row, matrix = np.arange(height, dtype=np.uint32), np.full(1, number, np.uint32)
+        source, factor = formula.by_blocks(formula.W2, matrix, row, height, decode_oracle.BLOCK)
+        assert sorted(source.tolist()) == row.tolist()
+        values = first[source] * factor[:, None]
+        again = decode_oracle.rounded_weights(values, "fp8_block", 1, "e4m3fn")
+        np.testing.assert_array_equal(again, codes[source] * factor[:, None])
+        seen.add(values.tobytes())
+    assert len(seen) == 40
+
+
+def test_options_become_a_case_of_decoding():
+    def case_of(options):
+        parser = argparse.ArgumentParser()
+        cases.add_arguments(parser, "layer")
+        parser.add_argument("--platform")
+        return cases.of_arguments("layer", parser.parse_args(options.split()))
+
+    case = case_of("--phase decode --quant fp8_block --ranks 2")
+    assert (case.kind, case.layers, case.tokens, case.floors) == ("decode", 4, 128, ())
+    assert case.operations == ("T=1", "T=8", "T=32", "T=128")
+    assert case.compare == ("native+blocked", "collective+ragged_dot", "native+blocked-fp8_block")
+    case = case_of("--phase decode --tokens 3 --layers 2 --platform cuda --ranks 1 --quant int8_token")
+    assert (case.operations, case.tokens, case.layers, case.floors) == (("T=3",), 3, 2, ("copy",))
+    assert case.compare[-3:] == ("plain", "native+triton-int8_token", "collective+triton-int8_token")
+    assert case_of("").tokens == 1024
+    with pytest.raises(ConfigError, match="quant='fp8_block' must come with --phase decode"):
+        case_of("--quant fp8_block")
+    with pytest.raises(ConfigError, match="layers=2 must be 1 but for decoding; add --phase decode"):
+        case_of("--layers 2")
 
 
 def test_dropped_routes_are_expected(tmp_path):
