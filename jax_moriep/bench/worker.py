@@ -202,7 +202,7 @@ def _memory(case: Case, world: World) -> dict[str, int]:
     kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
     calls = kind.calls(case, world, kind.make_data(case, world))
     before = memory.read()["VmRSS"]  # the data is there, and nothing is compiled yet
-    name, operation = case.compare[0], kind.MEMORY_OPERATION
+    name, operation = case.compare[0], case.operations[-1] if case.operations else kind.MEMORY_OPERATION
     call = next(call for call in calls if (call.name, call.operation) == (name, operation))
 
     def run() -> None:

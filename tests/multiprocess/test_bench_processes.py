@@ -66,7 +66,7 @@ def test_the_other_kinds_run(kind, compare):
 
 def test_decoding_compares_quantised_experts_with_others_in_one_run(tmp_path):
     out = tmp_path / "out.json"
-    options = ["--phase", "decode", "--quant", "fp8_block", "--layers", "2", "--compare", "native+blocked"]
+    options = "--phase decode --quant fp8_block --layers 2 --compare native+blocked --memory".split()
     done = bench("layer", *SMALL, *options, "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a program has 2 layers, each with weights of its own; times are of one" in done.stdout
@@ -74,6 +74,7 @@ def test_decoding_compares_quantised_experts_with_others_in_one_run(tmp_path):
     result = json.loads(out.read_text())
     names = [(call["name"], call["operation"]) for call in result["calls"]]
     assert names == [("native+blocked", "T=16"), ("native+blocked-fp8_block", "T=16")]
+    assert list(result["memory"]) == [name for name, _ in names]
     # First and last result of both, in each layer of each rank.
     assert len(result["checks"]) == 2 * 2 * 2 * 4
 

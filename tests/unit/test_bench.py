@@ -322,6 +322,16 @@ def test_decoding_is_right(compare, dtype, sizes, tmp_path):
     assert all(call.repeats == case.layers for call in calls)
 
 
+def test_decoding_on_one_rank_runs_often_beside_a_floor_and_a_plain_layer(tmp_path):
+    compare = ("collective+blocked", "collective+blocked-fp8_token", "plain")
+    sizes = {"ranks": 1, "processes": 1, "layers": 2, "repeats": 2, "operations": ("T=3",)}
+    case = Case("decode", floors=("copy",), compare=compare, **{**SMALL, **sizes})
+    calls, _, checks = run_here(case, tmp_path)
+    assert [(call.name, call.repeats) for call in calls] == [("copy", 2), *((name, 4) for name in compare)]
+    assert len(checks) == len(compare) * case.layers * 2
+    assert all(check.ok for check in checks)
+
+
 def test_experts_that_are_not_quantised_are_noticed_while_decoding(tmp_path, monkeypatch):
     right = MoEConfig.__init__
     monkeypatch.setattr(decode.prepare, "prepare_params", lambda weights, cfg, mesh, ep_axis: weights)
