@@ -17,6 +17,7 @@ from jax_moriep.bench import (
     kernels_result,
     products,
     programs,
+    quantised,
     shares,
     timing,
 )
@@ -382,3 +383,23 @@ def test_arguments(changed, text):
 @pytest.mark.skipif(NO_TORCH, reason="torch is not installed")
 def test_release_needs_no_gpu():
     grouped_torch.release()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "share"),
+    [("fp8_block", shares.Share(2, 256, 128, 128)), ("int8_token", shares.Share(4, 128, 128, 32))],
+)
+def test_quantised_experts(scheme, share, monkeypatch):
+    """Every number of a scheme is there, beside bf16's, and what the experts give is right."""
+    monkeypatch.setitem(shares.SHARES, "small", share)
+    monkeypatch.setattr(quantised, "_COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(quantised, "DECODE_TOKENS", (4,))
+    lines = []
+    result = quantised.run(scheme, ["small"], 1, lines.append, seconds=0.0)
+    assert not result["failed"]
+    assert not result["wrong"]
+    entries = result["runs"][0]["entries"]
+    assert {"bf16 forward", f"{scheme} forward"} <= set(entries)
+    assert ("copy" in entries) == share.decode
+    assert (f"{scheme} forward_backward" in entries) != share.decode
+    assert any(f"{scheme} forward" in line for line in lines)

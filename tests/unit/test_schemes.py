@@ -206,6 +206,24 @@ def test_experts(scheme, name, frozen, implementation):
         near(d_trained["w2"], want[4], "dw2")
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_of_the_input_row(frozen):
+    """What is quantised is the row times its weight, in both implementations."""
+    (x, q, d_out, *_), given = operands("fp8_block", "e4m3fn", frozen)
+    real = ~np.isnan(x[:, 0])
+    x, q, d_out = (jnp.asarray(a, jnp.float32) for a in (x, q, d_out))
+    spec = ExpertSpec("silu", 0.0, 0.0, True, BLOCK, None, "fp8_block")
+
+    def passes(implementation):
+        layer = IMPLEMENTATIONS[implementation].expert_mlp
+        out, pull = jax.vjp(lambda x, q: layer(x, q, jnp.asarray(SIZES), given, spec), x, q)
+        return out, *jax.jit(pull)(d_out)
+
+    for got, want in zip(passes("triton"), passes("blocked"), strict=True):
+        assert not np.asarray(got)[~real].any()
+        near(got, np.asarray(want, np.float64), "triton")
+
+
 def test_an_experts_output_is_linear_in_its_row_weight():
     """Finite differences of the routing weight, which rounding does not touch."""
     (x, q, d_out, *_), given = operands("fp8_block", "e4m3fn", frozen=True)

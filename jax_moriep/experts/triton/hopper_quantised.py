@@ -96,9 +96,9 @@ def backward(
         d_y = quantise.rows(d_out, slices, _FORMAT, interpret=interpret)
         w2 = quantise.weights(weights.w2, _FORMAT, transposed=True, interpret=interpret)
         d_act = hopper_fp8.product(*d_y, *w2, tiles, dtype)
-        act, d_pre, shares, *d_codes = through_activation(d_act, _FORMAT)
+        act, d_pre, shares, codes, scales = through_activation(d_act, _FORMAT)
         w1 = quantise.weights(weights.w1, _FORMAT, transposed=True, interpret=interpret)
-        d_rows = hopper_fp8.product(*d_codes, *w1, tiles, dtype)
+        d_rows = hopper_fp8.product(codes, scales, *w1, tiles, dtype)
     else:
         w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
         d_act = hopper.product(d_out, w2, tiles, by_column=True)

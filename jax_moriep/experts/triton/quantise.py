@@ -75,15 +75,15 @@ def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> 
         turn = pl.program_id(0)
         expert, inside = lax.div(turn, high * wide), lax.rem(turn, high * wide)
         high_at, wide_at = lax.div(inside, wide), lax.rem(inside, wide)
-        at = Span(high_at * GROUP, GROUP), Span(wide_at * GROUP, GROUP)
-        values = load(w_ref, *at, expert).astype(jnp.float32)
+        tall, across = Span(high_at * GROUP, GROUP), Span(wide_at * GROUP, GROUP)
+        values = load(w_ref, tall, across, expert).astype(jnp.float32)
         scale, inverse = power_scales(jnp.max(jnp.max(magnitudes(values), axis=1), axis=0), format)
         codes = scaled(values, inverse).astype(format)
         if transposed:
-            store(codes_ref, *reversed(at), codes.T, expert)
+            store(codes_ref, across, tall, codes.T, expert)
             scales_ref[expert, wide_at, high_at] = scale
         else:
-            store(codes_ref, *at, codes, expert)
+            store(codes_ref, tall, across, codes, expert)
             scales_ref[expert, high_at, wide_at] = scale
 
     shapes = [w.shape, (experts, high, wide)]

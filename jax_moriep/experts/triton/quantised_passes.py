@@ -106,7 +106,7 @@ def backward(
 
 
 def with_weighted_input(
-    mlp: Callable[[ExpertSpec, Any], jax.Array], spec: ExpertSpec, operands: tuple[Any, ...]
+    mlp: Callable[[ExpertSpec, Any], Any], spec: ExpertSpec, operands: tuple[Any, ...]
 ) -> jax.Array:
     """mlp(spec, operands) of rows that their weights multiply first: it is the product that is quantised."""
     rows, row_weights, group_sizes, weights = operands

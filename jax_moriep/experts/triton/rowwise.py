@@ -92,7 +92,9 @@ def activation_gradient(
                 at_half = second(at_cols, inner) if half else at_cols
                 store(d_pre_ref, own, at_half, d * by)
                 if coded_refs:
-                    quantise.store_rows(*coded_refs, own, at_half, d * by, half * col_tiles + col_tile)
+                    codes_ref, scales_ref = coded_refs
+                    group = half * col_tiles + col_tile
+                    quantise.store_rows(codes_ref, scales_ref, own, at_half, d * by, group)
 
         by_turns(programs, table_ref[rows_of.NUM_TILES, last] * col_tiles, one)
 
