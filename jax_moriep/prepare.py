@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -93,22 +95,35 @@ def prepare_params(params: MoEParams, cfg: MoEConfig, mesh: Mesh, *, ep_axis: st
                 "params.layout", params.layout, f"be 'plain' or {layout!r} here", "prepare the plain weights"
             )
         )
-    prepared = params.layout != "plain"
-
-    def prepare(params: MoEParams) -> MoEParams:
-        if cfg.expert_quant is not None and not prepared:
-            params = quantize_params(params, cfg, schemes.format_name(place.architecture))
-        params = parameters.pad_params(params, place.num_ranks)
-        return params if prepared else experts.laid_out(params, cfg, layout)
-
     parameters.check_params(params, cfg, place.num_ranks)
     # Each device gets its own experts only, where they divide without padding.
     specs = parameters.param_specs(cfg, ep_axis, params=params)
     if params.w1.shape[0] % place.num_ranks:
         specs = jax.tree.map(lambda _: PartitionSpec(), specs)
     placed = jax.device_put(params, _on(mesh, specs))
+    prepare = _program(cfg, schemes.format_name(place.architecture), place.num_ranks, layout)
     specs = parameters.param_specs(cfg, ep_axis, params=jax.eval_shape(prepare, params))
-    return jax.jit(prepare, out_shardings=_on(mesh, specs))(placed)
+    return _compiled(prepare, _on(mesh, specs))(placed)
+
+
+# Cached, so that the layers of a model are compiled once.
+@functools.lru_cache(maxsize=64)
+def _program(cfg: MoEConfig, format: str, num_ranks: int, layout: str) -> Callable[[MoEParams], MoEParams]:
+    def prepare(params: MoEParams) -> MoEParams:
+        prepared = params.layout != "plain"
+        if cfg.expert_quant is not None and not prepared:
+            params = quantize_params(params, cfg, format)
+        params = parameters.pad_params(params, num_ranks)
+        return params if prepared else experts.laid_out(params, cfg, layout)
+
+    return prepare
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    prepare: Callable[[MoEParams], MoEParams], shardings: MoEParams
+) -> Callable[[MoEParams], MoEParams]:
+    return jax.jit(prepare, out_shardings=shardings)
 
 
 def _on(mesh: Mesh, specs: MoEParams) -> MoEParams:

@@ -13,8 +13,8 @@ code times its scale. Sums run in float32, so an implementation may multiply cod
 or multiply the values: that is the same up to the order of a sum.
 
 Groups of tiny numbers are zeros with scale 0, and one with an infinity or a NaN comes back as NaN, as
-``quant`` has it, in every scheme. Scales that come from elsewhere may be any float32. Because rows and the
-fp8 wire have one rule, quantising rows that came over that wire changes nothing.
+``quant`` has it, in every scheme. Scales that come from elsewhere may be any float32. The rows of fp8_block
+and the fp8 wire have one rule, so quantising rows that came over that wire changes nothing.
 """
 
 from __future__ import annotations

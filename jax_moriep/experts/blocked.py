@@ -107,7 +107,7 @@ def _forward(
 
     def run(carry: Any, xs: Any) -> tuple[Any, None]:
         start, size, of = xs
-        expert = _Expert.of(spec, rows.dtype, of)
+        expert = _Expert.of(spec, rows.dtype, of, size)
 
         def tile(at: _Tile, carry: Any) -> Any:
             out, saved = carry
@@ -142,7 +142,7 @@ def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: ja
 
     def run(carry: Any, xs: Any) -> tuple[Any, Any]:
         start, size, of, trained = xs
-        expert = _Expert.of(spec, rows.dtype, of)
+        expert = _Expert.of(spec, rows.dtype, of, size)
 
         def tile(at: _Tile, carry: Any) -> Any:
             (d_rows, d_row_weights), d_weights = carry
@@ -217,13 +217,21 @@ class _Expert:
     quantises_gradients: bool
 
     @classmethod
-    def of(cls, spec: ExpertSpec, dtype: Any, weights: ExpertWeights) -> _Expert:
+    def of(cls, spec: ExpertSpec, dtype: Any, weights: ExpertWeights, size: jax.Array) -> _Expert:
         b1, b2 = (None if b is None else b.astype(jnp.float32) for b in (weights.b1, weights.b2))
         codes = None
         if spec.scheme is None:
             w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
         else:
-            w1, w2 = rounding.weights(weights, spec)
+            # Dequantising costs more than a product of few rows, so not for experts that have none.
+            w1, w2 = lax.cond(
+                size > 0,
+                lambda weights: rounding.weights(weights, spec),
+                lambda weights: tuple(
+                    compat.zeros_like_varying(w.shape, jnp.float32, w) for w in (weights.w1, weights.w2)
+                ),
+                weights,
+            )
             codes = spec.code_dtype(weights)
         return cls(spec, w1, w2, b1, b2, weights.frozen, codes, spec.quantises_gradients(weights))
 
