@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_moriep import experts, transports
+from jax_moriep import experts, fused, transports
 from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ShardingError, rule
 from jax_moriep.plan import ExchangeShape
@@ -30,6 +30,8 @@ class Explanation:
         or what they refuse it for. Empty without ``num_tokens``.
       experts_details: what expert implementations that can run tell of the layer: their kernels, and what
         must be known of them.
+      one_call: a program that is not differentiated, with weights from ``jm.prepare_params``, runs dispatch,
+        experts and combine as one custom call.
     """
 
     transport: str | None
@@ -39,6 +41,7 @@ class Explanation:
     shape: ExchangeShape | None
     transport_details: dict[str, str] = dataclasses.field(default_factory=dict)
     experts_details: dict[str, str] = dataclasses.field(default_factory=dict)
+    one_call: bool = False
 
     def __str__(self) -> str:
         lines = []
@@ -50,6 +53,8 @@ class Explanation:
             for name, why in reasons.items():
                 lines.append(f"  {name}: {'can run' if why is None else why}")
                 lines += [f"    {line}" for line in details.get(name, "").splitlines()]
+        if self.one_call:
+            lines.append("dispatch, experts and combine are one call, and three where it is differentiated")
         if self.shape is not None:
             lines.append(f"sizes: {self.shape}")
         return "\n".join(lines)
@@ -95,14 +100,22 @@ def explain(
     layers = {
         name: experts.describe(name, place, cfg) for name, why in experts_reasons.items() if why is None
     }
+    transport = _chosen(cfg.transport, transport_reasons)
+    implementation = _chosen(cfg.experts, experts_reasons)
+    one_call = (
+        transport is not None
+        and implementation is not None
+        and fused.is_one_call(cfg, transport, implementation, dtype)
+    )
     return Explanation(
-        transport=_chosen(cfg.transport, transport_reasons),
-        experts=_chosen(cfg.experts, experts_reasons),
+        transport=transport,
+        experts=implementation,
         transport_reasons=transport_reasons,
         experts_reasons=experts_reasons,
         shape=shape,
         transport_details={name: text for name, text in told.items() if text is not None},
         experts_details={name: text for name, text in layers.items() if text is not None},
+        one_call=one_call,
     )
 
 

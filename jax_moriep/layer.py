@@ -1,6 +1,8 @@
 """ep_moe: the whole expert-parallel layer in one call. The way of a token:
 
 route (routing.py) -> dispatch (exchange.py, transports/) -> expert_mlp (experts/) -> combine -> y.
+
+All but the first may be one call (fused.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moriep import exchange, experts, routing, schemes, stats
+from jax_moriep import exchange, experts, fused, routing, schemes, stats
 from jax_moriep import params as parameters
 from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, ShardingError, rule
@@ -166,11 +168,8 @@ def _local_moe(
     x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, route.ids, route.weights))
     params = _for_tp(params, layout, cfg.expert_quant == "fp8_block")
     words = stats.as_words(counts, sums)
-    disp, all_words, token = exchange.ordered_dispatch(link, cfg, x_here, ids, weights, words, token)
+    y, all_words, token = fused.run(link, cfg, x_here, ids, weights, words, params, token)
     measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
-    with jax.named_scope("moriep.experts"):
-        rows = experts.expert_mlp(disp, params, cfg)
-    y, token = exchange.ordered_combine(rows, disp.plan, token)
     if cfg.shared_intermediate_size is not None:
         with jax.named_scope("moriep.shared"):
             y = y + experts.shared_mlp(x_here, params, cfg)

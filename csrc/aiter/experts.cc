@@ -1,8 +1,11 @@
 #include "experts.h"
 
+#include <algorithm>
 #include <string>
 
 #include "arguments.h"
+#include "gpu/expand.h"
+#include "gpu/kernels.h"
 #include "gpu/launch.h"
 #include "kernels.h"
 #include "modules.h"
@@ -24,6 +27,17 @@ Lists lists_in(int32_t* words, int64_t num_blocks) {
           .weights = reinterpret_cast<float*>(words + pairs),
           .experts = words + 2 * pairs,
           .valid = words + 2 * pairs + num_blocks};
+}
+
+// An exchange's sizes as the sort sees them: rows are the places of the lists.
+Shape listed(const Shape& shape) {
+  const int64_t pairs =
+      shape.num_ranks * shape.num_tokens * std::min(shape.top_k, shape.num_local_experts);
+  Shape sorted = shape;
+  sorted.block = kBlockRows;
+  sorted.capacity =
+      std::max<int64_t>(max_list_blocks(pairs, shape.num_local_experts), 1) * kBlockRows;
+  return sorted;
 }
 
 Status clear(gpuStream_t stream, const Layer& layer, int64_t num_rows, std::byte* out) {
@@ -136,20 +150,109 @@ Status run_rows(int32_t device, void* stream, const Layer& layer, const RowBuffe
   if (Status status = launched(error); !status.ok()) return status;
   error = launch_quantise(on, layer.scheme, num_pairs,
                           {.x = at.rows,
+                           .x_scales = nullptr,
                            .num_rows = num_rows,
-                           .hidden = static_cast<int32_t>(layer.hidden_size),
+                           .hidden = static_cast<uint32_t>(layer.hidden_size),
                            .pairs = lists.pairs,
                            .valid = lists.valid,
                            .count = nullptr,
                            .codes = at.codes,
                            .scales = at.scales,
-                           .out = at.out});
+                           .scales_per_row = 1,
+                           .scales_per_group = static_cast<uint32_t>(num_rows),
+                           .out = at.out,
+                           .clear = false});
   if (Status status = launched(error); !status.ok()) return status;
   return launch_experts(device, on, layer, at.codes, at.scales, at.num_rows, lists, blocks, at.out);
 }
 
+// Lists, routes [R, T, K], group sizes [L] and what the sort takes.
+int64_t arrival_words(const Shape& shape) {
+  const Shape sorted = listed(shape);
+  return sorted.capacity / kBlockRows * (2 * kBlockRows + 1) + 2 +
+         shape.num_ranks * shape.num_tokens * shape.top_k + shape.num_local_experts +
+         gpu::expand_words(sorted);
+}
+
+Status run_arrivals(int32_t device, void* stream, const Layer& layer, const Shape& shape,
+                    const ArrivalBuffers& at) {
+  const int64_t num_rows = shape.num_ranks * shape.num_tokens;
+  if (Status status = check_layer(layer, num_rows); !status.ok()) return status;
+  const Shape sorted = listed(shape);
+  gpu::Sizes sizes;
+  if (Status status = gpu::count_sizes(sorted, layer.hidden_size, &sizes); !status.ok()) {
+    return status;
+  }
+  auto* const on = static_cast<gpuStream_t>(stream);
+  const gpu::Chunks chunks = gpu::chunks_of(sorted);
+  const int64_t blocks = sorted.capacity / kBlockRows;
+  const Lists lists = lists_in(at.words, blocks);
+  int32_t* const routes = lists.valid + 2;
+  int32_t* const group_sizes = routes + num_rows * shape.top_k;
+  int32_t* const written = group_sizes + shape.num_local_experts;
+  int32_t* const counts = written + chunks.written_words;
+  const gpu::Arrivals arrivals{at.sources, at.count};
+  gpuError_t error = gpu::launch_arrival_plan(on, {.sizes = sizes,
+                                                   .arrivals = arrivals,
+                                                   .ids = at.ids,
+                                                   .weights = at.weights,
+                                                   .rank = at.rank,
+                                                   .tokens_per_chunk = chunks.tokens_per_chunk,
+                                                   .chunks_per_rank = chunks.chunks_per_rank,
+                                                   .counts = counts,
+                                                   .written = reinterpret_cast<uint32_t*>(written),
+                                                   .places = counts + chunks.counts,
+                                                   .routes = routes,
+                                                   .group_sizes = group_sizes,
+                                                   .row_weights = lists.weights});
+  if (Status status = launched(error); !status.ok()) return status;
+  error = launch_arrival_lists(on, {.sizes = sizes,
+                                    .arrivals = arrivals,
+                                    .routes = routes,
+                                    .group_sizes = group_sizes,
+                                    .lists = lists});
+  if (Status status = launched(error); !status.ok()) return status;
+  error = launch_quantise(on, layer.scheme, static_cast<int32_t>(num_rows),
+                          {.x = at.tokens,
+                           .x_scales = at.token_scales,
+                           .num_rows = static_cast<int32_t>(num_rows),
+                           .hidden = static_cast<uint32_t>(layer.hidden_size),
+                           .pairs = nullptr,
+                           .valid = nullptr,
+                           .count = at.count,
+                           .codes = at.codes,
+                           .scales = at.scales,
+                           .scales_per_row = 1,
+                           .scales_per_group = static_cast<uint32_t>(num_rows),
+                           .out = at.out,
+                           .clear = true});
+  if (Status status = launched(error); !status.ok()) return status;
+  const bool as_they_are = at.token_scales != nullptr && takes_wire(layer.scheme);
+  const void* codes = as_they_are ? static_cast<const void*>(at.tokens) : at.codes;
+  return launch_experts(device, on, layer, codes, at.scales, num_rows, lists, blocks, at.out);
+}
+
+Status quantise_for_wire(void* stream, const WireBuffers& at) {
+  const QuantiseArgs args{.x = at.x,
+                          .x_scales = nullptr,
+                          .num_rows = static_cast<int32_t>(at.num_tokens),
+                          .hidden = static_cast<uint32_t>(at.hidden_size),
+                          .pairs = nullptr,
+                          .valid = nullptr,
+                          .count = nullptr,
+                          .codes = at.codes,
+                          .scales = at.scales,
+                          .scales_per_row = static_cast<uint32_t>(at.hidden_size / kScaleBlock),
+                          .scales_per_group = 1,
+                          .out = nullptr,
+                          .clear = false};
+  return launched(launch_quantise(static_cast<gpuStream_t>(stream), Scheme::kFp8Block,
+                                  static_cast<int32_t>(at.num_tokens), args));
+}
+
 Status preload_kernels() {
-  for (const gpuError_t error : {preload_lists(), preload_quantise()}) {
+  for (const gpuError_t error :
+       {preload_lists(), preload_quantise(), gpu::preload_arrival_plan()}) {
     if (error != gpuSuccess) {
       return Status(Code::kFailedPrecondition,
                     std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));

@@ -32,18 +32,35 @@ struct RowListsArgs {
 };
 gpuError_t launch_row_lists(gpuStream_t stream, int32_t num_pairs, const RowListsArgs& args);
 
-// The rows that are made codes: those of the lists, or where there are none the first `count`. The
-// kernels for int8 would make zeros of a row with an infinity or a NaN, so its sum starts as NaN.
+// Lists of the tokens that have come, after gpu::launch_arrival_plan with blocks of kBlockRows: the
+// row that it gives a route is the place of its pair, whose weight is there already.
+struct ArrivalListsArgs {
+  gpu::Sizes sizes;
+  gpu::Arrivals arrivals;
+  const int32_t* routes;       // [R, T, K]
+  const int32_t* group_sizes;  // [L]
+  Lists lists;
+};
+gpuError_t launch_arrival_lists(gpuStream_t stream, const ArrivalListsArgs& args);
+
+// The rows that are made codes: those of the lists, or without lists the first `count`, or all.
 struct QuantiseArgs {
-  const std::byte* x;  // bf16 [M, H]
-  int32_t num_rows;    // M
-  int32_t hidden;      // H
+  const std::byte* x;     // bf16 [M, H], or float8 [M, H] with x_scales
+  const float* x_scales;  // [M, H / 128], or null
+  int32_t num_rows;       // M
+  uint32_t hidden;        // H
   const uint32_t* pairs;
   const int32_t* valid;
   const int32_t* count;
-  uint8_t* codes;  // [M, H]
-  float* scales;   // [M], or [H / 128, M]
-  std::byte* out;  // bf16 [M, H], zeros
+  uint8_t* codes;  // [M, H]; null where x are the codes, and only their scales are laid out anew
+  float* scales;   // of group g of a row: at row * scales_per_row + g * scales_per_group
+  uint32_t scales_per_row;
+  uint32_t scales_per_group;
+  // bf16 [M, H], to which AITER's kernels add: each row starts as zeros, with `clear` by this
+  // kernel. The kernels for int8 would make zeros of a row with an infinity or a NaN, so it starts
+  // as NaN.
+  std::byte* out;
+  bool clear;
 };
 gpuError_t launch_quantise(gpuStream_t stream, Scheme scheme, int32_t num_items,
                            const QuantiseArgs& args);

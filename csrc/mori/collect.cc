@@ -1,4 +1,6 @@
-// The end of every step.
+// The end of every step, and what comes before it behind MORI's kernels.
+#include <algorithm>
+
 #include "gpu/kernels.h"
 #include "gpu/moves.h"
 #include "gpu/rows.h"
@@ -59,6 +61,12 @@ __device__ void copy_tokens(const CollectArgs& args, int32_t count) {
   }
 }
 
+// The token that MORI numbers so.
+__device__ int32_t source_of(const ArrivalSizes& sizes, int32_t origin) {
+  const int32_t stride = sizes.num_ranks * sizes.max_tokens;
+  return origin / stride * sizes.num_tokens + origin % stride;
+}
+
 // What came along with the tokens of a send.
 __device__ void copy_routing(const CollectArgs& args, int32_t count) {
   const ArrivalSizes& sizes = args.sizes;
@@ -67,16 +75,16 @@ __device__ void copy_routing(const CollectArgs& args, int32_t count) {
     args.ids[i] = args.from_ids[i];
     args.weights[i] = args.from_weights[i];
   }
-  const int32_t stride = sizes.num_ranks * sizes.max_tokens;
   for (int64_t i = thread_index(); i < count; i += num_threads()) {
     const int32_t origin = args.from_origins[i];
     args.origins[i] = origin;
-    args.sources[i] = origin / stride * sizes.num_tokens + origin % stride;
+    args.sources[i] = source_of(sizes, origin);
   }
 }
 
 // A plan that leads nowhere: a give_back along it moves nothing and reads nothing.
-__device__ void empty_plan(const CollectArgs& args) {
+template <typename Args>
+__device__ void empty_plan(const Args& args) {
   const ArrivalSizes& sizes = args.sizes;
   const int32_t nowhere = sizes.num_ranks * sizes.num_ranks * sizes.max_tokens;
   for (int64_t i = thread_index(); i < static_cast<int64_t>(sizes.num_tokens) * sizes.top_k;
@@ -100,6 +108,14 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
     if (sent) empty_plan(args);
   }
   leave(args.team, args.step, args.progress);
+}
+
+__global__ void __launch_bounds__(kThreads) settle_kernel(const SettleArgs args) {
+  if (wave_sees_failure(args.team)) return empty_plan(args);
+  const int32_t count = gpu::load_uniform(args.count);
+  for (int64_t i = thread_index(); i < count; i += num_threads()) {
+    args.sources[i] = source_of(args.sizes, args.origins[i]);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) seal_kernel(const SealArgs args) {
@@ -147,6 +163,14 @@ gpuError_t launch_collect(gpuStream_t stream, int num_blocks, RowType type,
   return gpuGetLastError();
 }
 
+gpuError_t launch_settle(gpuStream_t stream, const SettleArgs& args) {
+  constexpr int32_t kMaxBlocks = 16;
+  const int32_t wanted = (args.sizes.num_ranks * args.sizes.num_tokens + kThreads - 1) / kThreads;
+  const int blocks = std::min(wanted, kMaxBlocks);
+  settle_kernel<<<blocks, kThreads, 0, stream>>>(args);
+  return gpuGetLastError();
+}
+
 gpuError_t launch_seal(gpuStream_t stream, int num_blocks, const SealArgs& args) {
   seal_kernel<<<num_blocks, kThreads, 0, stream>>>(args);
   return gpuGetLastError();
@@ -155,8 +179,8 @@ gpuError_t launch_seal(gpuStream_t stream, int num_blocks, const SealArgs& args)
 gpuError_t preload_share();
 
 gpuError_t preload_kernels() {
-  gpuError_t first =
-      gpu::first_error({preload_share(), gpu::preload_quantise(), preload(seal_kernel)});
+  gpuError_t first = gpu::first_error(
+      {preload_share(), gpu::preload_quantise(), preload(settle_kernel), preload(seal_kernel)});
   for (const RowType type : {RowType::kF32, RowType::kBF16}) {
     for (const bool fp8 : {false, true}) {
       for (const bool wide : {false, true}) {

@@ -82,6 +82,18 @@ struct CollectArgs {
 gpuError_t launch_collect(gpuStream_t stream, int num_blocks, RowType type,
                           const CollectArgs& args);
 
+// What a dispatch leaves for whoever works on MORI's buffers in its step. When this rank has
+// failed, count is -1 and no route has a place.
+struct SettleArgs {
+  gpu::Team team;
+  ArrivalSizes sizes;
+  const int32_t* origins;  // [N]: sources as MORI numbers them
+  int32_t* sources;        // [N]
+  int32_t* count;          // [1]
+  int32_t* places;         // [T, K]
+};
+gpuError_t launch_settle(gpuStream_t stream, const SettleArgs& args);
+
 // A give_back's end. When this rank has failed, y and token_scalars are NaN.
 struct SealArgs {
   gpu::Team team;

@@ -17,8 +17,8 @@ from jax_moriep.experts import aiter, blocked, reference, triton
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.plan import Dispatched
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts
+from jax_moriep.plan import Dispatched, ExchangeShape, Link
 from jax_moriep.runtime.place import Place
 
 __all__ = [
@@ -62,6 +62,24 @@ class LaysOut(Protocol):
 
     def lay_out(self, params: MoEParams, cfg: MoEConfig) -> MoEParams:
         """Weights in the plain layout in its own; under jit, on all ranks' experts or on some."""
+        ...
+
+
+@runtime_checkable
+class RunsOnTokens(Protocol):
+    """What an implementation offers besides, if a transport's own call can run it on tokens as they come."""
+
+    def expert_tokens(
+        self,
+        weights: ExpertWeights,
+        spec: ExpertSpec,
+        shape: ExchangeShape,
+        *,
+        backend: str,
+        fp8_wire: bool,
+    ) -> TokenExperts:
+        """What a custom call of the library ``backend`` needs to run the experts on what an exchange brings,
+        by the fp8 wire or as it was; loads the kernel there."""
         ...
 
 
@@ -189,16 +207,47 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
     link = disp.plan.link
     name = choose(cfg, Place(link.platform, link.architecture), prepared=params.layout != "plain")
     _check_layout(name, params.layout)
-    spec = _spec(disp, cfg)
+    spec = _spec(link, disp.block, cfg)
+    weights = _weights(params, cfg, link)
+    return IMPLEMENTATIONS[name].expert_mlp(disp.rows, disp.row_weights, disp.group_sizes, weights, spec)
+
+
+def expert_tokens(
+    params: MoEParams, cfg: MoEConfig, link: Link, *, backend: str, fp8_wire: bool
+) -> TokenExperts:
+    """What a transport's own call needs to run the experts, where they are of the kind that it can run.
+
+    Args:
+      params: this rank's experts.
+      cfg: the layer.
+      link: the exchange.
+      backend: the library that has the call.
+      fp8_wire: whether tokens come as float8.
+    """
+    name = choose(cfg, Place(link.platform, link.architecture), prepared=params.layout != "plain")
+    _check_layout(name, params.layout)
+    implementation = IMPLEMENTATIONS[name]
+    assert isinstance(implementation, RunsOnTokens)
+    spec, weights = _spec(link, link.shape.block, cfg), _weights(params, cfg, link)
+    return implementation.expert_tokens(weights, spec, link.shape, backend=backend, fp8_wire=fp8_wire)
+
+
+def without_gradients(params: MoEParams) -> MoEParams:
+    """The experts' codes and scales alone, whose derivative may not be asked for."""
+    names = ("w1", "w2", "w1_scale", "w2_scale")
+    fixed = {name: without_gradient(name, getattr(params, name)) for name in names}
+    return MoEParams(router=None, **fixed, layout=params.layout)
+
+
+def _weights(params: MoEParams, cfg: MoEConfig, link: Link) -> ExpertWeights:
     weights = ExpertWeights(params.w1, params.w2)
     if params.w1_scale is not None:
-        check_format(params, link.platform, spec.format)
-        names = ("w1", "w2", "w1_scale", "w2_scale")
-        fixed = {name: without_gradient(name, getattr(params, name)) for name in names}
-        weights = ExpertWeights(**fixed)
+        check_format(params, link.platform, schemes.format_name(link.architecture))
+        fixed = without_gradients(params)
+        weights = ExpertWeights(fixed.w1, fixed.w2, w1_scale=fixed.w1_scale, w2_scale=fixed.w2_scale)
     if cfg.expert_bias:
         weights = weights._replace(b1=params.b1, b2=params.b2)
-    return IMPLEMENTATIONS[name].expert_mlp(disp.rows, disp.row_weights, disp.group_sizes, weights, spec)
+    return weights
 
 
 def _check_layout(name: str, layout: str) -> None:
@@ -214,16 +263,16 @@ def _check_layout(name: str, layout: str) -> None:
         )
 
 
-def _spec(disp: Dispatched, cfg: MoEConfig) -> ExpertSpec:
-    shape = disp.plan.link.shape
+def _spec(link: Link, block: int, cfg: MoEConfig) -> ExpertSpec:
+    shape = link.shape
     return ExpertSpec(
         activation=cfg.activation,
         activation_limit=cfg.activation_limit,
         activation_alpha=cfg.activation_alpha,
         weight_input=cfg.router in _INPUT_WEIGHT_ROUTERS,
-        block=disp.block,
+        block=block,
         # Twice what a balanced routing brings, and the padding of the runs.
         saved_rows=2 * shape.num_tokens * shape.top_k + shape.num_local_experts * shape.block,
         scheme=cfg.expert_quant,
-        format=schemes.format_name(disp.plan.link.architecture),
+        format=schemes.format_name(link.architecture),
     )

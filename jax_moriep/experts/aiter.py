@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -25,9 +26,11 @@ from jax_moriep.aiter.layout import shuffled, unshuffled
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, MoriepError, rule
 from jax_moriep.experts import triton
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, dequantised
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts, dequantised
+from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime import compat, targets
 from jax_moriep.runtime.place import Place
+from jax_moriep.transports import arrivals
 
 ARCHITECTURE = "gfx942"
 _CURE = "use experts='triton' or 'blocked'"
@@ -106,13 +109,32 @@ def expert_mlp(
             "experts='aiter' must have quantised w1 and w2, and these are floating; pass the weights through "
             "jm.prepare_params(params, cfg, mesh)"
         )
-    call = _Call.of(rows, weights, spec)
+    call = _Call.of(rows.shape, weights, spec)
     if compat.gpu_backend() == "rocm":
         # Elsewhere the program is only lowered.
         _load(call.kernel)
     operands = compat.union_varying(rows.astype(jnp.bfloat16), row_weights, group_sizes, *_coded(weights))
     out: jax.Array = _expert_mlp(call, *operands)
     return out.astype(rows.dtype)
+
+
+def expert_tokens(
+    weights: ExpertWeights, spec: ExpertSpec, shape: ExchangeShape, *, backend: str, fp8_wire: bool
+) -> TokenExperts:
+    """See ``experts.RunsOnTokens.expert_tokens``."""
+    assert spec.scheme is not None
+    num_rows, hidden = shape.num_ranks * shape.num_tokens, shape.hidden_size
+    kernel = _Call.of((num_rows, hidden), weights, spec).kernel
+    if compat.gpu_backend() == "rocm":
+        kernels.load(backend, kernel)
+    as_they_come = fp8_wire and spec.scheme == "fp8_block"
+    return TokenExperts(
+        _coded(weights),
+        _attributes(spec.scheme, kernel),
+        code_rows=0 if as_they_come else num_rows,
+        row_scales=_row_scales(spec.scheme, num_rows, hidden),
+        words=_arrival_words(shape),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +145,7 @@ class _Call:
     spec: ExpertSpec
 
     @classmethod
-    def of(cls, rows: jax.Array, weights: ExpertWeights, spec: ExpertSpec) -> _Call:
+    def of(cls, rows: tuple[int, ...], weights: ExpertWeights, spec: ExpertSpec) -> _Call:
         """Chooses the kernel; refuses sizes that kernels count wrong."""
         assert spec.scheme is not None
         num_experts, hidden, inner = weights.w2.shape
@@ -135,9 +157,9 @@ class _Call:
             raise ConfigError(
                 rule("w1.shape", weights.w1.shape, must, f"spread experts over ranks, or {_CURE}")
             )
-        if rows.shape[0] >= kernels.MAX_ROWS or 2 * rows.size >= kernels.MAX_BYTES:
+        if rows[0] >= kernels.MAX_ROWS or 2 * math.prod(rows) >= kernels.MAX_BYTES:
             must = "be fewer than 2**24 rows and 4 GiB, which AITER's kernels count in 24 and 32 bits"
-            raise ConfigError(rule("rows.shape", rows.shape, must, "lower capacity_factor or T"))
+            raise ConfigError(rule("rows.shape", rows, must, "lower capacity_factor or T"))
         return cls(kernel, spec)
 
 
@@ -157,24 +179,18 @@ def _expert_mlp(
     (capacity, hidden), num_experts = rows.shape, group_sizes.shape[0]
     scheme, kernel = call.spec.scheme, call.kernel
     assert scheme is not None
-    scales = capacity * (hidden // schemes.BLOCK) if scheme == "fp8_block" else capacity
     results = (
         compat.result_type(rows, (capacity, hidden), jnp.bfloat16),
         # Memory for as long as the call runs; nobody asks for it.
         compat.result_type(rows, (capacity, hidden), jnp.uint8),
-        compat.result_type(rows, (scales,), jnp.float32),
+        compat.result_type(rows, (_row_scales(scheme, capacity, hidden),), jnp.float32),
         compat.result_type(rows, (_list_words(capacity, num_experts),), jnp.int32),
     )
     out, *_ = targets.call(
         targets.AITER_EXPERTS,
         results,
         *(rows, row_weights, group_sizes, *coded),
-        attributes=(
-            ("scheme", scheme),
-            ("kernel", kernel.name),
-            ("tile", kernel.tile),
-            ("block", call.spec.block),
-        ),
+        attributes=(*_attributes(scheme, kernel), ("block", call.spec.block)),
     )
     return out
 
@@ -202,10 +218,31 @@ def _expert_mlp_bwd(call: _Call, operands: tuple[jax.Array, ...], d_out: jax.Arr
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
 
 
-def _list_words(capacity: int, num_experts: int) -> int:
-    """i32s of the lists: two for a pair, one for a block, and two. csrc/aiter/experts.cc states the same."""
-    blocks = (capacity + (_BLOCK_ROWS - 1) * num_experts) // _BLOCK_ROWS
-    return blocks * (2 * _BLOCK_ROWS + 1) + 2
+def _attributes(scheme: str, kernel: kernels.Kernel) -> tuple[tuple[str, int | str], ...]:
+    return (("scheme", scheme), ("kernel", kernel.name), ("tile", kernel.tile))
+
+
+def _row_scales(scheme: str, num_rows: int, hidden: int) -> int:
+    """f32s of the scales of rows; this and the following are also in csrc/aiter/experts.cc."""
+    return num_rows * (hidden // schemes.BLOCK) if scheme == "fp8_block" else num_rows
+
+
+def _list_words(num_pairs: int, num_experts: int) -> int:
+    """i32s of the lists: two for a pair, one for a block, and two."""
+    return _list_blocks(num_pairs, num_experts) * (2 * _BLOCK_ROWS + 1) + 2
+
+
+def _list_blocks(num_pairs: int, num_experts: int) -> int:
+    return (num_pairs + (_BLOCK_ROWS - 1) * num_experts) // _BLOCK_ROWS
+
+
+def _arrival_words(shape: ExchangeShape) -> int:
+    """i32s for arrivals: lists, routes, group sizes, and those of the sort, whose rows are pairs."""
+    num_rows, local = shape.num_ranks * shape.num_tokens, shape.num_local_experts
+    blocks = max(_list_blocks(num_rows * min(shape.top_k, local), local), 1)
+    listed = dataclasses.replace(shape, block=_BLOCK_ROWS, capacity=blocks * _BLOCK_ROWS)
+    lists = blocks * (2 * _BLOCK_ROWS + 1) + 2
+    return lists + num_rows * shape.top_k + local + arrivals.expand_words(listed)
 
 
 def _unsuited(cfg: MoEConfig) -> str | None:

@@ -71,6 +71,23 @@ class ExpertSpec:
         return self.scheme == "fp8_block" and not weights.frozen
 
 
+class TokenExperts(NamedTuple):
+    """What a transport's own call runs experts with, on tokens where they have come.
+
+    Besides weights and what names the kernel, the sizes of memory that the call needs for as long as it runs.
+    """
+
+    operands: tuple[Any, ...]
+    """w1, w2 and their scales."""
+    attributes: tuple[tuple[str, int | str], ...]
+    code_rows: int
+    """Rows that are quantised anew: N, or 0 where the wire brings what the kernel multiplies."""
+    row_scales: int
+    """f32s."""
+    words: int
+    """i32s."""
+
+
 def dequantised(weights: ExpertWeights, scheme: str) -> tuple[jax.Array, jax.Array]:
     """w1 and w2 in f32 of experts that are codes."""
     w1 = schemes.dequantise_weights(weights.w1, weights.w1_scale, scheme, parts=2)

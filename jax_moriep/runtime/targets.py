@@ -26,9 +26,15 @@ RESEND = "moriep_resend"
 GIVE_BACK = "moriep_give_back"
 DLPACK_CALL = "moriep_dlpack_call"
 AITER_EXPERTS = "moriep_aiter_experts"
+FUSED_EXPERTS = "moriep_fused_experts"
 
 _ROW_MAJOR = {DISPATCH: "MoriepDispatch", REPLAY: "MoriepReplay", COMBINE: "MoriepCombine"}
-_TOKEN_MAJOR = {SEND: "MoriepSend", RESEND: "MoriepResend", GIVE_BACK: "MoriepGiveBack"}
+_TOKEN_MAJOR = {
+    SEND: "MoriepSend",
+    RESEND: "MoriepResend",
+    GIVE_BACK: "MoriepGiveBack",
+    FUSED_EXPERTS: "MoriepFusedExperts",
+}
 _SYMBOLS = {"cpu": _ROW_MAJOR, "cuda": _ROW_MAJOR, "rocm": _ROW_MAJOR, "mori": _TOKEN_MAJOR}
 _EXPAND_SYMBOLS = {EXPAND: "MoriepExpand", REEXPAND: "MoriepReexpand", GATHER: "MoriepGather"}
 _AITER_SYMBOLS = {AITER_EXPERTS: "MoriepAiterExperts"}

@@ -91,6 +91,38 @@ class Describes(Protocol):
         ...
 
 
+@runtime_checkable
+class RunsExperts(Protocol):
+    """What a token-major transport may offer besides: exchange and experts in one custom call, which keeps no
+    plan and has no gradient."""
+
+    BACKEND: str
+    """The library that has the call."""
+
+    def run_experts(
+        self,
+        link: Link,
+        x: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        *,
+        operands: tuple[jax.Array, ...],
+        attributes: tuple[tuple[str, int | str], ...],
+        scratch: tuple[int, int, int],
+        words: jax.Array,
+        order: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [T, H], ids i32[T, K], weights f32[T, K], words i32[W] -> y [T, H], all_words i32[R, W], order;
+        the experts being those of ``experts.spec.TokenExperts``, its sizes ``scratch``."""
+        ...
+
+
+def with_experts(name: str) -> RunsExperts | None:
+    """The transport as one that runs experts too; None if it does not."""
+    tokens = getattr(IMPLEMENTATIONS[name], "tokens", None)
+    return tokens if isinstance(tokens, RunsExperts) else None
+
+
 IMPLEMENTATIONS: dict[str, Transport] = {
     "native": native,
     "mori": expanded(mori),

@@ -83,7 +83,7 @@ def expand(arrivals: Arrivals, rank: jax.Array, shape: ExchangeShape, platform: 
         compat.result_type(x, (shape.capacity,), jnp.float32),
         compat.result_type(x, (shape.num_local_experts,), jnp.int32),
         compat.result_type(x, _routes_shape(shape), jnp.int32),
-        compat.result_type(x, (_expand_words(shape),), jnp.int32),
+        compat.result_type(x, (expand_words(shape),), jnp.int32),
     )
     rank = compat.pcast_varying(rank.astype(jnp.int32).reshape(1), compat.varying_axes(x))
     rows, row_weights, group_sizes, routes, _ = targets.call(
@@ -216,7 +216,7 @@ def _reexpand_words(shape: ExchangeShape) -> int:
     return -(-shape.capacity // 32)
 
 
-def _expand_words(shape: ExchangeShape) -> int:
+def expand_words(shape: ExchangeShape) -> int:
     """The same and, for a sort in chunks of at least 256 routes, their counts, and a place for each token."""
     chunks = max(1, -(-shape.num_tokens // max(1, 256 // shape.top_k)))
     return _reexpand_words(shape) + shape.num_ranks * (chunks * shape.num_local_experts + shape.num_tokens)

@@ -22,6 +22,7 @@ from jax_moriep.runtime import compat, group, targets
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports.arrivals import Arrivals
 
+BACKEND = "mori"
 _CURE = "use transport='native' or 'collective'"
 
 
@@ -126,6 +127,48 @@ def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> 
     return str(chosen)
 
 
+def run_experts(
+    link: Link,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    *,
+    operands: tuple[jax.Array, ...],
+    attributes: tuple[tuple[str, int | str], ...],
+    scratch: tuple[int, int, int],
+    words: jax.Array,
+    order: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``transports.RunsExperts.run_experts``."""
+    shape = link.shape
+    ids = _experts_only(ids, shape)
+    carried = compat.pcast_varying(words, compat.varying_axes(x))
+    num_arrivals = shape.num_ranks * shape.num_tokens
+    quantised = shape.num_tokens if link.opened.quantises else 0
+    code_rows, row_scales, expert_words = scratch
+    own_words = shape.num_tokens * shape.top_k + num_arrivals + 2
+    results = (
+        compat.result_type(x, x.shape, x.dtype),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        compat.result_type(x, (1,), jnp.int32),
+        # Memory for as long as the call runs: tokens for the wire and for the experts, what the experts make
+        # of them, and numbers.
+        compat.result_type(x, (quantised, x.shape[1]), jnp.uint8),
+        compat.result_type(x, (quantised, quant.num_groups(x.shape[1])), jnp.float32),
+        compat.result_type(x, (code_rows, x.shape[1]), jnp.uint8),
+        compat.result_type(x, (row_scales,), jnp.float32),
+        compat.result_type(x, (num_arrivals, x.shape[1]), x.dtype),
+        compat.result_type(x, (own_words + expert_words,), jnp.int32),
+    )
+    y, all_words, order, *_ = targets.call(
+        targets.FUSED_EXPERTS,
+        results,
+        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order, *operands),
+        attributes=(*link.opened.attributes, *attributes),
+    )
+    return y, all_words, order
+
+
 def send(
     link: Link,
     x: jax.Array,
@@ -137,9 +180,7 @@ def send(
 ) -> tuple[Arrivals, Own, jax.Array, jax.Array]:
     """See ``transports.expand.TokenTransport.send``."""
     shape = link.shape
-    if shape.num_experts != shape.num_local_experts * shape.num_ranks:
-        # MORI takes an expert's number apart, and would send these to the last ranks.
-        ids = jnp.where(ids < shape.num_experts, ids, -1)
+    ids = _experts_only(ids, shape)
     carried = compat.pcast_varying(words, compat.varying_axes(x))
     num_arrivals = shape.num_ranks * shape.num_tokens
     quantised = shape.num_tokens if link.opened.quantises else 0
@@ -204,6 +245,13 @@ def give_back(
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order
+
+
+def _experts_only(ids: jax.Array, shape: ExchangeShape) -> jax.Array:
+    if shape.num_experts == shape.num_local_experts * shape.num_ranks:
+        return ids
+    # MORI takes an expert's number apart, and would send these to the last ranks.
+    return jnp.where(ids < shape.num_experts, ids, -1)
 
 
 def _chosen(

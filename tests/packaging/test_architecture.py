@@ -22,6 +22,7 @@ LAYERS = [
     ["mori", "aiter"],
     ["transports"],
     ["exchange", "experts", "routing"],
+    ["fused"],
     ["layout", "params", "stats", "weights", "explain"],
     ["layer"],
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import re
 import struct
 
 import jax
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jax_moriep as jm
-from jax_moriep import experts
+from jax_moriep import experts, fused
 from jax_moriep.aiter import code_object, kernels, layout, wheel
 from jax_moriep.errors import ConfigError, LibraryError, TransportError
 from jax_moriep.experts import ExpertSpec, ExpertWeights, aiter
 from jax_moriep.runtime import compat, targets
 from jax_moriep.runtime.place import Place
+from tests.unit.test_mori_wheel import make_wheel
 
 MI300 = Place("gpu", "gfx942")
 # (offset, size) of AITER's arguments, as its host code has them.
@@ -272,3 +275,44 @@ def test_a_scale_that_is_nan_reaches_the_result_in_int8():
     scale = aiter.lay_out(params, cfg).w2_scale
     assert jnp.isnan(scale).all(axis=1).tolist() == [False, False, True, False]
     assert not jnp.isnan(scale[jnp.array([0, 1, 3])]).any()
+
+
+def test_what_one_call_needs():
+    cfg = make_cfg()
+    assert fused.is_one_call(cfg, "mori", "aiter", jnp.bfloat16)
+    for changed in (
+        ("native", "aiter", jnp.bfloat16),
+        ("mori", "triton", jnp.bfloat16),
+        ("mori", "aiter", jnp.float32),
+    ):
+        assert not fused.is_one_call(cfg, *changed)
+    assert not fused.is_one_call(make_cfg(capacity_factor=1.5), "mori", "aiter", jnp.bfloat16)
+
+
+@pytest.mark.parametrize("wire", [None, "fp8"])
+@pytest.mark.parametrize("scheme", kernels.KERNELS)
+def test_the_layer_is_one_custom_call_unless_it_is_differentiated(scheme, wire, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_MORIEP_MORI_DIR", str(make_wheel(tmp_path)))
+    cfg = make_cfg(expert_quant=scheme, transport="mori", wire_dtype=wire)
+    params = jax.jit(lambda p: aiter.lay_out(p, cfg))(make_params(cfg))
+    mesh = jax.sharding.AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,))
+
+    def layer(x, params):
+        return jm.ep_moe(x, params, cfg, mesh=mesh)[0]
+
+    def loss(x, params):
+        return layer(x, params).astype(jnp.float32).sum()
+
+    def calls(run):
+        x = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
+        text = jax.jit(run).trace(x, params).lower(lowering_platforms=("rocm",)).as_text()
+        return re.findall(r"custom_call @moriep_(\w+)", text)
+
+    assert calls(layer) == ["fused_experts"]
+    differentiated = calls(jax.grad(loss))
+    assert {"send", "resend", "give_back"} <= set(differentiated)
+    assert "fused_experts" not in differentiated
+    if scheme == "int8_token":
+        return  # jax itself refuses a gradient of integers
+    with pytest.raises(ConfigError, match="params.w1 is quantised and must not be differentiated"):
+        calls(lambda x, params: jax.grad(lambda w1: loss(x, dataclasses.replace(params, w1=w1)))(params.w1))
