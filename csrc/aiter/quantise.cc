@@ -1,6 +1,6 @@
 // Rows to what AITER's kernels multiply: codes and their scales, by the rules of
 // jax_moriep/schemes.py. Rows are bfloat16, or what the fp8 wire has brought. A wave has one row,
-// whose address the scalar unit knows then, and a lane 8 values of it at a time.
+// whose address the scalar unit knows then, and a lane 16 values of it at a time.
 #include "gpu/fp8.h"
 #include "gpu/rows.h"
 #include "kernels.h"
@@ -16,7 +16,7 @@ using gpu::kWave;
 using Halves = uint16_t __attribute__((ext_vector_type(2)));
 using Floats = float __attribute__((ext_vector_type(2)));
 
-constexpr int kElements = 8;  // that a lane handles at once
+constexpr int kElements = 16;  // that a lane handles at once
 constexpr int kPairs = kElements / 2;
 constexpr int kGroupLanes = kScaleBlock / kElements;
 constexpr Fp8Format kFormat = Fp8Format::kE4M3FNUZ;
@@ -28,11 +28,12 @@ __device__ Halves as_halves(uint32_t bits) { return __builtin_bit_cast(Halves, b
 __device__ Halves larger(Halves a, Halves b) { return __builtin_elementwise_max(a, b); }
 
 #if defined(__HIP_DEVICE_COMPILE__)
-template <int kLanes>
-__device__ uint32_t rotated(uint32_t bits) {
-  constexpr int kRowRotate = 0x120;  // by so many lanes among 16
+// The bits of another lane among 16, in a way that the processor has for its operands.
+enum Way : int { kNeighbour = 0xb1, kNextPair = 0x4e, kMirrored8 = 0x141, kRotated8 = 0x128 };
+template <Way kWay>
+__device__ uint32_t from_other(uint32_t bits) {
   return static_cast<uint32_t>(
-      __builtin_amdgcn_update_dpp(0, static_cast<int>(bits), kRowRotate + kLanes, 0xf, 0xf, false));
+      __builtin_amdgcn_update_dpp(0, static_cast<int>(bits), kWay, 0xf, 0xf, false));
 }
 __device__ uint32_t in_lane(uint32_t bits, int lane) {
   return static_cast<uint32_t>(__builtin_amdgcn_readlane(static_cast<int>(bits), lane));
@@ -44,25 +45,26 @@ __device__ uint32_t add_codes(Floats values, uint32_t codes, bool high) {
            : __builtin_amdgcn_cvt_pk_fp8_f32(values.x, values.y, old, false));
 }
 #else
-template <int kLanes>
-__device__ uint32_t rotated(uint32_t bits) {
+enum Way : int { kNeighbour, kNextPair, kMirrored8, kRotated8 };
+template <Way kWay>
+__device__ uint32_t from_other(uint32_t bits) {
   return bits;
 }
 __device__ uint32_t in_lane(uint32_t bits, int) { return bits; }
 __device__ uint32_t add_codes(Floats, uint32_t codes, bool) { return codes; }
 #endif
 
-// The largest of 16 lanes that are a group of columns, in all of them.
+// The largest of the 8 lanes that have a group of columns, in all of them.
 __device__ uint32_t largest_of_group(uint32_t bits) {
-  static_assert(kGroupLanes == 16);
-  bits = max(bits, rotated<8>(bits));
-  bits = max(bits, rotated<4>(bits));
-  bits = max(bits, rotated<2>(bits));
-  return max(bits, rotated<1>(bits));
+  static_assert(kGroupLanes == 8);
+  bits = max(bits, from_other<kNeighbour>(bits));
+  bits = max(bits, from_other<kNextPair>(bits));
+  return max(bits, from_other<kMirrored8>(bits));
 }
 
 __device__ uint32_t largest_of_wave(uint32_t bits) {
   bits = largest_of_group(bits);
+  bits = max(bits, from_other<kRotated8>(bits));
   return max(max(in_lane(bits, 0), in_lane(bits, 16)), max(in_lane(bits, 32), in_lane(bits, 48)));
 }
 
@@ -77,66 +79,75 @@ __device__ int32_t row_of(const QuantiseArgs& args, int32_t item) {
   return row >= 0 && row < args.num_rows ? row : -1;
 }
 
-// Eight values of a row: bfloat16 in pairs, or codes of the wire and their scale.
+__device__ Halves largest_halves(uint4 word, uint32_t mask) {
+  return larger(larger(as_halves(word.x & mask), as_halves(word.y & mask)),
+                larger(as_halves(word.z & mask), as_halves(word.w & mask)));
+}
+
+// Sixteen values of a row: bfloat16 in pairs, or codes of the wire and their scale.
 template <bool kFromWire>
 struct Values;
 
 template <>
 struct Values<false> {
-  uint4 word;
+  uint4 words[2];
 
   __device__ Values(const QuantiseArgs& args, uint64_t row, uint32_t i) {
-    word = reinterpret_cast<const uint4*>(args.x + row * args.hidden * 2)[i];
+    const auto* from = reinterpret_cast<const uint4*>(args.x + row * args.hidden * 2) + 2 * i;
+    words[0] = from[0];
+    words[1] = from[1];
   }
   // The bits of the largest magnitude; infinity and NaN are larger than all numbers.
   __device__ uint32_t largest() const {
     const uint32_t mask = 0x7fff7fffu;
-    const Halves found = larger(larger(as_halves(word.x & mask), as_halves(word.y & mask)),
-                                larger(as_halves(word.z & mask), as_halves(word.w & mask)));
+    const Halves found = larger(largest_halves(words[0], mask), largest_halves(words[1], mask));
     return static_cast<uint32_t>(max(found.x, found.y)) << 16;
   }
   __device__ void scaled(float by, Floats* out) const {
-    const uint32_t parts[kPairs] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      out[i] =
-          Floats{__uint_as_float(parts[i] << 16), __uint_as_float(parts[i] & 0xffff0000u)} * by;
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t parts[4] = {words[w].x, words[w].y, words[w].z, words[w].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Floats pair{__uint_as_float(parts[i] << 16), __uint_as_float(parts[i] & 0xffff0000u)};
+        out[4 * w + i] = pair * by;
+      }
     }
   }
 };
 
 template <>
 struct Values<true> {
-  uint2 codes;
+  uint4 codes;
   float scale;
 
   __device__ Values(const QuantiseArgs& args, uint64_t row, uint32_t i) {
-    codes = reinterpret_cast<const uint2*>(args.x + row * args.hidden)[i];
+    codes = reinterpret_cast<const uint4*>(args.x + row * args.hidden)[i];
     scale = args.x_scales[row * (args.hidden / kScaleBlock) + i / kGroupLanes];
   }
   // Codes are ordered as their bits are; none of the wire's is a NaN.
   __device__ uint32_t largest() const {
     const uint32_t mask = 0x007f007fu;
-    const Halves found = larger(larger(as_halves(codes.x & mask), as_halves(codes.x >> 8 & mask)),
-                                larger(as_halves(codes.y & mask), as_halves(codes.y >> 8 & mask)));
+    const uint4 shifted = make_uint4(codes.x >> 8, codes.y >> 8, codes.z >> 8, codes.w >> 8);
+    const Halves found = larger(largest_halves(codes, mask), largest_halves(shifted, mask));
     const float value = gpu::fp8_decode<kFormat>(max(found.x, found.y)).x * scale;
     return __float_as_uint(value) & 0x7fffffffu;
   }
-  // Both factors are powers of two where the scheme's are, so their product is exact.
   __device__ void scaled(float by, Floats* out) const {
-    const uint32_t halves[kPairs] = {codes.x & 0xffffu, codes.x >> 16, codes.y & 0xffffu,
-                                     codes.y >> 16};
+    const uint32_t parts[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const float2 pair = gpu::fp8_decode<kFormat>(halves[i]);
-      out[i] = Floats{pair.x, pair.y} * scale * by;
+    for (int i = 0; i < 4; ++i) {
+      const float2 low = gpu::fp8_decode<kFormat>(parts[i] & 0xffffu);
+      const float2 high = gpu::fp8_decode<kFormat>(parts[i] >> 16);
+      out[2 * i] = Floats{low.x, low.y} * scale * by;
+      out[2 * i + 1] = Floats{high.x, high.y} * scale * by;
     }
   }
 };
 
 template <typename Source>
-__device__ uint2 as_fp8(const Source& source, uint32_t largest, Fp8Scale scale) {
-  if (scale.inverse == 0) return make_uint2(0, 0);
+__device__ uint4 as_fp8(const Source& source, uint32_t largest, Fp8Scale scale) {
+  if (scale.inverse == 0) return make_uint4(0, 0, 0, 0);
   const float inverse = __uint_as_float(scale.inverse);
   Floats scaled[kPairs];
   source.scaled(inverse, scaled);
@@ -148,13 +159,15 @@ __device__ uint2 as_fp8(const Source& source, uint32_t largest, Fp8Scale scale) 
       scaled[i].y = fminf(fmaxf(scaled[i].y, -most), most);
     }
   }
-  return make_uint2(add_codes(scaled[1], add_codes(scaled[0], 0, false), true),
-                    add_codes(scaled[3], add_codes(scaled[2], 0, false), true));
+  const auto four = [&](int i) {
+    return add_codes(scaled[i + 1], add_codes(scaled[i], 0, false), true);
+  };
+  return make_uint4(four(0), four(2), four(4), four(6));
 }
 
 // By a division: a product with the reciprocal would be off by one code at times.
 template <typename Source>
-__device__ uint2 as_int8(const Source& source, float scale) {
+__device__ uint4 as_int8(const Source& source, float scale) {
   Floats values[kPairs];
   source.scaled(1.0f, values);
   const auto byte = [&](float value) {
@@ -164,7 +177,7 @@ __device__ uint2 as_int8(const Source& source, float scale) {
     return byte(values[i].x) | byte(values[i].y) << 8 | byte(values[i + 1].x) << 16 |
            byte(values[i + 1].y) << 24;
   };
-  return make_uint2(four(0), four(2));
+  return make_uint4(four(0), four(2), four(4), four(6));
 }
 
 template <Scheme kScheme, bool kFromWire>
@@ -174,7 +187,7 @@ __device__ void quantise_row(const QuantiseArgs& args, uint64_t row) {
   constexpr bool kInt8 = kScheme == Scheme::kInt8Token;
   const auto lane = static_cast<uint32_t>(gpu::lane_id());
   const uint32_t num_words = args.hidden / kElements;
-  auto* codes = reinterpret_cast<uint2*>(args.codes + row * args.hidden);
+  auto* codes = reinterpret_cast<uint4*>(args.codes + row * args.hidden);
   auto* out = reinterpret_cast<uint4*>(args.out + row * args.hidden * 2);
   float* scales = args.scales + row * args.scales_per_row;
   uint32_t largest = 0;
@@ -214,12 +227,12 @@ __device__ void quantise_row(const QuantiseArgs& args, uint64_t row) {
       }
       if constexpr (kInt8) {
         const float step = __uint_as_float(scale.scale);
-        codes[i] = scale.inverse == 0 ? make_uint2(0, 0) : as_int8(source, step);
+        codes[i] = scale.inverse == 0 ? make_uint4(0, 0, 0, 0) : as_int8(source, step);
       } else {
         codes[i] = as_fp8(source, largest, scale);
       }
     }
-    if (starts) out[i] = make_uint4(start, start, start, start);
+    if (starts) out[2 * i] = out[2 * i + 1] = make_uint4(start, start, start, start);
   }
 }
 
