@@ -27,7 +27,6 @@ class Tile:
       stages: depth of the software pipeline.
       programs: how many programs share all tiles by turns; None: one for each tile.
       group: how many tiles of rows take their turn at one tile of columns before the next, for the L2 cache.
-      swapped: multiply weights by rows, not rows by weights, for a matrix unit whose left operand is tall.
     """
 
     rows: int
@@ -37,7 +36,6 @@ class Tile:
     stages: int
     programs: int | None = None
     group: int = 8
-    swapped: bool = False
 
     def fitted(self, cols: int, depth: int) -> Tile:
         """The same, no wider than the matrix; a depth that divides ``depth`` needs no mask in the loop."""

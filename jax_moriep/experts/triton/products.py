@@ -86,29 +86,29 @@ class Scales:
         """Codes as float16."""
         return float8_bits_as_float16(codes, self.format) if codes.dtype == jnp.uint8 else codes.astype(_F16)
 
-    def scaled(self, part: jax.Array, refs: Any, at: At, read: Span, group: Any, layout: Layout) -> jax.Array:
+    def scaled(self, part: jax.Array, refs: Any, at: At, read: Span, group: Any, paired: bool) -> jax.Array:
         """A product of at most ``GROUP`` of depth, times the scales that this group has of its own."""
         rows_ref, weights_ref = refs
         if self.of_rows.shape[0] > 1:
-            part = part * layout.by_row(load_vector(rows_ref, read, group))
+            part = part * load_vector(rows_ref, read, group)[:, None]
         if self.of_weights.ndim == 3:
-            block, half = layout.columns(at.cols, part)
+            block, half = _columns(at.cols, part, paired)
             block = lax.div(block, GROUP) + half * (self.of_weights.shape[1] // 2)
             mask = None if at.cols.stop is None else block < self.of_weights.shape[1]
             lead, last = (jnp.broadcast_to(i, (1,)) for i in (at.expert, group))
             scale = plgpu.load(
                 weights_ref.at[lead, block, last], mask=mask, other=None if mask is None else 0.0
             )
-            part = part * layout.by_column(scale)
+            part = part * scale[None, :]
         return part
 
-    def finished(self, sums: jax.Array, refs: Any, at: At, read: Span, layout: Layout) -> jax.Array:
+    def finished(self, sums: jax.Array, refs: Any, at: At, read: Span, paired: bool) -> jax.Array:
         """Sums times the scales that all groups share."""
         rows_ref, weights_ref = refs
         if self.of_rows.shape[0] == 1:
-            sums = sums * layout.by_row(load_vector(rows_ref, read, jnp.int32(0)))
+            sums = sums * load_vector(rows_ref, read, jnp.int32(0))[:, None]
         if self.of_weights.ndim == 2:
-            col, half = layout.columns(at.cols, sums)
+            col, half = _columns(at.cols, sums, paired)
             mask = None if at.cols.stop is None else col < at.cols.stop
             col += half * (self.of_weights.shape[1] // 2)
             scale = plgpu.load(
@@ -116,34 +116,14 @@ class Scales:
                 mask=mask,
                 other=None if mask is None else 0.0,
             )
-            sums = sums * layout.by_column(scale)
+            sums = sums * scale[None, :]
         return sums
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a kernel's sums lie.
-
-    Attributes:
-      paired: gate's and up's columns by turns.
-      swapped: columns of the result along the first dimension.
-    """
-
-    paired: bool
-    swapped: bool
-
-    def by_row(self, values: jax.Array) -> jax.Array:
-        """A value for each row, to be multiplied with sums."""
-        return values[None, :] if self.swapped else values[:, None]
-
-    def by_column(self, values: jax.Array) -> jax.Array:
-        """A value for each column."""
-        return values[:, None] if self.swapped else values[None, :]
-
-    def columns(self, cols: Span, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of each column of sums: the column of the weights' half, and the half, 0 or 1."""
-        col = jnp.arange(sums.shape[0 if self.swapped else 1])
-        return (cols.first + col // 2, col % 2) if self.paired else (cols.first + col, jnp.zeros_like(col))
+def _columns(cols: Span, sums: jax.Array, paired: bool) -> tuple[jax.Array, jax.Array]:
+    """Of each column of sums: the column of the weights' half, and the half, 0 or 1."""
+    col = jnp.arange(sums.shape[1])
+    return (cols.first + col // 2, col % 2) if paired else (cols.first + col, jnp.zeros_like(col))
 
 
 def float8_bits_as_float16(bits: jax.Array, format: Any) -> jax.Array:
@@ -200,7 +180,7 @@ def rows_times_weights(
     depth = rows.shape[1]
     cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
     tile = tile.fitted(cols, depth)
-    layout, given = Layout(paired, tile.swapped), scales.arrays if scales else ()
+    given = scales.arrays if scales else ()
     assert scales is None or (GROUP % tile.depth == 0 and not by_column)
     assert tile.rows == tiles.size
     col_tiles = -(-cols // tile.cols)
@@ -235,22 +215,18 @@ def rows_times_weights(
                 else:
                     w = load(weights_ref, at.cols, deep, expert)
                 x, w = (scales.values(x), scales.values(w)) if scales else (x, w.astype(x.dtype))
-                deep_of_w = 0 if by_column else 1
-                part = dot(w, x, deep_of_w, 1) if layout.swapped else dot(x, w, 1, deep_of_w)
+                part = dot(x, w, 1, 0 if by_column else 1)
                 if scales:
                     group = lax.div(k, jnp.int32(GROUP // tile.depth))
-                    part = scales.scaled(part, scale_refs, at, read, group, layout)
+                    part = scales.scaled(part, scale_refs, at, read, group, paired)
                 return sums + part
 
             # A tile that is all padding costs no product.
             steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
-            shape = (tile.rows, tile.cols * (2 if paired else 1))
-            sums = jnp.zeros(shape[::-1] if layout.swapped else shape, jnp.float32)
+            sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
             sums = lax.fori_loop(0, steps, step, sums)
             if scales:
-                sums = scales.finished(sums, scale_refs, at, read, layout)
-            if layout.swapped:
-                sums = sums.T
+                sums = scales.finished(sums, scale_refs, at, read, paired)
             epilogue(at, unpaired(sums) if paired else (sums,), *refs)
 
         by_turns(programs, num_tiles * col_tiles, product)
