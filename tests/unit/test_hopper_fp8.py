@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import schemes_oracle as oracle
+from jax.sharding import PartitionSpec as P
 
 from jax_moriep import schemes
-from jax_moriep.experts import ExpertSpec, ExpertWeights
+from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
 from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
+from jax_moriep.runtime import compat
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(
@@ -127,10 +129,11 @@ def test_quantised_weights(transposed):
     w = drawn(2).normal(size=(2, 256, 384)).astype(np.float32)
     w[0, :128, :128] = 0
     w[1, 200, 300] = np.inf
-    got, scale = quantise.weights(jnp.asarray(w), F8, transposed=transposed, interpret=True)
+    got, scale, *turned = quantise.weights(jnp.asarray(w), F8, transposed=transposed, interpret=True)
     want, want_scale = oracle.weights(w.astype(np.float64), "fp8_block", "e4m3fn", 1)
-    if transposed:
-        got, scale = jnp.swapaxes(got, 1, 2), jnp.swapaxes(scale, 1, 2)
+    assert len(turned) == transposed
+    for codes_of_transposed in turned:
+        np.testing.assert_array_equal(f64(codes_of_transposed), f64(jnp.swapaxes(got, 1, 2)))
     np.testing.assert_array_equal(f64(scale), want_scale)
     for expert in range(2):
         np.testing.assert_array_equal(of_weights(got[expert], scale[expert]), want[expert])
@@ -180,8 +183,10 @@ def test_both_passes(races, scheme, frozen, saved_rows):
     low = [jnp.asarray(a, jnp.bfloat16) for a in (x, d_out)]
     operands = (low[0], jnp.asarray(q, jnp.float32), jnp.asarray(SIZES), given)
     assert hopper_quantised.covers(spec, low[0], given)
-    out, saved = hopper_quantised.forward(spec, saved_rows, True, *operands)
-    got = (out, *hopper_quantised.backward(spec, saved_rows, True, low[1], saved, *operands))
+    out, saved, *kept = hopper_quantised.forward(spec, saved_rows, True, *operands)
+    assert tuple((x.shape, x.dtype) for x in kept) == hopper_quantised.kept(spec, given)
+    assert bool(kept) == (scheme == "fp8_block" and not frozen)
+    got = (out, *hopper_quantised.backward(spec, saved_rows, True, low[1], saved, *operands, *kept))
     clean = [np.nan_to_num(a) for a in (x, q, d_out)]
     none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
     want = oracle.experts(
@@ -193,3 +198,33 @@ def test_both_passes(races, scheme, frozen, saved_rows):
         # Of bf16 on the way, a code that lies near a border may come out as its neighbour; so the gradient of
         # a row's weight, a sum of 128 products with such codes, is the least exact.
         assert_close(a, b, 4e-2 if i == 2 else 2.5e-2)
+
+
+def test_a_program_for_another_platform(monkeypatch):
+    """It takes and gives what the Hopper pass keeps for itself, of the same varying axes."""
+    rng = drawn(6)
+    spec = ExpertSpec("silu", 7.0, 1.702, False, BLOCK, None, "fp8_block")
+    rows = jnp.asarray(np.where(REAL[:, None], rng.normal(size=(CAPACITY, H)), 0), jnp.bfloat16)
+    weights = ExpertWeights(
+        *(
+            jnp.asarray(rng.normal(size=s) * s[-1] ** -0.5, jnp.bfloat16)
+            for s in ((L, 2 * INNER, H), (L, H, INNER))
+        )
+    )
+
+    def gradients(rows, sizes, weights):
+        def loss(rows, weights):
+            factors = jnp.ones(CAPACITY, jnp.float32)
+            return jnp.sum(triton.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1))(rows, weights)
+
+    operands = (rows, jnp.asarray(SIZES), weights)
+    want = jax.jit(gradients)(*operands)
+    monkeypatch.setattr(compat, "has_hopper_kernels", lambda: True)
+    jax.clear_caches()
+    for got, other in zip(*map(jax.tree.leaves, (jax.jit(gradients)(*operands), want)), strict=True):
+        np.testing.assert_array_equal(f64(got), f64(other))
+    mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    assert "moriep_quantise_weights" in str(jax.jit(sharded).trace(*operands).jaxpr)

@@ -1,4 +1,10 @@
-"""Both passes of experts that a float8 scheme quantises, by Hopper products; see ``quantised_passes``."""
+"""Both passes of experts that a float8 scheme quantises, by Hopper products; see ``quantised_passes``.
+
+The matrix unit contracts 8-bit operands along their last dimension only, so on the way back the products read
+transposed codes. Master weights whose blocks are the same when transposed are therefore quantised once: a
+forward pass under differentiation writes both, and keeps the transposed codes for the backward pass. They
+take one byte per weight until then.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +36,23 @@ def covers(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
     )
 
 
+def kept(spec: ExpertSpec, weights: ExpertWeights) -> tuple[tuple[tuple[int, ...], jnp.dtype], ...]:
+    """Shapes and dtypes of what a backward pass gets from the forward pass besides the pre-activations.
+
+    The codes [L, H, 2*I] and f32[L, H/128, 2*I/128], their scales, of transposed w1, and those of w2.
+    """
+    if not spec.quantises_gradients(weights):
+        return ()
+    described = []
+    for w in (weights.w1, weights.w2):
+        experts, height, width = w.shape
+        described += [
+            ((experts, width, height), _FORMAT),
+            ((experts, width // quantise.GROUP, height // quantise.GROUP), jnp.dtype(jnp.float32)),
+        ]
+    return tuple(described)
+
+
 def forward(
     spec: ExpertSpec,
     saved_rows: int,
@@ -39,11 +62,14 @@ def forward(
     group_sizes: jax.Array,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, ...]:
-    """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``."""
+    """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``.
+
+    Behind the pre-activations, if there are any, comes what ``kept`` describes.
+    """
     tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
-    coded = _codes_of(weights, spec, interpret)
+    coded, *transposed = _codes_of(weights, spec, interpret, keep=saved_rows > 0)
     codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
     act, act_scales, *saved = hopper_fp8.gate_up(
         codes,
@@ -57,7 +83,7 @@ def forward(
         dtype=rows.dtype,
     )
     out = hopper_fp8.product(act, act_scales, coded.w2, coded.w2_scale, tiles, rows.dtype)
-    return (rowwise.zeroed_behind(out, tiles, interpret=interpret), *saved)
+    return (rowwise.zeroed_behind(out, tiles, interpret=interpret), *saved, *transposed)
 
 
 def backward(
@@ -70,8 +96,9 @@ def backward(
     row_weights: jax.Array,
     group_sizes: jax.Array,
     weights: ExpertWeights,
+    *transposed: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """See ``quantised_passes.backward``."""
+    """See ``quantised_passes.backward``; ``transposed`` is what ``kept`` describes."""
     capacity, dtype = rows.shape[0], rows.dtype
     tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
@@ -94,11 +121,10 @@ def backward(
 
     if spec.quantises_gradients(weights):
         d_y = quantise.rows(d_out, slices, _FORMAT, interpret=interpret)
-        w2 = quantise.weights(weights.w2, _FORMAT, transposed=True, interpret=interpret)
-        d_act = hopper_fp8.product(*d_y, *w2, tiles, dtype)
+        w1, s1, w2, s2 = transposed
+        d_act = hopper_fp8.product(*d_y, w2, s2, tiles, dtype)
         act, d_pre, shares, codes, scales = through_activation(d_act, _FORMAT)
-        w1 = quantise.weights(weights.w1, _FORMAT, transposed=True, interpret=interpret)
-        d_rows = hopper_fp8.product(codes, scales, *w1, tiles, dtype)
+        d_rows = hopper_fp8.product(codes, scales, w1, s1, tiles, dtype)
     else:
         w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
         d_act = hopper.product(d_out, w2, tiles, by_column=True)
@@ -126,7 +152,7 @@ def _pre_activations(
     """Those of the rows from one on, [C, 2*I]."""
     capacity = rows.shape[0]
     behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, first_row)
-    coded = _codes_of(weights, spec, interpret)
+    coded, *_ = _codes_of(weights, spec, interpret, keep=False)
     codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
     operands = (codes, scales, coded.w1, coded.w1_scale, row_weights, behind, spec)
     return hopper_fp8.gate_up(*operands, saved_rows=capacity, dtype=rows.dtype)[-1]
@@ -144,10 +170,15 @@ def quantised_rows(
     return codes, scales.T
 
 
-def _codes_of(weights: ExpertWeights, spec: ExpertSpec, interpret: bool) -> ExpertWeights:
-    """As ``codes_of``; blocks by a kernel."""
+def _codes_of(
+    weights: ExpertWeights, spec: ExpertSpec, interpret: bool, *, keep: bool
+) -> tuple[ExpertWeights, *tuple[jax.Array, ...]]:
+    """As ``codes_of``, blocks by a kernel; and what ``kept`` describes, if it shall be kept."""
     if weights.frozen or spec.scheme != "fp8_block":
-        return codes_of(weights, spec)
-    w1, s1 = quantise.weights(weights.w1, _FORMAT, transposed=False, interpret=interpret)
-    w2, s2 = quantise.weights(weights.w2, _FORMAT, transposed=False, interpret=interpret)
-    return weights._replace(w1=w1, w2=w2, w1_scale=s1, w2_scale=s2)
+        return (codes_of(weights, spec),)
+    w1, s1, *t1 = quantise.weights(weights.w1, _FORMAT, transposed=keep, interpret=interpret)
+    w2, s2, *t2 = quantise.weights(weights.w2, _FORMAT, transposed=keep, interpret=interpret)
+    coded = weights._replace(w1=w1, w2=w2, w1_scale=s1, w2_scale=s2)
+    if not keep:
+        return (coded,)
+    return coded, *t1, jnp.swapaxes(s1, 1, 2), *t2, jnp.swapaxes(s2, 1, 2)

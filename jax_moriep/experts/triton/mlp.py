@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
@@ -46,14 +47,14 @@ def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
 
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
-    out, saved = _on_platform("forward", spec, operands, saved_rows(spec, operands[0].shape[0]))
+    out, *saved = _on_platform("forward", spec, operands, saved_rows(spec, operands[0].shape[0]))
     return out, (operands, saved)
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
     operands, saved = residuals
     kept = saved_rows(spec, d_out.shape[0])
-    d_rows, d_row_weights, *others = _on_platform("backward", spec, operands, kept, d_out, saved)
+    d_rows, d_row_weights, *others = _on_platform("backward", spec, operands, kept, d_out, *saved)
     weights: ExpertWeights = operands[3]
     # Of codes and their scales there are no gradients.
     trained = [] if weights.frozen else ["w1", "w2"]
@@ -79,7 +80,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         biases = () if weights.b1 is None else (weights.b1, weights.b2)
         arrays = (*of_pass, rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
     else:
-        arrays = (*of_pass, *operands)
+        arrays = (*of_pass[:2], *operands, *of_pass[2:])
     capacity, itemsize, table = rows.shape[0], rows.dtype.itemsize, tuning.table()
 
     def by_triton(platform: str) -> Callable[..., Any]:
@@ -108,11 +109,40 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         )
         covered = hopper_quantised.covers(spec, rows, weights)
         by_hopper = functools.partial(getattr(hopper_quantised, name), spec, kept, False)
-    on_cuda = by_hopper if covered and compat.has_hopper_kernels() else by_triton("cuda")
-    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=by_triton("rocm"), default=on_cuda)
+    on_rocm, on_cuda = by_triton("rocm"), by_triton("cuda")
+    if covered and compat.has_hopper_kernels():
+        on_cuda = by_hopper
+        if spec.scheme is not None and kept:
+            others = hopper_quantised.kept(spec, weights)
+            interpreted, on_rocm = (_without(others, name, fn) for fn in (interpreted, on_rocm))
+    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on_rocm, default=on_cuda)
     # jax 0.10.2 forgets over which mesh axes a kernel's results vary.
-    axes = frozenset().union(*(compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
+    axes = _axes_of(arrays)
     return tuple(compat.pcast_varying(x, axes) for x in results)
+
+
+def _without(
+    kept: tuple[tuple[tuple[int, ...], Any], ...], name: str, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A pass that keeps no more than pre-activations, as the Hopper one is called that keeps more.
+
+    Every platform's pass must take and give the same arrays, also in a program that is lowered for another
+    platform than that of this process's GPUs.
+    """
+    if name == "backward":
+        return lambda *arrays: run(*arrays[: len(arrays) - len(kept)])
+
+    def padded(*arrays: Any) -> tuple[jax.Array, ...]:
+        nothing = [jnp.zeros(shape, dtype) for shape, dtype in kept]
+        axes = _axes_of(arrays)
+        return (*run(*arrays), *(compat.pcast_varying(x, axes) for x in nothing))
+
+    return padded
+
+
+def _axes_of(arrays: Any) -> frozenset[str]:
+    """Over which mesh axes any of them varies."""
+    return frozenset().union(*(compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
 
 
 def _interpreted_tile(kernel: str) -> Tile:

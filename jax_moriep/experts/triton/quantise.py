@@ -56,22 +56,22 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
     return codes, scales
 
 
-def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> list[jax.Array]:
     """Weights in blocks of 128x128.
 
     Args:
       w: [L, N, D]; 128 divides N and D.
       format: the float8.
-      transposed: give the same blocks of the transposed weights.
+      transposed: give the transposed codes as well.
       interpret: see ``launch.call``.
 
     Returns:
-      Codes [L, N, D] and scales f32[L, N/128, D/128], with ``transposed`` [L, D, N] and f32[L, D/128, N/128].
+      Codes [L, N, D], scales f32[L, N/128, D/128], and with ``transposed`` codes [L, D, N].
     """
     experts, height, width = w.shape
     high, wide = height // GROUP, width // GROUP
 
-    def kernel(w_ref: Any, codes_ref: Any, scales_ref: Any) -> None:
+    def kernel(w_ref: Any, codes_ref: Any, scales_ref: Any, *transposed_ref: Any) -> None:
         turn = pl.program_id(0)
         expert, inside = lax.div(turn, high * wide), lax.rem(turn, high * wide)
         high_at, wide_at = lax.div(inside, wide), lax.rem(inside, wide)
@@ -79,20 +79,16 @@ def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> 
         values = load(w_ref, tall, across, expert).astype(jnp.float32)
         scale, inverse = power_scales(jnp.max(jnp.max(magnitudes(values), axis=1), axis=0), format)
         codes = scaled(values, inverse).astype(format)
-        if transposed:
-            store(codes_ref, across, tall, codes.T, expert)
-            scales_ref[expert, wide_at, high_at] = scale
-        else:
-            store(codes_ref, tall, across, codes, expert)
-            scales_ref[expert, high_at, wide_at] = scale
+        store(codes_ref, tall, across, codes, expert)
+        for ref in transposed_ref:
+            store(ref, across, tall, codes.T, expert)
+        scales_ref[expert, high_at, wide_at] = scale
 
-    shapes = [w.shape, (experts, high, wide)]
+    results = [(w.shape, format), ((experts, high, wide), jnp.float32)]
     if transposed:
-        shapes = [(a, c, b) for a, b, c in shapes]
-    results = [(shapes[0], format), (shapes[1], jnp.float32)]
+        results.append(((experts, width, height), format))
     programs = experts * high * wide
-    codes, scales = call(kernel, "moriep_quantise_weights", (w,), results, programs, _BLOCK_TILE, interpret)
-    return codes, scales
+    return call(kernel, "moriep_quantise_weights", (w,), results, programs, _BLOCK_TILE, interpret)
 
 
 def store_rows(
