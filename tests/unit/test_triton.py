@@ -88,7 +88,7 @@ def test_the_shipped_table_is_whole():
     for kernels in tuning.shipped().values():
         assert set(kernels) == set(tuning.KERNELS)
         for kernel, classes in kernels.items():
-            coded = {"few_codes"} if kernel in tuning.FORWARD else set()
+            coded = {"few_codes", "fewest_codes"} if kernel in tuning.FORWARD else set()
             assert set(classes) == {*tuning.CLASSES, *coded}
             for entry in classes.values():
                 tile = Tile(**entry)

@@ -90,9 +90,8 @@ def lookup_of_codes(table: Table, device_kind: str, kernel: str, block: int, mea
     of_kernel = _of_device(table, device_kind)[kernel]
     if class_of(block) != "few":
         return Tile(**of_kernel[class_of(block)])
-    coded = of_kernel.get("few_codes") or shipped()[HOPPER][kernel]["few_codes"]
-    tile = Tile(**coded)
-    return dataclasses.replace(tile, rows=16 if mean_rows <= _FEWEST else tile.rows)
+    name = "fewest_codes" if mean_rows <= _FEWEST else "few_codes"
+    return Tile(**(of_kernel.get(name) or shipped()[HOPPER][kernel][name]))
 
 
 @functools.cache
