@@ -80,14 +80,15 @@ class Job:
         ids, weights = np.asarray(route.ids), np.asarray(route.weights, np.float64)
         ids = ids if mask is None else np.where(mask[:, None], ids, -1)
         rows = oracle.quantised_rows(x, "fp8_block") if cfg.wire_dtype == "fp8" else np.asarray(x, np.float64)
-        tile = kernels.choose(cfg.expert_quant, HIDDEN, INNER).tile
+        kernel = kernels.choose(cfg.expert_quant, HIDDEN, INNER)
+        assert isinstance(kernel, kernels.Kernel)
         y = np.zeros(rows.shape)
         for k in range(ids.shape[1]):
             order = np.argsort(ids[:, k], kind="stable")
             order = order[ids[order, k] >= 0]
             sizes = np.bincount(ids[order, k], minlength=EXPERTS)
             y[order] += oracle.experts(
-                cfg.expert_quant, tile, 1, rows[order], weights[order, k], sizes, w1, w2
+                cfg.expert_quant, kernel.tile, 1, rows[order], weights[order, k], sizes, w1, w2
             )
         return y
 
