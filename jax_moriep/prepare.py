@@ -46,7 +46,19 @@ def quantize_params(params: MoEParams, cfg: MoEConfig, format: str | None = None
         raise ConfigError(
             rule("params.layout", params.layout, "be 'plain'", "pass the weights from before prepare_params")
         )
-    parameters.check_params(params, cfg, 1 if params.w1.shape[0] == cfg.num_experts else params.w1.shape[0])
+    count = next(iter(getattr(params.w1, "shape", ())), 0)
+    parameters.check_params(params, cfg, count if count > cfg.num_experts else 1)
+    spec = getattr(getattr(jax.typeof(params.w1), "sharding", None), "spec", ())
+    if any(part is not None for part in spec):
+        # On an Explicit mesh jax cannot cut a sharded array into blocks.
+        raise ConfigError(
+            rule(
+                "params.w1.sharding",
+                spec,
+                "be of one device or of a mesh with AxisType.Auto",
+                "use jm.prepare_params(params, cfg, mesh), or quantise before the weights are sharded",
+            )
+        )
     done = {}
     for name, parts in (("w1", 2), ("w2", 1)):
         w, scale = getattr(params, name), getattr(params, f"{name}_scale")
@@ -100,10 +112,14 @@ def prepare_params(params: MoEParams, cfg: MoEConfig, mesh: Mesh, *, ep_axis: st
     specs = parameters.param_specs(cfg, ep_axis, params=params)
     if params.w1.shape[0] % place.num_ranks:
         specs = jax.tree.map(lambda _: PartitionSpec(), specs)
-    placed = jax.device_put(params, _on(mesh, specs))
+    # By a mesh of the same devices whose shardings are no part of types, for blocks are cut out of arrays.
+    auto = Mesh(mesh.devices, mesh.axis_names)
+    placed = jax.device_put(params, _on(auto, specs))
     prepare = _program(cfg, schemes.format_name(place.architecture), place.num_ranks, layout)
     specs = parameters.param_specs(cfg, ep_axis, params=jax.eval_shape(prepare, params))
-    return _compiled(prepare, _on(mesh, specs))(placed)
+    with jax.set_mesh(auto):
+        done = _compiled(prepare, _on(auto, specs))(placed)
+    return jax.device_put(done, _on(mesh, specs))
 
 
 # Cached, so that the layers of a model are compiled once.

@@ -54,8 +54,8 @@ def code_dtype(scheme: str, format: jnp.dtype) -> jnp.dtype:
 
 
 def is_codes(dtype: Any) -> bool:
-    """Whether weights of a dtype are codes, not master weights."""
-    return jnp.dtype(dtype) in (*FORMATS.values(), jnp.dtype(jnp.int8))
+    """Whether weights of a dtype are codes, not master weights; also of float8 that no scheme has."""
+    return jnp.dtype(dtype).itemsize == 1
 
 
 def check_weights(params: MoEParams, cfg: MoEConfig) -> None:

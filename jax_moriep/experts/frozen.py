@@ -31,6 +31,6 @@ def _without_gradient_jvp(name: str, primals: Any, tangents: Any) -> NoReturn:
     del primals, tangents
     raise ConfigError(
         f"params.{name} is quantised and must not be differentiated; differentiate with respect to x or the "
-        "other weights, pass jax.lax.stop_gradient of this one, or train floating master weights, which "
-        "expert_quant quantises in every step"
+        "other weights, pass jax.lax.stop_gradient of w1, w2, w1_scale and w2_scale, or train floating "
+        "master weights, which expert_quant quantises in every step"
     )

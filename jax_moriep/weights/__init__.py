@@ -193,8 +193,8 @@ def _granite(block: Block) -> MoEParams:
     # On disk, and in memory before transformers 5.13.
     return MoEParams(
         router=block.router("router.layer.weight"),
-        w1=block.array("input_linear.weight", cfg.num_experts, 2 * cfg.intermediate_size, cfg.hidden_size),
-        w2=block.array("output_linear.weight", cfg.num_experts, cfg.hidden_size, cfg.intermediate_size),
+        w1=block.floating("input_linear.weight", cfg.num_experts, 2 * cfg.intermediate_size, cfg.hidden_size),
+        w2=block.floating("output_linear.weight", cfg.num_experts, cfg.hidden_size, cfg.intermediate_size),
     )
 
 

@@ -40,6 +40,12 @@ class Block:
         """The tensor of that name as NumPy, of exactly that shape; floating, also where it is quantised."""
         return codes.dequantised(self.stored(name, *shape))
 
+    def floating(self, name: str, *shape: int) -> np.ndarray:
+        """The same of experts in a form that no scheme has: codes are refused unless they are dequantised."""
+        if not self._dequantize:
+            self._take(name, shape, codes.FLOATS)
+        return self.array(name, *shape)
+
     def stored(self, name: str, *shape: int, halves: int = 1) -> codes.Stored:
         """The same as it is, with its scales where it has any; ``halves``: see ``codes.with_scales``."""
         array = self._take(name, shape, (*codes.FLOATS, *codes.CODES))
@@ -58,7 +64,7 @@ class Block:
     def transposed(self, name: str, experts: int, rows: int, columns: int) -> np.ndarray:
         """[experts, rows, columns] of the tensor [experts, columns, rows], or of its MXFP4 as on disk."""
         if name in self or f"{name}_blocks" not in self:
-            return self.array(name, experts, columns, rows).swapaxes(1, 2)
+            return self.floating(name, experts, columns, rows).swapaxes(1, 2)
         groups = columns // codes.MXFP4_GROUP
         if columns % codes.MXFP4_GROUP:
             raise ConfigError(

@@ -95,6 +95,13 @@ def with_scales(name: str, values: np.ndarray, scale_name: str, scales: Any, hal
     *lead, rows, columns = values.shape
     blocks = (*lead, halves * num_groups(rows // halves), num_groups(columns))
     if found.shape == blocks:
+        height = rows // halves
+        if halves > 1 and height % GROUP and num_groups(rows) == halves * num_groups(height):
+            # Blocks of each matrix, or of all rows? The shapes are equal, and the blocks are not.
+            raise ConfigError(
+                f"state_dict[{scale_name!r}].shape={found.shape} must not leave open whether blocks begin "
+                f"anew with each of {halves} matrices of {height} rows; pass gate and up apart, as on disk"
+            )
         return Stored(values, found, (values.dtype.name, BLOCK))
     if found.shape in ((*lead, rows), (*lead, rows, 1)):
         return Stored(values, found.reshape(*lead, rows), (values.dtype.name, ROW))

@@ -139,16 +139,19 @@ def test_quantised_experts(transport):
     x, dy = (np.random.default_rng(26).normal(size=(2, 20, hidden)) / 8).astype(np.float32)
 
     def values(cfg, params):
-        def loss(x, router):
+        def loss(x, router, params):
             y, _ = jm.ep_moe(x, dataclasses.replace(params, router=router), cfg, mesh=mesh)
             return jnp.sum(y * dy), y
 
-        (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, params.router)
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, y), gradients = run(x, params.router, params)
         return y, *gradients
 
     # Cotangents of master weights are quantised as well, so the ways back differ.
-    want = values(plain, jm.prepare_params(params, plain, mesh))
-    got = values(cfg, jm.prepare_params(params, cfg, mesh))
+    # Each to its end before the next begins, whose collectives would run beside.
+    prepared = [jax.block_until_ready(jm.prepare_params(params, c, mesh)) for c in (plain, cfg)]
+    want = jax.block_until_ready(values(plain, prepared[0]))
+    got = jax.block_until_ready(values(cfg, prepared[1]))
     np.testing.assert_allclose(want[0], values(plain, params)[0], rtol=0, atol=1e-5)
     for name, a, b in zip(("y", "d_x", "d_router"), got, want, strict=True):
         # A code that lies on a border of rounding may be its neighbour in another program.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from goldens import by_model
@@ -522,3 +523,34 @@ def test_mxfp4_needs_whole_groups():
             "gpt_oss",
             dataclasses.replace(cfg, hidden_size=72),
         )
+
+
+def test_blocks_of_fused_rows_that_may_begin_anew_or_not():
+    """224 rows of gate have two blocks, and so has half of 448: where the second begins, nothing says."""
+    cfg = MoEConfig(2, 1, 128, 224, expert_quant="fp8_block")
+    fp8 = ml_dtypes.float8_e4m3fn
+    state = {
+        "gate.weight": np.zeros((2, 128), np.float32),
+        "experts.gate_up_proj": np.zeros((2, 448, 128), fp8),
+        "experts.gate_up_proj_scale_inv": np.ones((2, 4, 1), np.float32),
+        "experts.down_proj": np.zeros((2, 128, 224), fp8),
+        "experts.down_proj_scale_inv": np.ones((2, 1, 2), np.float32),
+    }
+    with pytest.raises(ConfigError, match="must not leave open whether blocks begin anew"):
+        from_hf(state, "qwen3_moe", cfg)
+
+
+def test_codes_in_a_form_that_no_scheme_has_are_not_dequantised_unasked():
+    cfg = MoEConfig(2, 1, 128, 128, router="topk_softmax", expert_quant="fp8_token")
+    fp8 = ml_dtypes.float8_e4m3fn
+    state = {
+        "router.layer.weight": np.zeros((2, 128), np.float32),
+        "input_linear.weight": np.zeros((2, 256, 128), fp8),
+        "input_linear.weight_scale": np.ones((2, 256, 1), np.float32),
+        "output_linear.weight": np.zeros((2, 128, 128), fp8),
+        "output_linear.weight_scale": np.ones((2, 128, 1), np.float32),
+    }
+    with pytest.raises(ConfigError, match=r"input_linear.weight'\].dtype='float8_e4m3fn' must be"):
+        from_hf(state, "granite", cfg)
+    params = from_hf(state, "granite", cfg, dequantize=True)
+    assert params.w1.dtype == ml_dtypes.bfloat16

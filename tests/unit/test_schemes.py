@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import schemes_oracle as oracle
+from jax.sharding import AxisType
 
 import jax_moriep as jm
 from jax_moriep import quant, schemes
@@ -432,3 +433,28 @@ def test_blocks_that_a_tensor_parallel_axis_would_part():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("ep", "tp"))
     with pytest.raises(jm.ShardingError, match="hidden_size=160 must be divisible by .* times 128, the side"):
         jm.ep_moe(jnp.ones((4, 160)), QUANTISED, CFG, mesh=mesh, tp_axis="tp")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_for_an_explicit_mesh(scheme):
+    """jax cannot reshape what an Explicit mesh has sharded, and blocks are made by reshaping."""
+    cfg = jm.MoEConfig(4, 2, 256, 136, expert_quant=scheme)
+    mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    params = params_of(cfg)
+    want = jm.prepare_params(params, cfg, mesh_of(2))
+    with jax.set_mesh(mesh):
+        got = jm.prepare_params(params, cfg, mesh)
+    assert got.w1.sharding.mesh == mesh
+    np.testing.assert_array_equal(got.w1, want.w1)
+    np.testing.assert_array_equal(got.w2_scale, want.w2_scale)
+    if scheme == "fp8_block":
+        other = jm.quantize_params(params, cfg, "e4m3fnuz")
+        assert jm.prepare_params(other, cfg, mesh).w1.dtype == jnp.float8_e4m3fn
+
+
+def test_other_float8_is_no_master_weight():
+    w1, w2 = (jnp.zeros(shape, jnp.float8_e5m2) for shape in ((5, 272, 160), (5, 160, 136)))
+    with pytest.raises(jm.ConfigError, match="float8_e5m2.* must be float8_e4m3fn or float8_e4m3fnuz in"):
+        run(dataclasses.replace(params_of(CFG), w1=w1, w2=w2), CFG)
+    with pytest.raises(jm.ConfigError, match="params.w1=None must"):
+        jm.quantize_params(dataclasses.replace(params_of(CFG), w1=None), CFG)
