@@ -150,14 +150,12 @@ def quantise_weights(w: jax.Array, scheme: str, dtype: jnp.dtype, *, parts: int)
         codes, scales = _by_columns(w, w.shape[-1], dtype)
         return Quantised(codes, scales[..., 0])
     *lead, tall, wide = w.shape
-    height = tall // parts
-    rows, cols = -(-height // BLOCK), -(-wide // BLOCK)
-    blocks = w.astype(jnp.float32).reshape(*lead, parts, height, wide)
-    padding = [(0, 0)] * (len(lead) + 1) + [(0, rows * BLOCK - height), (0, cols * BLOCK - wide)]
-    blocks = jnp.pad(blocks, padding).reshape(*lead, parts * rows, BLOCK, cols, BLOCK)
-    codes, scales = _codes_of(jnp.swapaxes(blocks, -3, -2).reshape(*lead, parts * rows, cols, -1), dtype)
-    codes = jnp.swapaxes(codes.reshape(*lead, parts * rows, cols, BLOCK, BLOCK), -3, -2)
-    codes = codes.reshape(*lead, parts, rows * BLOCK, cols * BLOCK)[..., :height, :wide]
+    blocks = _blocks(w.astype(jnp.float32), parts)
+    rows, cols = blocks.shape[-4], blocks.shape[-2]
+    codes, scales = _codes_of(jnp.swapaxes(blocks, -3, -2).reshape(*lead, rows, cols, -1), dtype)
+    codes = jnp.swapaxes(codes.reshape(*lead, rows, cols, BLOCK, BLOCK), -3, -2)
+    codes = codes.reshape(*lead, parts, rows // parts * BLOCK, cols * BLOCK)
+    codes = codes[..., : tall // parts, :wide]
     return Quantised(codes.reshape(*lead, tall, wide), scales[..., 0])
 
 
@@ -216,12 +214,17 @@ def _any_of_group(flags: jax.Array, scheme: str, parts: int) -> jax.Array:
     """Whether any of a scale's weights is flagged, in the shape of the scales."""
     if scheme != "fp8_block":
         return jnp.any(flags, axis=-1)
-    *lead, tall, wide = flags.shape
+    return jnp.any(_blocks(flags, parts), axis=(-3, -1))
+
+
+def _blocks(w: jax.Array, parts: int) -> jax.Array:
+    """[..., N, D] as [..., rows of blocks, 128, blocks in a row, 128]; zeros fill a part's last blocks."""
+    *lead, tall, wide = w.shape
     height = tall // parts
     rows, cols = -(-height // BLOCK), -(-wide // BLOCK)
     padding = [(0, 0)] * (len(lead) + 1) + [(0, rows * BLOCK - height), (0, cols * BLOCK - wide)]
-    blocks = jnp.pad(flags.reshape(*lead, parts, height, wide), padding)
-    return jnp.any(blocks.reshape(*lead, parts * rows, BLOCK, cols, BLOCK), axis=(-3, -1))
+    blocks = jnp.pad(w.reshape(*lead, parts, height, wide), padding)
+    return blocks.reshape(*lead, parts * rows, BLOCK, cols, BLOCK)
 
 
 def _by_columns(x: jax.Array, group: int, dtype: jnp.dtype) -> Quantised:

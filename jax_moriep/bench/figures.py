@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jax_moriep.errors import ConfigError, MoriepError, rule
 
 COLORS = ("#2a6f97", "#e07a3f", "#6a994e", "#8f5aa8", "#7a7a7a", "#b5838d", "#16324f", "#b3401d")
+
+
+def read(path: Path, format: str) -> dict[str, Any] | None:
+    """A result that was written in a format; None if the file is none, whatever it is."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("format") == format else None
 
 
 def new(width: float, height: float) -> Any:

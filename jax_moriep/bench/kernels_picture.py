@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,7 @@ FORMAT = "jax-moriep kernels 1"
 
 def read(path: Path) -> dict[str, Any] | None:
     """A result that ``bench kernels --json`` wrote; None if the file is none, whatever it is."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("format") == FORMAT else None
+    return figures.read(path, FORMAT)
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:

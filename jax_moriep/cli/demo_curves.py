@@ -33,11 +33,7 @@ def write(results: Results, seconds: float, command: str, path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any] | None:
     """A result that ``demo --json`` wrote; None if the file is none, whatever it is."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("format") == FORMAT else None
+    return figures.read(path, FORMAT)
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:
