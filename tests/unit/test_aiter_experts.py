@@ -148,6 +148,9 @@ def layer(cfg, experts):
         return jm.combine(experts(disp, params, cfg), disp.plan, axis_name="ep")
 
     specs = (P("ep"), jm.param_specs(cfg))
+    # A shard_map of the user's own does not tell which device is which rank, and another test may have opened
+    # a mesh of this shape in another order.
+    jm.initialize(mesh(), "ep")
     return jax.jit(jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=P("ep")))
 
 
