@@ -17,6 +17,7 @@ from jax_moriep.exchange import checkpoint_policy, combine, dispatch, initialize
 from jax_moriep.experts import expert_mlp
 from jax_moriep.explain import explain
 from jax_moriep.layer import ep_moe
+from jax_moriep.padding import pad_like, unpad_params
 from jax_moriep.params import init_params, pad_params, param_specs
 from jax_moriep.plan import Dispatched, Plan
 from jax_moriep.prepare import prepare_params, quantize_params
@@ -52,11 +53,13 @@ __all__ = [
     "init_params",
     "initialize",
     "interop",
+    "pad_like",
     "pad_params",
     "param_specs",
     "prepare_params",
     "quantize_params",
     "route",
+    "unpad_params",
     "update_score_bias",
     "weights",
 ]

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import schemes
-from jax_moriep.config import LAYOUTS, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
+from jax_moriep.config import LAYOUTS, PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import experts_per_rank
-
-_PER_EXPERT = ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale")
 
 
 def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> MoEParams:
@@ -166,7 +164,7 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
             return None
         return jnp.pad(w[:padded], [(0, max(0, padded - experts))] + [(0, 0)] * (w.ndim - 1))
 
-    return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in _PER_EXPERT})
+    return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in PER_EXPERT})
 
 
 def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
@@ -200,7 +198,7 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
         if want is None:
             continue
         allowed = [want]
-        if name in _PER_EXPERT:
+        if name in PER_EXPERT:
             allowed.append((padded, *want[1:]))
         if tuple(got.shape) not in allowed:
             raise ConfigError(

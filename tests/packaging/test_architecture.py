@@ -23,7 +23,7 @@ LAYERS = [
     ["transports"],
     ["exchange", "experts", "routing"],
     ["fused"],
-    ["layout", "params", "stats", "weights", "explain"],
+    ["layout", "padding", "params", "stats", "weights", "explain"],
     ["layer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

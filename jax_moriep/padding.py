@@ -1,0 +1,319 @@
+"""Padding of the experts in whole trees: taken away before a checkpoint is written, put back when it is read.
+
+jax shards evenly or not at all, so E experts on R ranks are stored as ``R * ceil(E / R)``, and a state is
+tied to its R. ``unpad_params`` makes of it what is the same for every R, ``pad_like`` what the run at hand
+wants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_moriep.config import PER_EXPERT, WEIGHT_NAMES, MoEConfig, check_type
+from jax_moriep.errors import ConfigError, rule
+from jax_moriep.layout import axes_of
+from jax_moriep.runtime import compat
+
+# Where Flax's variables and boxes keep their array.
+_BOX = "value"
+
+
+def unpad_params(params: Any, cfg: MoEConfig) -> Any:
+    """Takes the experts that only fill up the ranks away from a layer's weights, wherever they are in a tree.
+
+    ``params`` may be a MoEParams, or anything that holds weights of the layer, such as the state of a model
+    and its optimizer, of Flax's nnx or linen too. Weights are found by their names in MoEParams, side by
+    side, and by the shapes that ``cfg`` gives them, behind leading axes of stacked layers or none; so are
+    moments, which mirror them. What has some of a weight's axes only, as a factored second moment has, is
+    found where the weights are in the same tree. A tree with layers of several configs takes a call for each.
+
+    What comes out is evenly sharded. Where the mesh axes of the experts do not divide E, they move to another
+    dimension that they divide, so no device gets more than its share; where there is none, each gets all.
+
+    Args:
+      params: a tree of arrays of jax or NumPy, of ``jax.ShapeDtypeStruct``, or of what ``jax.jit`` traces.
+      cfg: the layer.
+
+    Returns:
+      The same tree, with E experts everywhere. Leaves that are not the experts' are the same objects.
+
+    Raises:
+      ConfigError: ``cfg`` is no config, the tree holds no weights of such a layer, or it cannot be told which
+        axis of a leaf is the experts'.
+
+    Example::
+
+      checkpointer.save(path, jm.unpad_params(state, cfg))
+    """
+    tree = _Tree.of(params, cfg)
+    leaves = list(tree.leaves)
+    for index, axis in tree.experts.items():
+        if leaves[index].shape[axis] != cfg.num_experts:
+            target = _even(_sharding(leaves[index]), leaves[index].shape, axis, cfg.num_experts)
+            leaves[index] = _resized(leaves[index], axis, cfg.num_experts, cfg.num_experts, target)
+    return jax.tree.unflatten(tree.structure, leaves)
+
+
+def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
+    """Gives a tree the padding and the sharding that another one has: the inverse of ``unpad_params``.
+
+    What it adds are zeros; the padding of weights and of moments never holds anything else.
+
+    Args:
+      params: what was restored, without padding or with any.
+      like: a tree of the same structure: the state of the run that is to go on, of arrays, or of
+        ``jax.ShapeDtypeStruct`` with shardings.
+      cfg: the layer.
+
+    Returns:
+      ``params``, the experts' leaves in the shapes and shardings of ``like``. Its other leaves are the same
+      objects.
+
+    Raises:
+      ConfigError: the trees differ otherwise, or as for ``unpad_params``.
+
+    Example::
+
+      target = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+      restored = checkpointer.restore(path, jm.unpad_params(target, cfg))
+      state = jm.pad_like(restored, fresh, cfg)
+    """
+    tree = _Tree.of(like, cfg, "like")
+    given = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
+    _check_same_paths([path for path, _ in given], tree.paths)
+    leaves = [leaf for _, leaf in given]
+    for index, axis in tree.experts.items():
+        wanted, leaf = tree.leaves[index], leaves[index]
+        shape = getattr(leaf, "shape", ())
+        rest = (*wanted.shape[:axis], *wanted.shape[axis + 1 :])
+        if (*shape[:axis], *shape[axis + 1 :]) != rest or shape[axis] < cfg.num_experts:
+            name = f"params{jax.tree_util.keystr(tree.paths[index])}.shape"
+            must = f"be {wanted.shape}, with {cfg.num_experts} or more along axis {axis}"
+            raise ConfigError(rule(name, shape, must, "pass what jm.unpad_params(like, cfg) describes"))
+        leaves[index] = _resized(leaf, axis, wanted.shape[axis], cfg.num_experts, _sharding(wanted))
+    return jax.tree.unflatten(tree.structure, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """A flattened tree, and the axis of the experts of each leaf that has one."""
+
+    paths: list[Any]
+    leaves: list[Any]
+    structure: Any
+    experts: dict[int, int]
+
+    @classmethod
+    def of(cls, tree: Any, cfg: MoEConfig, argument: str = "params") -> _Tree:
+        check_type("cfg", cfg, MoEConfig, "pass the layer's config")
+        # What is empty, as optax has it where a mask leaves a weight out, stays: its name is there.
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+        paths, leaves = [path for path, _ in flat], [leaf for _, leaf in flat]
+        groups = _groups(paths)
+        experts: dict[int, int] = {}
+        whole: dict[str, set[tuple[tuple[int, ...], int]]] = {}
+        for group in groups:
+            for name, index, axis in _experts_of(group, leaves, paths, cfg):
+                experts[index] = axis
+                whole.setdefault(name, set()).add((tuple(leaves[index].shape), axis))
+        if not experts:
+            raise ConfigError(
+                f"{argument} must hold weights of a layer of this cfg: router, w1 and w2 side by side, w1 of "
+                f"shape [..., {cfg.num_experts} or more, {2 * cfg.intermediate_size}, {cfg.hidden_size}]; "
+                "pass the layer's own cfg, and the state with its weights"
+            )
+        for group in groups:
+            for name, index in group.items():
+                if index not in experts and name in whole:
+                    axis = _axis_of_reduced(leaves[index], whole[name], cfg, paths[index])
+                    if axis is not None:
+                        experts[index] = axis
+        return cls(paths, leaves, structure, experts)
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree.leaves(node)
+
+
+def _groups(paths: Sequence[Any]) -> list[dict[str, int]]:
+    """Leaves with names of MoEParams, by what they stand in: name to index."""
+    found: dict[tuple[str, ...], dict[str, int]] = {}
+    for index, path in enumerate(paths):
+        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        if keys and keys[-1] == _BOX:
+            keys.pop()
+        if keys and keys[-1] in WEIGHT_NAMES:
+            found.setdefault(tuple(keys[:-1]), {})[keys[-1]] = index
+    # Codes may stand apart from the router, but not from their scales.
+    return [
+        group
+        for group in found.values()
+        if {"w1", "w2"} <= group.keys() and ("router" in group or {"w1_scale", "w2_scale"} <= group.keys())
+    ]
+
+
+def _experts_of(
+    group: dict[str, int], leaves: Sequence[Any], paths: Sequence[Any], cfg: MoEConfig
+) -> Iterator[tuple[str, int, int]]:
+    """(name, index, axis) of the experts' leaves, if these are weights of the layer, or mirror them."""
+    experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+    ends = {"w1": (2 * inner, hidden), "w2": (hidden, inner)}
+    shapes = {name: getattr(leaves[index], "shape", None) for name, index in group.items()}
+    leads, counts = set(), {}
+    for name, end in ends.items():
+        shape = shapes[name]
+        if shape is None:
+            continue
+        if len(shape) < 3 or tuple(shape[-2:]) != end or shape[-3] < experts:
+            return
+        leads.add(tuple(shape[:-3]))
+        counts[name] = shape[-3]
+    router = shapes.get("router")
+    if router is not None:
+        if tuple(router[-2:]) != (hidden, experts):
+            return
+        leads.add(tuple(router[:-2]))
+    if not counts or len(leads) != 1:
+        return
+    (lead,) = leads
+    axis, count = len(lead), next(iter(counts.values()))
+    for name in PER_EXPERT:
+        shape = shapes.get(name)
+        if shape is None:
+            continue
+        if tuple(shape[: axis + 1]) != (*lead, count):
+            where = jax.tree_util.keystr(paths[group[name]])
+            must = f"have {count} experts along axis {axis}, as w1 or w2 beside it"
+            raise ConfigError(rule(f"params{where}.shape", tuple(shape), must, "pad them alike"))
+        yield name, group[name], axis
+
+
+def _axis_of_reduced(
+    leaf: Any, whole: set[tuple[tuple[int, ...], int]], cfg: MoEConfig, path: Any
+) -> int | None:
+    """The experts' axis of what has axes of a padded weight, but not all of them; None if it has none."""
+    shape = tuple(getattr(leaf, "shape", ()))
+    for full, axis in whole:
+        count = full[axis]
+        if count == cfg.num_experts or len(shape) >= len(full) or not _is_subsequence(shape, full):
+            continue
+        axes = [i for i, size in enumerate(shape) if size == count]
+        if len(axes) > 1 or axes and full.count(count) > 1:
+            where = jax.tree_util.keystr(path)
+            raise ConfigError(
+                rule(
+                    f"params{where}.shape",
+                    shape,
+                    f"have one axis only of the {count} padded experts beside weights of shape {full}",
+                    "leave it out of the checkpoint, or choose E or R so that R divides E",
+                )
+            )
+        if axes:
+            return axes[0]
+    return None
+
+
+def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
+    rest = iter(whole)
+    return all(size in rest for size in part)
+
+
+def _check_same_paths(given: Sequence[Any], wanted: Sequence[Any]) -> None:
+    for mine, theirs in zip([*given, None], [*wanted, None], strict=False):
+        if mine != theirs:
+            here, there = (
+                "nothing more" if path is None else jax.tree_util.keystr(path) for path in (mine, theirs)
+            )
+            raise ConfigError(
+                f"params has {here} where like has {there}, and must have the same structure; restore into "
+                "jm.unpad_params(like, cfg)"
+            )
+
+
+def _sharding(leaf: Any) -> Any:
+    """Of an array or a ShapeDtypeStruct; under jit, what its type says of it; None if nothing."""
+    if not compat.is_tracer(leaf):
+        return getattr(leaf, "sharding", None)
+    found = jax.typeof(leaf).sharding
+    return None if found.mesh.empty or all(part is None for part in found.spec) else found
+
+
+def _even(sharding: Any, shape: Sequence[int], axis: int, size: int) -> Any:
+    """The sharding of a leaf whose experts become ``size``, which their mesh axes may not divide."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    split = [axes_of(PartitionSpec(part)) for part in sharding.spec]
+    split += [()] * (len(shape) - len(split))
+
+    def divides(names: tuple[str, ...], length: int) -> bool:
+        return length % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    if divides(split[axis], size):
+        return sharding
+    moved, split[axis] = split[axis], ()
+    other = next((i for i in range(axis + 1, len(shape)) if divides(split[i] + moved, shape[i])), None)
+    if other is not None:
+        split[other] += moved
+    spec = PartitionSpec(*[names if len(names) > 1 else next(iter(names), None) for names in split])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _resized(leaf: Any, axis: int, size: int, kept: int, sharding: Any) -> Any:
+    """A leaf with ``size`` along an axis, of which the first ``kept`` are its own and the rest zeros."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(shape=(*leaf.shape[:axis], size, *leaf.shape[axis + 1 :]), sharding=sharding)
+    if not isinstance(leaf, jax.Array):
+        host = np.asarray(leaf)
+        cut = host[(slice(None),) * axis + (slice(kept),)]
+        return np.pad(cut, [(0, size - kept if i == axis else 0) for i in range(host.ndim)])
+    if compat.is_tracer(leaf):
+        return _resized_in_jit(leaf, axis, size, kept, sharding)
+    if leaf.shape[axis] == size == kept:
+        return leaf if sharding is None else jax.device_put(leaf, sharding)
+    if not isinstance(sharding, NamedSharding) or leaf.sharding.device_set != sharding.device_set:
+        done = _compiled(axis, size, kept, None)(leaf)
+        return done if sharding is None else jax.device_put(done, sharding)
+    # One program over all devices, whichever processes have them. Where shardings are part of types, jax cuts
+    # no sharded axis; so the mesh of the program has the same devices, but no types.
+    there = leaf.sharding
+    if isinstance(there, NamedSharding):
+        leaf = jax.device_put(leaf, _untyped(there))
+    return jax.device_put(_compiled(axis, size, kept, _untyped(sharding))(leaf), sharding)
+
+
+def _resized_in_jit(w: jax.Array, axis: int, size: int, kept: int, sharding: Any) -> jax.Array:
+    if not isinstance(sharding, NamedSharding):
+        return _cut_and_filled(w, axis, size, kept)
+    if not sharding.mesh.are_all_axes_explicit:
+        return lax.with_sharding_constraint(_cut_and_filled(w, axis, size, kept), sharding)
+    if size == kept:
+        w = jax.sharding.reshard(w, sharding)
+    return jax.sharding.reshard(_cut_and_filled(w, axis, size, kept), sharding)
+
+
+def _cut_and_filled(w: jax.Array, axis: int, size: int, kept: int) -> jax.Array:
+    cut = lax.slice_in_dim(w, 0, kept, axis=axis)
+    return jnp.pad(cut, [(0, size - kept if i == axis else 0) for i in range(w.ndim)])
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(axis: int, size: int, kept: int, sharding: Any) -> Callable[[jax.Array], jax.Array]:
+    """Cached, so that leaves of one shape are compiled once."""
+    return jax.jit(lambda w: _cut_and_filled(w, axis, size, kept), out_shardings=sharding)
+
+
+def _untyped(sharding: NamedSharding) -> NamedSharding:
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh), "arrays that are no tracers are on devices"
+    auto = Mesh(mesh.devices, mesh.axis_names)
+    return NamedSharding(auto, sharding.spec, memory_kind=sharding.memory_kind)
