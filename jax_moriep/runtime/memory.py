@@ -25,8 +25,8 @@ _USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHO
 def keep_freed() -> bool:
     """Lets glibc keep large buffers that are freed, for the rest of this process.
 
-    Does nothing where ``JAX_MORIEP_KEEP_MEMORY`` is 0, where the user has set glibc's own variables for it, or
-    where the C library is another one.
+    Does nothing where ``JAX_MORIEP_KEEP_MEMORY`` is 0, where the user has set glibc's own variables for it,
+    or where the C library is another one.
 
     Returns:
       Whether it was done.
@@ -39,7 +39,7 @@ def keep_freed() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    kept = libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) or libc.mallopt(_M_MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD)
+    kept = any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (_KEPT_BYTES, _OLD_MMAP_THRESHOLD))
     return bool(kept and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
