@@ -44,6 +44,17 @@ def add_parser(subparsers: Any) -> None:
         choices=SCHEMES,
         help="experts that compute quantised, from floating weights that are trained",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("f32", "bf16"),
+        default="f32",
+        help="what the model computes in; its weights are trained in float32 (default: f32)",
+    )
+    parser.add_argument(
+        "--platform",
+        default="cpu",
+        help="value for JAX_PLATFORMS; on GPUs each process takes one (default: cpu)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", default="demo.png", help="the picture (default: demo.png)")
     parser.add_argument(
@@ -84,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_every=args.checkpoint_every or max(1, -(-args.steps // 4)),
         resume=args.resume,
         quant=args.quant,
+        dtype=args.dtype,
+        platform=args.platform,
     )
     began = time.perf_counter()
     progress = demo_report.Progress(settings)
@@ -101,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             "jax_moriep.cli.demo_train",
             args.ranks,
             args=[settings.to_json()],
-            platform="cpu",
+            platform=settings.platform,
             module=True,
             on_line=on_line,
         )

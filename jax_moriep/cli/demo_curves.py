@@ -21,6 +21,7 @@ def write(results: Results, seconds: float, command: str, path: Path) -> None:
         "versions": runner.versions(),
         "machine": runner.machine(),
         "settings": {name: getattr(settings, name) for name in ("ranks", "steps", *settings.identity())},
+        "numerics": settings.numerics(),
         "transport": results.start["transport"],
         "experts": results.start["experts"],
         "byte_frequency_loss": results.start["byte_frequency_loss"],
@@ -53,8 +54,12 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     for i, result in enumerate(results):
         curve, color = smoothed(result["loss"]), figures.COLORS[i % len(figures.COLORS)]
         steps = range(1, len(curve) + 1)
-        name = result["settings"]["quant"] or "not quantised"
-        above.plot(steps, curve, color=color, label=f"{name}: {result['heldout']['after']:.3f} held out")
+        above.plot(
+            steps,
+            curve,
+            color=color,
+            label=f"{result['numerics']}: {result['heldout']['after']:.3f} held out",
+        )
         shared = min(len(curve), len(first))
         below.plot(steps[:shared], curve[:shared] - first[:shared], color=color)
     settings = results[0]["settings"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class ModelConfig:
     num_experts: int = 8
     transport: str = "auto"
     quant: str | None = None
+    dtype: str = "f32"
     vocabulary: int = 256
     width: int = 128
     layers: int = 4
@@ -44,6 +46,11 @@ class ModelConfig:
             expert_quant=self.quant,
         )
 
+    @property
+    def compute_dtype(self) -> Any:
+        """Of x between the layers and of the products; routing, norms and logits are in float32."""
+        return {"f32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
+
 
 class Block(nnx.Module):
     """Attention, then experts, each on the normalised sum of all before it."""
@@ -52,7 +59,7 @@ class Block(nnx.Module):
         self.heads = cfg.heads
         self.qkv = _weight(rngs, cfg.width, 3 * cfg.width)
         self.out = _zeros(cfg.width, cfg.width)
-        self.moe = EpMoE(cfg.moe(), mesh=mesh, rngs=rngs)
+        self.moe = EpMoE(cfg.moe(), mesh=mesh, dtype=cfg.compute_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: int) -> tuple[jax.Array, jm.MoEStats]:
         """x [R, T, width] of windows of ``length`` tokens -> x, and the statistics of the experts."""
@@ -63,17 +70,17 @@ class Block(nnx.Module):
     def attention(self, x: jax.Array, length: int) -> jax.Array:
         """Causal attention within each window."""
         x = _half_from_previous(x, length)
-        heads = (x @ self.qkv[...]).reshape(-1, length, 3, self.heads, x.shape[-1] // self.heads)
+        heads = _product(x, self.qkv).reshape(-1, length, 3, self.heads, x.shape[-1] // self.heads)
         q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         mixed = jax.nn.dot_product_attention(_rotate(_norm(q)), _rotate(_norm(k)), v, is_causal=True)
-        return mixed.reshape(x.shape) @ self.out[...]
+        return _product(mixed.reshape(x.shape), self.out)
 
 
 class LanguageModel(nnx.Module):
     """Bytes in, logits of the next byte out."""
 
     def __init__(self, cfg: ModelConfig, mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> None:
-        self.vocabulary = cfg.vocabulary
+        self.vocabulary, self.dtype = cfg.vocabulary, cfg.compute_dtype
         self.embedding = _weight(rngs, cfg.vocabulary, cfg.width)
         self.blocks = nnx.List([Block(cfg, mesh, rngs) for _ in range(cfg.layers)])
         self.head = _zeros(cfg.width, cfg.vocabulary)
@@ -89,12 +96,13 @@ class LanguageModel(nnx.Module):
         """
         ranks, _, length = tokens.shape
         # As a product, the lookup's gradient too stays on the rank that has the tokens.
-        x = _norm(jax.nn.one_hot(tokens.reshape(ranks, -1), self.vocabulary) @ self.embedding[...])
+        x = jax.nn.one_hot(tokens.reshape(ranks, -1), self.vocabulary, dtype=self.dtype)
+        x = _norm(_product(x, self.embedding))
         stats = []
         for block in self.blocks:
             x, measured = block(x, length)
             stats.append(measured)
-        logits = _norm(x) @ self.head[...]
+        logits = _product(_norm(x), self.head).astype(jnp.float32)
         return logits.reshape(*tokens.shape, self.vocabulary), stats
 
 
@@ -107,8 +115,13 @@ def _zeros(rows: int, columns: int) -> nnx.Param:
     return nnx.Param(jnp.zeros((rows, columns)))
 
 
+def _product(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    return x @ weight[...].astype(x.dtype)
+
+
 def _norm(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def _half_from_previous(x: jax.Array, length: int) -> jax.Array:
@@ -124,7 +137,7 @@ def _half_from_previous(x: jax.Array, length: int) -> jax.Array:
 
 def _rotate(x: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) for x [B, S, heads, D]."""
-    cos, sin = _angles(x.shape[1], x.shape[3] // 2)
+    cos, sin = (table.astype(x.dtype) for table in _angles(x.shape[1], x.shape[3] // 2))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jax_moriep.cli.demo_report import Results, quantised, smoothed
+from jax_moriep.cli.demo_report import Results, smoothed
 
 _COLUMNS = 120
 """At most so many columns in a heat map; each is the mean over a few steps."""
@@ -88,8 +88,8 @@ def _draw_loss(axes: Axes, results: Results) -> None:
     settings, start = results.settings, results.start
     axes.set_title(
         f"{settings.ranks} ranks, {settings.experts} experts in each layer, "
-        f"{start['parameters'] / 1e6:.1f} million parameters, transport {start['transport']}"
-        + quantised(settings),
+        f"{start['parameters'] / 1e6:.1f} million parameters, transport {start['transport']}, "
+        f"{settings.numerics()}",
         loc="left",
         fontsize=11,
     )

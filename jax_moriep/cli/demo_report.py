@@ -64,7 +64,7 @@ class Progress:
         )
         self._note(
             f"model: {start['parameters'] / 1e6:.1f} million parameters; transport {start['transport']}, "
-            f"experts {start['experts']}{quantised(settings)}; {start['tokens_per_step']} tokens in a step"
+            f"experts {start['experts']}, {settings.numerics()}; {start['tokens_per_step']} tokens in a step"
         )
         if results.loss:
             results.before = history["heldout_before"]
@@ -159,11 +159,6 @@ def mean_load(load: list[list[list[int]]]) -> list[list[float]]:
         counts = [sum(expert) for expert in zip(*layer, strict=True)]
         shares.append([count / sum(counts) for count in counts])
     return shares
-
-
-def quantised(settings: Settings) -> str:
-    """What is to be added to the name of the experts."""
-    return "" if settings.quant is None else f", experts in {settings.quant}"
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:

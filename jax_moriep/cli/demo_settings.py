@@ -23,6 +23,10 @@ class Settings:
     resume: bool
     quant: str | None = None
     """How the experts are quantised, as ``MoEConfig.expert_quant`` has it."""
+    dtype: str = "f32"
+    """What the model computes in, "f32" or "bf16"; its weights are trained in float32."""
+    platform: str = "cpu"
+    """Value for JAX_PLATFORMS."""
     context: int = 128
     """Bytes in a window."""
     windows: int = 24
@@ -33,7 +37,11 @@ class Settings:
         """The settings as one word of a command line."""
         return json.dumps(dataclasses.asdict(self))
 
+    def numerics(self) -> str:
+        """What the model computes in, in words."""
+        return f"{self.quant} experts in {self.dtype}" if self.quant else self.dtype
+
     def identity(self) -> dict[str, object]:
         """What two runs must have in common for one to go on from the other's checkpoint."""
-        shared = ("ranks", "experts", "quant", "seed", "context", "windows")
+        shared = ("ranks", "experts", "quant", "dtype", "platform", "seed", "context", "windows")
         return {name: getattr(self, name) for name in shared}

@@ -67,7 +67,7 @@ class Trainer:
         self.settings, self.mesh, self.corpus = settings, mesh, corpus
         self.num_ranks = mesh.shape["ep"]
         self.windows_per_rank = -(-settings.windows // self.num_ranks)
-        self.model_config = ModelConfig(settings.experts, settings.transport, settings.quant)
+        self.model_config = ModelConfig(settings.experts, settings.transport, settings.quant, settings.dtype)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0,
             settings.learning_rate,

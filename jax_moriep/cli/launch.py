@@ -36,9 +36,6 @@ _SETTLE_SECONDS = 1.0
 kernel tells of it when all its memory is given back, and its peers may have ended before that."""
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-"""Lets glibc keep large buffers that were freed. By default each goes back to the system, and every step then
-takes page faults for all its buffers anew, which can cost more than the step's copies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +266,6 @@ def _environment(env: Mapping[str, str] | None, platform: str | None, devices: i
     merged = dict(os.environ)
     # jax's preemption service takes SIGTERM for itself, and then SIGTERM does not end a process.
     merged.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "false")
-    merged = {**_KEEP_FREED_MEMORY, **merged}
     merged.update(env or {})
     if platform is not None:
         merged["JAX_PLATFORMS"] = platform

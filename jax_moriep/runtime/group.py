@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jax_moriep.errors import ShardingError, TransportError, rule
-from jax_moriep.runtime import compat, hosts, library, targets, watchdog
+from jax_moriep.runtime import compat, hosts, library, memory, targets, watchdog
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
@@ -159,6 +159,8 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
     with _lock:
         state = native.moriep_group_state(groups.name.encode())
         if state == 0 or (state == _FAILED and again):
+            if backend == "cpu":
+                memory.keep_freed()
             _open(native, backend, groups)
             if backend != "cpu":
                 _on_gpus[backend, groups.name] = native

@@ -31,7 +31,20 @@ def watchdog_enabled() -> bool:
     Raises:
       TransportError: the variable is neither.
     """
-    text = os.environ.get("JAX_MORIEP_WATCHDOG", "1")
+    return _switch("JAX_MORIEP_WATCHDOG")
+
+
+def keep_memory() -> bool:
+    """Whether a process on CPUs keeps large buffers that it frees: ``JAX_MORIEP_KEEP_MEMORY``, 1 or 0.
+
+    Raises:
+      TransportError: the variable is neither.
+    """
+    return _switch("JAX_MORIEP_KEEP_MEMORY")
+
+
+def _switch(name: str) -> bool:
+    text = os.environ.get(name, "1")
     if text not in ("0", "1"):
-        raise TransportError(rule("JAX_MORIEP_WATCHDOG", text, "be 0 or 1", "unset it or fix it"))
+        raise TransportError(rule(name, text, "be 0 or 1", "unset it or fix it"))
     return text == "1"

@@ -63,12 +63,12 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(finished):
     assert report(resumed) == report(text)
 
 
-def test_quantised_experts_learn_as_well_and_plot_puts_the_losses_beside_each_other(finished):
+def test_fp8_experts_in_bf16_learn_as_well_and_plot_puts_the_losses_beside_each_other(finished):
     folder, _ = finished
-    text = demo(folder, "--quant=fp8_block", "--json=fp8.json", "--checkpoint-dir=quantised")
-    assert "experts blocked, experts in fp8_block" in text
+    text = demo(folder, "--quant=fp8_block", "--dtype=bf16", "--json=fp8.json", "--checkpoint-dir=quantised")
+    assert "experts blocked, fp8_block experts in bf16" in text
     plain, quantised = (json.loads((folder / name).read_text()) for name in ("f32.json", "fp8.json"))
-    assert quantised["settings"] == {**plain["settings"], "quant": "fp8_block"}
+    assert quantised["settings"] == {**plain["settings"], "quant": "fp8_block", "dtype": "bf16"}
     assert len(plain["loss"]) == len(quantised["loss"]) == STEPS
     # In the first step the head is zero; later ones differ by what rounding changes, and by little.
     assert quantised["loss"][0] == pytest.approx(plain["loss"][0], abs=1e-3)
