@@ -54,7 +54,7 @@ class Plain:
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, moments = TX.update(grads, moments, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         bias = jm.update_score_bias(params.score_bias, stats.expert_counts, RATE)
         return (dataclasses.replace(params, score_bias=bias), moments), value
 
