@@ -70,7 +70,7 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     What it adds are zeros; the padding of weights and of moments never holds anything else.
 
     Args:
-      params: what was restored, without padding or with any.
+      params: what was restored, without padding or with any, on devices or on the host.
       like: a tree of the same structure: the state of the run that is to go on, of arrays, or of
         ``jax.ShapeDtypeStruct`` with shardings.
       cfg: the layer.
@@ -291,7 +291,8 @@ def _resized(leaf: Any, axis: int, size: int, kept: int, sharding: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         host = np.asarray(leaf)
         cut = host[(slice(None),) * axis + (slice(kept),)]
-        return np.pad(cut, [(0, size - kept if i == axis else 0) for i in range(host.ndim)])
+        host = np.pad(cut, [(0, size - kept if i == axis else 0) for i in range(host.ndim)])
+        return host if sharding is None else jax.device_put(host, sharding)
     if compat.is_tracer(leaf):
         return _resized_in_jit(leaf, axis, size, kept, sharding)
     if leaf.shape[axis] == size == kept:

@@ -245,6 +245,9 @@ def test_shardings_stay_even(kind):
         back = jm.pad_like(cut, abstract(placed), STACKED)
         assert_same(back, padded)
         assert back.w1.sharding == placed.w1.sharding
+        from_host = jm.pad_like(weights(10), placed, STACKED)
+        assert_same(from_host, padded)
+        assert from_host.w1.sharding == placed.w1.sharding
 
         there_and_back = jax.jit(
             lambda params: (made := jm.unpad_params(params, STACKED), jm.pad_like(made, params, STACKED))
