@@ -217,8 +217,6 @@ def test_a_padded_checkpoint_restored_by_orbax_alone(tmp_path):
         )
         with ocp.StandardCheckpointer() as checkpointer:
             assert_same(checkpointer.restore(tmp_path / "padded", target, strict=False), weights(num_experts))
-            with pytest.raises(ValueError, match="shape"):
-                checkpointer.restore(tmp_path / "padded", target)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
