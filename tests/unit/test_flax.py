@@ -292,19 +292,20 @@ def test_linen_dtypes():
 QUANTISED = dataclasses.replace(FULL, hidden_size=32, intermediate_size=16, expert_quant="fp8_token")
 
 
-def quantised(mesh):
-    """Weights for serving, the expected y and statistics, and x."""
+@functools.cache
+def quantised(kind=AxisType.Auto):
+    """A mesh, weights for serving on it, the expected y and statistics, and x."""
+    mesh = mesh_of(kind=kind)
     x = np.random.default_rng(1).normal(size=(8, 3, QUANTISED.hidden_size)).astype(np.float32)
     x = jax.device_put(x, NamedSharding(mesh, P("ep")))
     with jax.set_mesh(mesh):
         master = jm.init_params(jax.random.key(0), QUANTISED)
         frozen = jm.prepare_params(dataclasses.replace(master, b1=master.b1 + 0.5), QUANTISED, mesh)
-        return frozen, jax.jit(lambda x, p: jm.ep_moe(x, p, QUANTISED, mesh=mesh))(x, frozen), x
+        return mesh, frozen, jax.jit(lambda x, p: jm.ep_moe(x, p, QUANTISED, mesh=mesh))(x, frozen), x
 
 
 def test_nnx_serves_quantised_experts():
-    mesh = mesh_of()
-    frozen, want, x = quantised(mesh)
+    mesh, frozen, want, x = quantised()
     moe = EpMoE(QUANTISED, mesh=mesh, params=frozen)
     assert_same(nnx.jit(lambda moe, x: moe(x))(moe, x), want)
     assert_same(moe.weights(), frozen)
@@ -326,8 +327,7 @@ def test_codes_and_scales_are_not_cast():
 
 
 def test_nnx_trains_around_quantised_experts():
-    mesh = mesh_of()
-    frozen, _, x = quantised(mesh)
+    mesh, frozen, _, x = quantised()
     # As from a checkpoint: unpadded, on the host.
     host = jax.tree.map(np.asarray, jm.unpad_params(frozen, QUANTISED))
     moe = EpMoE(QUANTISED, mesh=mesh, params=host)
@@ -351,8 +351,7 @@ def test_nnx_trains_around_quantised_experts():
 
 
 def test_linen_serves_quantised_experts():
-    mesh = mesh_of(kind=AxisType.Explicit)
-    frozen, want, x = quantised(mesh)
+    mesh, frozen, want, x = quantised(AxisType.Explicit)
     moe = LinenEpMoE(QUANTISED, mesh=mesh)
     apply: Any = jax.jit(moe.apply)
     with jax.set_mesh(mesh):
@@ -376,19 +375,19 @@ def test_linen_serves_quantised_experts():
 
 
 def test_modules_hold_given_floating_weights():
+    """As what is trained, in the places of random ones."""
     mesh = mesh_of()
-    x = tokens(mesh)
     params = jm.init_params(jax.random.key(3), FULL)
-    want = jax.jit(lambda x: jm.ep_moe(x, params, FULL, mesh=mesh))(x)
     moe = EpMoE(FULL, mesh=mesh, params=params)
-    assert isinstance(moe.w1, nnx.Param)
-    assert_same(nnx.jit(lambda moe, x: moe(x))(moe, x), want)
+    random = nnx.eval_shape(lambda: EpMoE(FULL, mesh=mesh, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(nnx.state(moe)) == jax.tree.structure(nnx.state(random))
+    assert_same(jm.unpad_params(moe.weights(), FULL), params)
     linen = LinenEpMoE(FULL, mesh=mesh)
     variables = linen.variables_of(params)
-    assert_same(jax.jit(linen.apply)(variables, x), want)
-    assert jax.tree.structure(variables) == jax.tree.structure(
-        jax.eval_shape(linen.init, jax.random.key(0), x)
-    )
+    held = nn.meta.unbox(variables)
+    assert_same(jm.unpad_params(jm.MoEParams(**held["params"], **held["score_bias"]), FULL), params)
+    made = jax.eval_shape(linen.init, jax.random.key(0), tokens(mesh))
+    assert jax.tree.structure(variables) == jax.tree.structure(made)
 
 
 def test_modules_keep_the_layout_of_codes():
