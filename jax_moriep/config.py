@@ -282,6 +282,8 @@ class MoEParams:
 
 WEIGHT_NAMES = tuple(f.name for f in dataclasses.fields(MoEParams) if not f.metadata.get("static"))
 """The fields of MoEParams that are arrays or None, in their order."""
+QUANTISED = ("w1", "w2", "w1_scale", "w2_scale")
+"""Those of them that ``jm.quantize_params`` makes."""
 PER_EXPERT = ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale")
 """Those of them that begin with the experts, whose number ``jm.pad_params`` changes."""
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_moriep.config import PER_EXPERT, WEIGHT_NAMES, MoEConfig, check_type
 from jax_moriep.errors import ConfigError, rule
@@ -70,7 +70,7 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     What it adds are zeros; the padding of weights and of moments never holds anything else.
 
     Args:
-      params: what was restored, without padding or with any.
+      params: what was restored, without padding or with any, on devices or on the host.
       like: a tree of the same structure: the state of the run that is to go on, of arrays, or of
         ``jax.ShapeDtypeStruct`` with shardings.
       cfg: the layer.
@@ -104,6 +104,13 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     return jax.tree.unflatten(tree.structure, leaves)
 
 
+class _Place(NamedTuple):
+    """The shape of an experts' weight, and which of its axes is theirs."""
+
+    shape: tuple[int, ...]
+    axis: int
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tree:
     """A flattened tree, and the axis of the experts of each leaf that has one."""
@@ -121,11 +128,11 @@ class _Tree:
         paths, leaves = [path for path, _ in flat], [leaf for _, leaf in flat]
         groups = _groups(paths)
         experts: dict[int, int] = {}
-        whole: dict[str, set[tuple[tuple[int, ...], int]]] = {}
+        whole: dict[str, set[_Place]] = {}
         for group in groups:
             for name, index, axis in _experts_of(group, leaves, paths, cfg):
                 experts[index] = axis
-                whole.setdefault(name, set()).add((tuple(leaves[index].shape), axis))
+                whole.setdefault(name, set()).add(_Place(tuple(leaves[index].shape), axis))
         if not experts:
             raise ConfigError(
                 f"{argument} must hold weights of a layer of this cfg: router, w1 and w2 side by side, w1 of "
@@ -133,11 +140,14 @@ class _Tree:
                 "pass the layer's own cfg, and the state with its weights"
             )
         for group in groups:
+            if group["w1"] in experts or not all(
+                _is_reduced(leaves[group[name]], whole.get(name, ())) for name in ("w1", "w2")
+            ):
+                continue
             for name, index in group.items():
-                if index not in experts and name in whole:
-                    axis = _axis_of_reduced(leaves[index], whole[name], cfg, paths[index])
-                    if axis is not None:
-                        experts[index] = axis
+                axis = _axis_of_reduced(leaves[index], whole.get(name, ()), cfg, paths[index])
+                if axis is not None:
+                    experts[index] = axis
         return cls(paths, leaves, structure, experts)
 
 
@@ -198,24 +208,30 @@ def _experts_of(
         yield name, group[name], axis
 
 
-def _axis_of_reduced(
-    leaf: Any, whole: set[tuple[tuple[int, ...], int]], cfg: MoEConfig, path: Any
-) -> int | None:
-    """The experts' axis of what has axes of a padded weight, but not all of them; None if it has none."""
+def _is_reduced(leaf: Any, whole: Iterable[_Place]) -> bool:
+    """Whether it has some axes of a weight only, or stands where an optimizer keeps nothing."""
     shape = tuple(getattr(leaf, "shape", ()))
-    for full, axis in whole:
-        count = full[axis]
-        if count == cfg.num_experts or len(shape) >= len(full) or not _is_subsequence(shape, full):
+    return math.prod(shape) <= 1 or any(_is_subsequence(shape, place.shape) for place in whole)
+
+
+def _axis_of_reduced(leaf: Any, whole: Iterable[_Place], cfg: MoEConfig, path: Any) -> int | None:
+    """The experts' axis of what has some or all axes of a padded weight; None if it has none."""
+    shape = tuple(getattr(leaf, "shape", ()))
+    for place in whole:
+        count = place.shape[place.axis]
+        if count == cfg.num_experts or not _is_subsequence(shape, place.shape):
             continue
+        if shape == place.shape:
+            return place.axis
         axes = [i for i, size in enumerate(shape) if size == count]
-        if len(axes) > 1 or axes and full.count(count) > 1:
+        if axes and place.shape.count(count) > 1:
             where = jax.tree_util.keystr(path)
             raise ConfigError(
                 rule(
                     f"params{where}.shape",
                     shape,
-                    f"have one axis only of the {count} padded experts beside weights of shape {full}",
-                    "leave it out of the checkpoint, or choose E or R so that R divides E",
+                    f"not leave open which axis is that of {count} padded experts in weights {place.shape}",
+                    "leave it out of the checkpoint, or choose a number of ranks that divides E",
                 )
             )
         if axes:
@@ -275,7 +291,8 @@ def _resized(leaf: Any, axis: int, size: int, kept: int, sharding: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         host = np.asarray(leaf)
         cut = host[(slice(None),) * axis + (slice(kept),)]
-        return np.pad(cut, [(0, size - kept if i == axis else 0) for i in range(host.ndim)])
+        host = np.pad(cut, [(0, size - kept if i == axis else 0) for i in range(host.ndim)])
+        return host if sharding is None else jax.device_put(host, sharding)
     if compat.is_tracer(leaf):
         return _resized_in_jit(leaf, axis, size, kept, sharding)
     if leaf.shape[axis] == size == kept:
@@ -283,12 +300,8 @@ def _resized(leaf: Any, axis: int, size: int, kept: int, sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding) or leaf.sharding.device_set != sharding.device_set:
         done = _compiled(axis, size, kept, None)(leaf)
         return done if sharding is None else jax.device_put(done, sharding)
-    # One program over all devices, whichever processes have them. Where shardings are part of types, jax cuts
-    # no sharded axis; so the mesh of the program has the same devices, but no types.
-    there = leaf.sharding
-    if isinstance(there, NamedSharding):
-        leaf = jax.device_put(leaf, _untyped(there))
-    return jax.device_put(_compiled(axis, size, kept, _untyped(sharding))(leaf), sharding)
+    # One program over all devices, whichever processes have them.
+    return _compiled(axis, size, kept, sharding)(leaf)
 
 
 def _resized_in_jit(w: jax.Array, axis: int, size: int, kept: int, sharding: Any) -> jax.Array:
@@ -296,8 +309,8 @@ def _resized_in_jit(w: jax.Array, axis: int, size: int, kept: int, sharding: Any
         return _cut_and_filled(w, axis, size, kept)
     if not sharding.mesh.are_all_axes_explicit:
         return lax.with_sharding_constraint(_cut_and_filled(w, axis, size, kept), sharding)
-    if size == kept:
-        w = jax.sharding.reshard(w, sharding)
+    # Where shardings are part of types, jax cuts no axis unevenly.
+    w = jax.sharding.reshard(w, _even(jax.typeof(w).sharding, w.shape, axis, kept))
     return jax.sharding.reshard(_cut_and_filled(w, axis, size, kept), sharding)
 
 
@@ -309,11 +322,4 @@ def _cut_and_filled(w: jax.Array, axis: int, size: int, kept: int) -> jax.Array:
 @functools.lru_cache(maxsize=256)
 def _compiled(axis: int, size: int, kept: int, sharding: Any) -> Callable[[jax.Array], jax.Array]:
     """Cached, so that leaves of one shape are compiled once."""
-    return jax.jit(lambda w: _cut_and_filled(w, axis, size, kept), out_shardings=sharding)
-
-
-def _untyped(sharding: NamedSharding) -> NamedSharding:
-    mesh = sharding.mesh
-    assert isinstance(mesh, Mesh), "arrays that are no tracers are on devices"
-    auto = Mesh(mesh.devices, mesh.axis_names)
-    return NamedSharding(auto, sharding.spec, memory_kind=sharding.memory_kind)
+    return jax.jit(lambda w: _resized_in_jit(w, axis, size, kept, sharding), out_shardings=sharding)

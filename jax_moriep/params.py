@@ -95,23 +95,25 @@ def param_specs(
     of the shared w2 are split over it. (A contiguous split of w1's 2*I rows would part gates from their ups.)
 
     ``jax.device_put`` by these specs refuses an E that the axis does not divide; ``jm.pad_params(params, R)``
-    first makes one that it does.
+    first makes one that it does, and ``jm.prepare_params`` pads and places in one.
 
     Args:
       cfg: the layer.
       ep_axis: the expert-parallel mesh axis.
       tp_axis: the tensor-parallel mesh axis, if any.
-      params: the weights that the specs are for, if their experts may be quantised: those have scales too.
+      params: the weights that the specs are for. Their experts may be quantised: those have scales too. Under
+        ``jax.set_mesh`` it is checked that their experts divide.
 
     Returns:
       A MoEParams of PartitionSpecs, None where there is no weight.
 
     Raises:
-      ConfigError: ``cfg`` is no config, or ``params`` no MoEParams.
+      ConfigError: ``cfg`` is no config, ``params`` no MoEParams, or its experts do not divide.
     """
     check_type("cfg", cfg, MoEConfig, "pass the layer's config")
     if params is not None:
         check_type("params", params, MoEParams, "make it with jm.init_params")
+        _check_divides(params, ep_axis)
     by_block = cfg.expert_quant == "fp8_block"
     specs = MoEParams(
         router=P(),
@@ -154,17 +156,29 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
     if isinstance(num_ranks, bool) or not isinstance(num_ranks, numbers.Integral) or num_ranks < 1:
         cure = "pass the size of the expert-parallel mesh axis, mesh.shape['ep']"
         raise ConfigError(rule("num_ranks", num_ranks, "be a positive integer", cure))
-    experts = params.w1.shape[0]
     padded = int(num_ranks) * experts_per_rank(params.router.shape[-1], int(num_ranks))
-    if experts == padded:
-        return params
 
     def pad(w: Any) -> Any:
-        if w is None:
-            return None
-        return jnp.pad(w[:padded], [(0, max(0, padded - experts))] + [(0, 0)] * (w.ndim - 1))
+        if w is None or w.shape[0] == padded:
+            return w
+        return jnp.pad(w[:padded], [(0, max(0, padded - w.shape[0]))] + [(0, 0)] * (w.ndim - 1))
 
     return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in PER_EXPERT})
+
+
+def _check_divides(params: MoEParams, ep_axis: str) -> None:
+    """Raises ConfigError if the mesh in context cannot shard the experts; jax's own text names no cure."""
+    num_ranks = dict(jax.sharding.get_abstract_mesh().shape).get(ep_axis, 1)
+    count = params.w1.shape[0] if params.w1 is not None else 0
+    if count % num_ranks:
+        raise ConfigError(
+            rule(
+                "params.w1.shape[0]",
+                count,
+                f"be divisible by the {num_ranks} devices of ep_axis={ep_axis!r}",
+                f"pass the weights through jm.pad_params(params, {num_ranks})",
+            )
+        )
 
 
 def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
@@ -200,14 +214,37 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
         allowed = [want]
         if name in PER_EXPERT:
             allowed.append((padded, *want[1:]))
-        if tuple(got.shape) not in allowed:
+        either = " or ".join(map(str, dict.fromkeys(allowed)))
+        fits = tuple(got.shape) in allowed
+        if not fits and name in PER_EXPERT and got.shape[1:] == want[1:] and got.shape[0] > want[0]:
             raise ConfigError(
                 rule(
                     f"params.{name}.shape",
                     tuple(got.shape),
-                    f"be {' or '.join(map(str, dict.fromkeys(allowed)))}",
+                    f"be {either} on {num_ranks} ranks, and is padded for another number of them",
+                    f"pass the weights through jm.pad_params(params, {num_ranks}); for a whole "
+                    "state there are jm.unpad_params and jm.pad_like",
+                )
+            )
+        if not fits:
+            raise ConfigError(
+                rule(
+                    f"params.{name}.shape",
+                    tuple(got.shape),
+                    f"be {either}",
                     "make params and config agree",
                 )
             )
         if not (jnp.issubdtype(got.dtype, jnp.floating) or quantised and name in ("w1", "w2")):
             raise ConfigError(rule(f"params.{name}.dtype", str(got.dtype), "be floating", "cast it"))
+    counts = {name: getattr(params, name).shape[0] for name in PER_EXPERT if getattr(shapes, name)}
+    for name, count in counts.items():
+        if count != counts["w1"]:
+            raise ConfigError(
+                rule(
+                    f"params.{name}.shape[0]",
+                    count,
+                    f"be {counts['w1']}, as many experts as w1 has",
+                    f"pad them alike, by jm.pad_params(params, {num_ranks})",
+                )
+            )

@@ -85,6 +85,17 @@ def check_weights(params: MoEParams, cfg: MoEConfig) -> None:
                 "set expert_quant to the scheme of these weights, or dequantise them",
             )
         )
+    made_by = _scheme_of(params)
+    if made_by not in (None, scheme):
+        raise ConfigError(
+            rule(
+                "expert_quant",
+                scheme,
+                f"be {made_by!r}, the scheme of these codes (w1 {kinds['w1']}, w1_scale "
+                f"{list(params.w1_scale.shape)})",
+                "set it so, or quantise the floating weights for this config (jm.quantize_params)",
+            )
+        )
     allowed = ["int8"] if scheme == "int8_token" else [str(dtype) for dtype in FORMATS.values()]
     if len(coded) < 2 or len(scaled) < 2 or len(set(kinds.values())) > 1 or kinds["w1"] not in allowed:
         raise ConfigError(
@@ -97,6 +108,17 @@ def check_weights(params: MoEParams, cfg: MoEConfig) -> None:
             raise ConfigError(
                 rule(f"params.{name}.dtype", str(getattr(params, name).dtype), "be float32", "cast it")
             )
+
+
+def _scheme_of(params: MoEParams) -> str | None:
+    """The scheme that made the codes; None if they are none of a scheme, or are not complete."""
+    w1, w2, scales = params.w1, params.w2, (params.w1_scale, params.w2_scale)
+    if w1 is None or w2 is None or any(scale is None for scale in scales) or w1.dtype != w2.dtype:
+        return None
+    axes = {scale.ndim for scale in scales}
+    if w1.dtype == jnp.int8 and axes == {2}:
+        return "int8_token"
+    return {(2,): "fp8_token", (3,): "fp8_block"}.get(tuple(axes)) if w1.dtype in FORMATS.values() else None
 
 
 def quantise_rows(x: jax.Array, scheme: str, dtype: jnp.dtype) -> Quantised:

@@ -11,9 +11,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 from jax_moriep.errors import MoriepError
 
+PROGRAM = "jax-moriep"
 COMMANDS = {
     "demo": "train a small mixture-of-experts language model on several processes",
     "launch": "run a script on several processes joined by jax.distributed",
@@ -23,6 +25,40 @@ COMMANDS = {
     "tune": "measure how the experts' GPU kernels are best cut, and save it",
 }
 """Name of each subcommand, also that of its module here, and its line in ``jax-moriep --help``."""
+
+EXAMPLES = {
+    "": "jax-moriep doctor",
+    "demo": "jax-moriep demo --ranks 2 --steps 60",
+    "launch": "jax-moriep launch -n 4 train.py",
+    "doctor": "jax-moriep doctor --json",
+    "bench": "jax-moriep bench layer --ranks 2",
+    "bench exchange": "jax-moriep bench exchange --ranks 4",
+    "bench experts": "jax-moriep bench experts --ranks 1",
+    "bench layer": "jax-moriep bench layer --ranks 2",
+    "bench host": "jax-moriep bench host --out results",
+    "bench kernels": "jax-moriep bench kernels --sizes uniform",
+    "plot": "jax-moriep plot results.json --out results.png",
+    "tune": "jax-moriep tune --out table.json",
+}
+"""A command line that works, for subcommands and their kinds; wrong arguments are answered with it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers wrong arguments with the usage and an example of the subcommand that they were given to."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            # Here and not in the program's own parser, which would show its own usage.
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        name = self.prog.removeprefix(PROGRAM).strip()
+        while name not in EXAMPLES:
+            name = name.rpartition(" ")[0]
+        self.exit(2, f"{self.prog}: error: {message}\nfor example: {EXAMPLES[name]}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: the arguments are wrong (code 2), or help was asked for (code 0).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="jax-moriep", description="Expert-parallel MoE for JAX.")
+    parser = _Parser(prog=PROGRAM, description="Expert-parallel MoE for JAX.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from jax_moriep import schemes
-from jax_moriep.config import EXPERTS, MoEConfig, MoEParams
+from jax_moriep.config import EXPERTS, QUANTISED, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, TransportError, rule
 from jax_moriep.experts import aiter, blocked, reference, triton
 from jax_moriep.experts.checks import check_format, check_operands
@@ -234,8 +234,7 @@ def expert_tokens(
 
 def without_gradients(params: MoEParams) -> MoEParams:
     """The experts' codes and scales alone, whose derivative may not be asked for."""
-    names = ("w1", "w2", "w1_scale", "w2_scale")
-    fixed = {name: without_gradient(name, getattr(params, name)) for name in names}
+    fixed = {name: without_gradient(name, getattr(params, name)) for name in QUANTISED}
     return MoEParams(router=None, **fixed, layout=params.layout)
 
 

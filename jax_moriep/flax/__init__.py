@@ -8,8 +8,8 @@ except ImportError as e:
     ) from e
 
 from jax_moriep.flax.linen_moe import LinenEpMoE
-from jax_moriep.flax.nnx_moe import EpMoE, ScoreBias
+from jax_moriep.flax.nnx_moe import EpMoE, FrozenWeight, ScoreBias
 
-__all__ = ["EpMoE", "LinenEpMoE", "ScoreBias"]
+__all__ = ["EpMoE", "FrozenWeight", "LinenEpMoE", "ScoreBias"]
 
 del _flax

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jax_moriep import layer
-from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
+from jax_moriep.config import LAYOUTS, QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
+from jax_moriep.errors import ConfigError, rule
 from jax_moriep.flax import shared
 from jax_moriep.routing import update_score_bias
+
+# The collection of quantised experts, by their layout, so that it is never forgotten.
+_QUANTISED = {layout: "quantised" if layout == "plain" else f"quantised_{layout}" for layout in LAYOUTS}
 
 
 class LinenEpMoE(nn.Module):
@@ -19,8 +23,10 @@ class LinenEpMoE(nn.Module):
 
     The weights are in the collection "params" under the names that they have in ``jm.MoEParams``, boxed by
     ``nn.with_partitioning`` with the specs of ``jm.param_specs``; where E does not divide by the ranks the
-    experts are padded (``jm.pad_params``). ``score_bias`` is in the collection "score_bias", which optimizers
-    do not see; as with BatchNorm, a call for which that collection is mutable updates it.
+    experts are padded (``jm.pad_params``; for checkpoints see ``jm.unpad_params``). ``score_bias`` is in the
+    collection "score_bias", which optimizers do not see; as with BatchNorm, a call for which that collection
+    is mutable updates it. Weights that were not made by ``init`` are brought in by ``variables_of``; where
+    their experts are quantised, codes and scales are in the collection "quantised", which nothing trains.
 
     Attributes:
       cfg: the layer.
@@ -37,6 +43,9 @@ class LinenEpMoE(nn.Module):
       moe = jm.flax.LinenEpMoE(cfg, mesh=mesh)
       variables = moe.init(jax.random.key(0), x)
       y, stats = moe.apply(variables, x)
+
+      frozen = jm.prepare_params(jm.weights.from_hf(state_dict, family, cfg), cfg, mesh)
+      variables = moe.variables_of(frozen)
     """
 
     cfg: MoEConfig
@@ -61,9 +70,10 @@ class LinenEpMoE(nn.Module):
         """
         specs = shared.param_specs(self.cfg, self.ep_axis, self.tp_axis)
         held: dict[str, Any] = dict.fromkeys(WEIGHT_NAMES)
+        layout = self._read_quantised(held)
         for name in held:
             spec = getattr(specs, name)
-            if spec is not None and name != "score_bias":
+            if spec is not None and name != "score_bias" and held[name] is None:
                 init = nn.with_partitioning(self._initializer(name), tuple(spec), self.mesh)
                 held[name] = self.param(name, init)
         bias = None
@@ -74,7 +84,7 @@ class LinenEpMoE(nn.Module):
         x = x if self.dtype is None else x.astype(self.dtype)
         y, stats = layer.ep_moe(
             x,
-            shared.cast_experts(MoEParams(**held), x.dtype),
+            shared.cast_experts(MoEParams(**held, layout=layout), x.dtype),
             self.cfg,
             mesh=self.mesh,
             ep_axis=self.ep_axis,
@@ -85,6 +95,48 @@ class LinenEpMoE(nn.Module):
         if bias is not None and self.is_mutable_collection("score_bias") and not self.is_initializing():
             bias.value = update_score_bias(bias.value, stats.expert_counts, self.score_bias_rate)
         return y, stats
+
+    def variables_of(self, params: MoEParams) -> dict[str, Any]:
+        """Variables that hold given weights, boxed as those of ``init``.
+
+        Args:
+          params: floating, or quantised (``jm.quantize_params``, ``jm.prepare_params``,
+          ``jm.weights.from_hf``);
+            what is laid out for AITER's kernels stays so.
+
+        Returns:
+          "params", and as the weights have them "score_bias" and "quantised" ("quantised_aiter" in AITER's
+          layout), for ``apply``.
+
+        Raises:
+          ConfigError: the weights do not fit ``cfg``.
+          ShardingError: there is no mesh, or it lacks an axis.
+        """
+        params = shared.padded(params, self.cfg, self.mesh, self.ep_axis, self.tp_axis)
+        specs = shared.param_specs(self.cfg, self.ep_axis, self.tp_axis, params)
+        collections = {"score_bias": "score_bias"}
+        if shared.is_quantised(params):
+            collections |= dict.fromkeys(QUANTISED, _QUANTISED[params.layout])
+        variables: dict[str, Any] = {}
+        for name in WEIGHT_NAMES:
+            value, spec = getattr(params, name), getattr(specs, name)
+            if value is not None:
+                boxed = value if name == "score_bias" else nn.Partitioned(value, tuple(spec), self.mesh)
+                variables.setdefault(collections.get(name, "params"), {})[name] = boxed
+        return variables
+
+    def _read_quantised(self, held: dict[str, Any]) -> str:
+        """Fills in codes and scales, if they are what was given, and says how they lie."""
+        found = [layout for layout, name in _QUANTISED.items() if self.has_variable(name, "w1")]
+        if not found:
+            return "plain"
+        given = [_QUANTISED[layout] for layout in found]
+        given += ["params"] if self.has_variable("params", "w1") else []
+        if len(given) > 1:
+            raise ConfigError(rule("w1", given, "be in one collection", "pass what variables_of gave"))
+        for name in QUANTISED:
+            held[name] = self.variable(given[0], name).value
+        return found[0]
 
     def _initializer(self, name: str) -> Any:
         def init(key: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_moriep import layer
-from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
+from jax_moriep.config import QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.flax import shared
 from jax_moriep.routing import update_score_bias
@@ -21,14 +21,21 @@ class ScoreBias(nnx.Variable):
     """The bias that only steers the selection of experts; no ``nnx.Param``, so optimizers leave it alone."""
 
 
+class FrozenWeight(nnx.Variable):
+    """Codes and scales of quantised experts; no ``nnx.Param``, so neither gradients nor optimizers see
+    them."""
+
+
 class EpMoE(nnx.Module):
     """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
 
     Each weight is an attribute with the name that it has in ``jm.MoEParams``; what the config does not use is
-    None. All are ``nnx.Param`` but ``score_bias``, a ``ScoreBias``. Their ``out_sharding`` is the spec of
-    ``jm.param_specs``, which ``nnx.get_partition_spec`` reads; where E does not divide by the ranks the
-    experts are padded (``jm.pad_params``). On a mesh of several processes, make the module under ``jax.jit``
-    or ``nnx.jit``, for only a compiled program can make arrays that no process holds whole.
+    None. All are ``nnx.Param`` but ``score_bias``, a ``ScoreBias``, and the codes and scales of quantised
+    experts, each a ``FrozenWeight``. Their ``out_sharding`` is the spec of ``jm.param_specs``, which
+    ``nnx.get_partition_spec`` reads; where E does not divide by the ranks the experts are padded
+    (``jm.pad_params``; for checkpoints see ``jm.unpad_params``). On a mesh of several processes, make a
+    module of random weights under ``jax.jit`` or ``nnx.jit``, for only a compiled program can make arrays
+    that no process holds whole.
 
     Args:
       cfg: the layer.
@@ -37,21 +44,27 @@ class EpMoE(nnx.Module):
       tp_axis: as in ``jm.ep_moe``.
       token_axes: as in ``jm.ep_moe``.
       dtype: x and the experts' weights are cast to it; None computes in x's dtype. Routing is in f32 always.
-      param_dtype: of the weights.
-      rngs: takes one key from its stream "params".
+      param_dtype: of random weights.
+      rngs: random weights take one key from its stream "params".
+      params: weights to hold instead: floating ones are trained, codes with scales are served. What
+        ``jm.prepare_params`` gives keeps its layout.
 
     Raises:
+      ConfigError: there are neither ``rngs`` nor ``params``, or ``params`` does not fit ``cfg``.
       ShardingError: there is no mesh, or it lacks an axis.
 
     Example::
 
       moe = jm.flax.EpMoE(cfg, mesh=mesh, rngs=nnx.Rngs(0))
       y, stats = moe(x)
+
+      frozen = jm.prepare_params(jm.weights.from_hf(state_dict, family, cfg), cfg, mesh)
+      moe = jm.flax.EpMoE(cfg, mesh=mesh, params=frozen)
     """
 
     router: nnx.Param
-    w1: nnx.Param
-    w2: nnx.Param
+    w1: nnx.Param | FrozenWeight
+    w2: nnx.Param | FrozenWeight
     router_bias: nnx.Param | None
     score_bias: ScoreBias | None
     b1: nnx.Param | None
@@ -59,6 +72,8 @@ class EpMoE(nnx.Module):
     shared_w1: nnx.Param | None
     shared_w2: nnx.Param | None
     shared_gate: nnx.Param | None
+    w1_scale: FrozenWeight | None
+    w2_scale: FrozenWeight | None
 
     def __init__(
         self,
@@ -70,7 +85,8 @@ class EpMoE(nnx.Module):
         token_axes: str | Sequence[str] | PartitionSpec | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
+        params: MoEParams | None = None,
     ) -> None:
         self.cfg = cfg
         self.mesh = mesh
@@ -78,12 +94,21 @@ class EpMoE(nnx.Module):
         self.tp_axis = tp_axis
         self.token_axes = shared.hashable_axes(token_axes)
         self.dtype = dtype
-        weights = shared.init_padded(rngs.params(), cfg, mesh, ep_axis, tp_axis, param_dtype)
-        specs = shared.param_specs(cfg, ep_axis, tp_axis)
+        if params is not None:
+            weights = shared.padded(params, cfg, mesh, ep_axis, tp_axis)
+        elif rngs is not None:
+            weights = shared.init_padded(rngs.params(), cfg, mesh, ep_axis, tp_axis, param_dtype)
+        else:
+            raise ConfigError(rule("rngs", None, "be given without params", "pass rngs=nnx.Rngs(0)"))
+        self.layout = weights.layout
+        specs = shared.param_specs(cfg, ep_axis, tp_axis, weights)
+        kinds: dict[str, type[nnx.Variable]] = {"score_bias": ScoreBias}
+        if shared.is_quantised(weights):
+            kinds |= dict.fromkeys(QUANTISED, FrozenWeight)
         for name in WEIGHT_NAMES:
             value = getattr(weights, name)
             if value is not None:
-                kind = ScoreBias if name == "score_bias" else nnx.Param
+                kind = kinds.get(name, nnx.Param)
                 value = kind(value, out_sharding=getattr(specs, name), mesh=mesh)
             setattr(self, name, value)
 
@@ -115,7 +140,7 @@ class EpMoE(nnx.Module):
         for name in WEIGHT_NAMES:
             variable = getattr(self, name)
             held[name] = None if variable is None else variable[...]
-        return MoEParams(**held)
+        return MoEParams(**held, layout=self.layout)
 
     def update_score_bias(self, expert_counts: jax.Array, rate: float) -> None:
         """Moves ``score_bias`` against the load, by ``jm.update_score_bias``; call it once per training step.

@@ -14,8 +14,6 @@ from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams
 from jax_moriep.errors import ShardingError
 from jax_moriep.runtime import group
 
-_EXPERT_WEIGHTS = ("w1", "w2", "b1", "b2", "shared_w1", "shared_w2")
-
 
 def init_padded(
     key: jax.Array, cfg: MoEConfig, mesh: Any, ep_axis: str, tp_axis: str | None, dtype: Any
@@ -33,6 +31,52 @@ def init_padded(
     Raises:
       ShardingError: there is no mesh, or it lacks an axis.
     """
+    mesh = _checked_mesh(mesh, ep_axis, tp_axis)
+    made = parameters.init_params(key, cfg, dtype)
+    return _typed(parameters.pad_params(made, mesh.shape[ep_axis]), cfg, mesh, ep_axis, tp_axis)
+
+
+def padded(params: MoEParams, cfg: MoEConfig, mesh: Any, ep_axis: str, tp_axis: str | None) -> MoEParams:
+    """Given weights, floating or quantised, as ``init_padded`` gives random ones.
+
+    Raises:
+      ConfigError: they do not fit ``cfg``.
+      ShardingError: there is no mesh, or it lacks an axis.
+    """
+    mesh = _checked_mesh(mesh, ep_axis, tp_axis)
+    parameters.check_params(params, cfg, mesh.shape[ep_axis])
+    return _typed(parameters.pad_params(params, mesh.shape[ep_axis]), cfg, mesh, ep_axis, tp_axis)
+
+
+def param_specs(
+    cfg: MoEConfig, ep_axis: str, tp_axis: str | None, params: MoEParams | None = None
+) -> MoEParams:
+    """``jm.param_specs`` with an entry for every dimension, for Flax adds and removes some when it scans."""
+    specs = parameters.param_specs(cfg, ep_axis, tp_axis, params=params)
+    quantised = params is not None and is_quantised(params)
+    shapes = parameters.param_shapes(cfg, quantised=quantised)
+
+    def full(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+        return PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
+
+    fields = [(name, getattr(specs, name), getattr(shapes, name)) for name in WEIGHT_NAMES]
+    made: dict[str, Any] = {name: None if spec is None else full(spec, shape) for name, spec, shape in fields}
+    return MoEParams(**made, layout=specs.layout)
+
+
+def is_quantised(params: MoEParams) -> bool:
+    """Whether the experts are codes, which nothing trains and nothing casts."""
+    return params.w1_scale is not None
+
+
+def cast_experts(params: MoEParams, dtype: Any) -> MoEParams:
+    """Casts what the experts compute with; the router's weights keep their precision, routing is in f32."""
+    names = ("b1", "b2", "shared_w1", "shared_w2", *(() if is_quantised(params) else ("w1", "w2")))
+    held = {name: getattr(params, name) for name in names}
+    return dataclasses.replace(params, **{name: w.astype(dtype) for name, w in held.items() if w is not None})
+
+
+def _checked_mesh(mesh: Any, ep_axis: str, tp_axis: str | None) -> Any:
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty:
         raise ShardingError(
@@ -41,31 +85,15 @@ def init_padded(
     group.check_axis(mesh, ep_axis, "ep_axis")
     if tp_axis is not None:
         group.check_axis(mesh, tp_axis, "tp_axis")
-    made = parameters.pad_params(parameters.init_params(key, cfg, dtype), mesh.shape[ep_axis])
+    return mesh
+
+
+def _typed(params: MoEParams, cfg: MoEConfig, mesh: Any, ep_axis: str, tp_axis: str | None) -> MoEParams:
+    """On an Explicit mesh a sharding is part of an array's type, which linen only checks."""
     if not mesh.are_all_axes_explicit:
-        return made
-    # On an Explicit mesh a sharding is part of an array's type, which linen only checks.
-    specs = param_specs(cfg, ep_axis, tp_axis)
-    return jax.tree.map(lambda w, spec: jax.sharding.reshard(w, NamedSharding(mesh, spec)), made, specs)
-
-
-def param_specs(cfg: MoEConfig, ep_axis: str, tp_axis: str | None) -> MoEParams:
-    """``jm.param_specs`` with an entry for every dimension, for Flax adds and removes some when it scans."""
-    specs = parameters.param_specs(cfg, ep_axis, tp_axis)
-    shapes = parameters.param_shapes(cfg)
-
-    def full(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-        return PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
-
-    fields = [(name, getattr(specs, name), getattr(shapes, name)) for name in WEIGHT_NAMES]
-    made: dict[str, Any] = {name: None if spec is None else full(spec, shape) for name, spec, shape in fields}
-    return MoEParams(**made)
-
-
-def cast_experts(params: MoEParams, dtype: Any) -> MoEParams:
-    """Casts what the experts compute with; the router's weights keep their precision, routing is in f32."""
-    held = {name: getattr(params, name) for name in _EXPERT_WEIGHTS}
-    return dataclasses.replace(params, **{name: w.astype(dtype) for name, w in held.items() if w is not None})
+        return params
+    specs = param_specs(cfg, ep_axis, tp_axis, params)
+    return jax.tree.map(lambda w, spec: jax.sharding.reshard(w, NamedSharding(mesh, spec)), params, specs)
 
 
 def hashable_axes(token_axes: str | Sequence[str] | PartitionSpec | None) -> Any:

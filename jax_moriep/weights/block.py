@@ -58,7 +58,8 @@ class Block:
                 rule(f"state_dict[{name!r}].dtype", array.dtype.name, must, "pass that tensor, too")
             )
         self._read.update({scale_name, *(n for n in codes.static_names(name) if n in self)})
-        stored = codes.with_scales(name, array, scale_name, self._tensors[scale_name], halves)
+        scales = self._tensors[scale_name]
+        stored = codes.with_scales(name, array, scale_name, scales, halves, self.cfg.expert_quant)
         return codes.Stored(codes.dequantised(stored, halves)) if self._dequantize else stored
 
     def transposed(self, name: str, experts: int, rows: int, columns: int) -> np.ndarray:

@@ -74,7 +74,9 @@ def static_names(name: str) -> tuple[str, str]:
     return f"{stem}input_scale", f"{stem}activation_scale"
 
 
-def with_scales(name: str, values: np.ndarray, scale_name: str, scales: Any, halves: int = 1) -> Stored:
+def with_scales(
+    name: str, values: np.ndarray, scale_name: str, scales: Any, halves: int = 1, scheme: str | None = None
+) -> Stored:
     """Joins codes and their scales.
 
     Args:
@@ -84,6 +86,8 @@ def with_scales(name: str, values: np.ndarray, scale_name: str, scales: Any, hal
       scales: as the checkpoint has them: one for each block of 128 x 128 (fewer at the edges), for each row,
         or for the whole matrix, which is then every row's.
       halves: how many matrices of equal size the rows are; no block lies in two of them.
+      scheme: what the config names. It decides whether the one scale of a small matrix is that of its only
+        block or of all its rows; the values are the same.
 
     Raises:
       ConfigError: the scales have another dtype or shape.
@@ -94,7 +98,10 @@ def with_scales(name: str, values: np.ndarray, scale_name: str, scales: Any, hal
     found = to_numpy(scales).astype(np.float32)
     *lead, rows, columns = values.shape
     blocks = (*lead, halves * num_groups(rows // halves), num_groups(columns))
-    if found.shape == blocks:
+    # One for a matrix; of the fused gate and up, transformers has one each.
+    of_matrix = {(*lead, 1): 1, (*lead,): 1, (*lead, 1, 1): 1, (*lead, halves, 1): halves}
+    by_row = values.dtype == np.int8 or scheme in ("fp8_token", "int8_token")
+    if found.shape == blocks and not (by_row and found.shape in of_matrix):
         height = rows // halves
         if halves > 1 and height % GROUP and num_groups(rows) == halves * num_groups(height):
             # Blocks of each matrix, or of all rows? The shapes are equal, and the blocks are not.
@@ -105,8 +112,6 @@ def with_scales(name: str, values: np.ndarray, scale_name: str, scales: Any, hal
         return Stored(values, found, (values.dtype.name, BLOCK))
     if found.shape in ((*lead, rows), (*lead, rows, 1)):
         return Stored(values, found.reshape(*lead, rows), (values.dtype.name, ROW))
-    # One for a matrix; of the fused gate and up, transformers has one each.
-    of_matrix = {(*lead, 1): 1, (*lead,): 1, (*lead, 1, 1): 1, (*lead, halves, 1): halves}
     if found.shape in of_matrix:
         each = of_matrix[found.shape]
         return Stored(

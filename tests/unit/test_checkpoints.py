@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
-from jax_moriep.flax import EpMoE, LinenEpMoE, ScoreBias
+from jax_moriep.config import WEIGHT_NAMES
+from jax_moriep.flax import EpMoE, LinenEpMoE
 
 # 10 experts are stored as 12 on 4 ranks and as 16 on 8.
 CFG = jm.MoEConfig(10, 2, 16, 8, router="sigmoid_topk", score_bias=True, expert_bias=True)
@@ -53,7 +54,7 @@ class Plain:
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, moments = TX.update(grads, moments, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         bias = jm.update_score_bias(params.score_bias, stats.expert_counts, RATE)
         return (dataclasses.replace(params, score_bias=bias), moments), value
 
@@ -128,17 +129,9 @@ def abstract(state):
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
-KINDS = {
-    "plain": (Plain, AxisType.Auto),
-    "plain-explicit": (Plain, AxisType.Explicit),
-    "nnx": (Nnx, AxisType.Auto),
-    "linen": (Linen, AxisType.Auto),
-}
-
-
-@pytest.mark.parametrize(("kind", "axis_type"), KINDS.values(), ids=KINDS)
-def test_resuming_at_another_size_is_the_unbroken_run(kind, axis_type, tmp_path):
-    run = kind(mesh_of(4, axis_type))
+@pytest.mark.parametrize(("kind", "sizes"), [(Plain, (2, 8, 1, 5)), (Nnx, (8, 5)), (Linen, (8, 5))])
+def test_resuming_at_another_size_is_the_unbroken_run(kind, sizes, tmp_path):
+    run = kind(mesh_of(4))
     train(run, range(2))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", jm.unpad_params(run.state, CFG))
@@ -146,8 +139,8 @@ def test_resuming_at_another_size_is_the_unbroken_run(kind, axis_type, tmp_path)
     losses = train(run, range(2, 4))
     assert losses[1] < losses[0]
 
-    for size in (2, 8, 1, 5):
-        fresh = kind(mesh_of(size, axis_type))
+    for size in sizes:
+        fresh = kind(mesh_of(size))
         with ocp.StandardCheckpointer() as checkpointer:
             target = jm.unpad_params(abstract(fresh.state), CFG)
             restored = checkpointer.restore(tmp_path / "state", target)
@@ -158,3 +151,166 @@ def test_resuming_at_another_size_is_the_unbroken_run(kind, axis_type, tmp_path)
             assert (got.shape, got.dtype, got.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
         fresh.state = state
         np.testing.assert_allclose(train(fresh, range(2, 4)), losses, rtol=2e-6, err_msg=f"{size} ranks")
+
+
+# ----- trees that are only made, not trained
+
+STACKED = jm.MoEConfig(10, 2, 128, 64, router_bias=True, expert_bias=True, expert_quant="fp8_block")
+
+
+@functools.cache
+def unpadded(quantised):
+    params = jm.init_params(jax.random.key(0), STACKED)
+    return jax.tree.map(np.asarray, jm.quantize_params(params, STACKED) if quantised else params)
+
+
+def weights(num_experts, quantised=False, layers=None):
+    """The layer's weights on the host with zeros behind its 10 experts, of stacked layers or of one."""
+    params = unpadded(quantised)
+    padded = {}
+    for name in ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale"):
+        w = getattr(params, name)
+        if w is not None:
+            padded[name] = np.concatenate([w, np.zeros((num_experts - 10, *w.shape[1:]), w.dtype)])
+    params = dataclasses.replace(params, **padded)
+    return params if layers is None else jax.tree.map(lambda w: np.stack([w] * layers), params)
+
+
+def assert_same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+@pytest.mark.parametrize("quantised", [False, True], ids=["floats", "codes"])
+def test_a_tree_without_padding_and_back(quantised, layers):
+    # What is named or shaped as weights, but not both, belongs to others.
+    dense = {"w1": np.ones((12, 7)), "w2": np.ones((12, 128, 64)), "b1": np.ones((12, 128))}
+
+    def tree(num_experts):
+        made = weights(num_experts, quantised, layers)
+        return {
+            "decoder": {"moe": {n: getattr(made, n) for n in WEIGHT_NAMES}, "mlp": dense},
+            "moments": [made, (made,)],
+        }
+
+    for num_experts in (12, 16):
+        cut = jm.unpad_params(tree(num_experts), STACKED)
+        assert_same(cut, tree(10))
+        assert cut["decoder"]["mlp"]["w2"] is dense["w2"]
+        assert_same(jm.pad_like(cut, tree(num_experts), STACKED), tree(num_experts))
+        # Nothing to do, and the way without a stop at 10.
+        assert_same(jm.unpad_params(cut, STACKED), tree(10))
+        assert_same(jm.pad_like(tree(num_experts), tree(14), STACKED), tree(14))
+
+
+def test_a_padded_checkpoint_restored_by_orbax_alone(tmp_path):
+    """``strict=False`` cuts and fills every array whose shape differs: docs/checkpoints.md tells users."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "padded", weights(12))
+    everywhere = NamedSharding(mesh_of(2), P())
+    for num_experts in (10, 16):
+        target = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=everywhere), weights(num_experts)
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            assert_same(checkpointer.restore(tmp_path / "padded", target, strict=False), weights(num_experts))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_shardings_stay_even(kind):
+    """On 8 ranks with tp; concrete, abstract, and traced by jit."""
+    mesh = jax.make_mesh((4, 2), ("ep", "tp"), axis_types=(kind,) * 2)
+    specs = jm.param_specs(STACKED, "ep", "tp")
+    padded = weights(12)
+    placed = jax.device_put(padded, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    wanted = dataclasses.replace(
+        specs, w1=P(None, "ep", "tp"), w2=P(None, "ep", "tp"), b1=P(None, "ep"), b2=P(None, "ep")
+    )
+
+    def assert_even(params):
+        for name in ("router", "router_bias", "w1", "w2", "b1", "b2"):
+            w = getattr(params, name)
+            assert w.sharding.is_equivalent_to(NamedSharding(mesh, getattr(wanted, name)), w.ndim), name
+
+    with jax.set_mesh(mesh):
+        cut = jm.unpad_params(placed, STACKED)
+        assert_even(cut)
+        assert_even(jm.unpad_params(abstract(placed), STACKED))
+        assert_same(cut, weights(10))
+        back = jm.pad_like(cut, abstract(placed), STACKED)
+        assert_same(back, padded)
+        assert back.w1.sharding == placed.w1.sharding
+        from_host = jm.pad_like(weights(10), placed, STACKED)
+        assert_same(from_host, padded)
+        assert from_host.w1.sharding == placed.w1.sharding
+
+        there_and_back = jax.jit(
+            lambda params: (made := jm.unpad_params(params, STACKED), jm.pad_like(made, params, STACKED))
+        )
+        made, again = there_and_back(placed)
+        assert_same(made, weights(10))
+        assert_same(again, padded)
+        if kind == AxisType.Explicit:
+            assert_even(made)
+            assert again.w1.sharding.spec == placed.w1.sharding.spec
+
+
+def test_moments_of_masked_weights_and_factored_ones():
+    params = weights(12)
+    mask = dataclasses.replace(jax.tree.map(lambda _: True, params), router=False, b1=False)
+    tx = optax.chain(
+        optax.masked(optax.scale_by_adam(), mask), optax.scale_by_factored_rms(min_dim_size_to_factor=64)
+    )
+    state = (params, tx.init(params))
+    whole = jm.unpad_params(params, STACKED)
+    cut = jm.unpad_params(state, STACKED)
+    assert_same(cut, (whole, tx.init(whole)))
+    assert cut[1][1].v_row.w1.shape == (10, 128)
+    back = jm.pad_like(cut, state, STACKED)
+    assert [w.shape for w in jax.tree.leaves(back)] == [w.shape for w in jax.tree.leaves(state)]
+
+
+def test_layers_of_two_configs_take_two_calls():
+    small = dataclasses.replace(STACKED, num_experts=6, router_bias=False, expert_bias=False)
+    w = weights(10)
+    of_small = jm.MoEParams(router=w.router[:, :6], w1=w.w1[:8], w2=w.w2[:8])
+    tree = {"a": weights(12), "b": of_small}
+    cut = jm.unpad_params(jm.unpad_params(tree, STACKED), small)
+    assert_same(cut["a"], w)
+    assert (cut["b"].w1.shape[0], cut["b"].w2.shape[0]) == (6, 6)
+    back = jm.pad_like(jm.pad_like(cut, tree, small), tree, STACKED)
+    assert_same(back["a"], tree["a"])
+    assert not back["b"].w1[6:].any()
+    np.testing.assert_array_equal(back["b"].w1[:6], w.w1[:6])
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda p: jm.unpad_params(p, "cfg"), "cfg='str' must be a jm.MoEConfig"),
+        (
+            lambda p: jm.unpad_params(p, dataclasses.replace(STACKED, num_experts=11)),
+            r"params must hold weights of a layer of this cfg: .* shape \[..., 11 or more, 128, 128\]; pass",
+        ),
+        (lambda p: jm.unpad_params([p.w1], STACKED), "params must hold weights of a layer of this cfg"),
+        (lambda p: jm.pad_like(p, [p.w1], STACKED), "like must hold weights of a layer of this cfg"),
+        (
+            lambda p: jm.unpad_params({"moe": dataclasses.replace(p, w2=p.w2[:10])}, STACKED),
+            r"params\['moe'\].w2.shape=\(10, 128, 64\) must have 12 experts along axis 0.*pad them alike",
+        ),
+        (
+            lambda p: jm.pad_like(dataclasses.replace(p, w1=p.w1[:9]), p, STACKED),
+            r"params.w1.shape=\(9, 128, 128\) must be \(12, 128, 128\), with 10 or more along axis 0; pass",
+        ),
+        (
+            lambda p: jm.pad_like({"moe": p}, {"moe": p, "step": 3}, STACKED),
+            r"params has nothing more where like has \['step'\], and must have the same structure",
+        ),
+    ],
+)
+def test_what_cannot_be_unpadded_or_padded_is_said(call, text):
+    with pytest.raises(jm.ConfigError, match=text):
+        call(weights(12))

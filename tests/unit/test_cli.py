@@ -30,6 +30,40 @@ def test_wrong_arguments_exit_with_2(argv, capsys):
     assert "usage: jax-moriep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "usage", "error"),
+    [
+        (["frobnicate"], "jax-moriep", "invalid choice: 'frobnicate'"),
+        (["bench"], "jax-moriep bench", "the following arguments are required: KIND"),
+        (["bench", "speed"], "jax-moriep bench", "argument KIND: invalid choice: 'speed'"),
+        (["bench", "layer", "--speed"], "jax-moriep bench layer", "unrecognized arguments: --speed"),
+        (["bench", "host", "--fast"], "jax-moriep bench host", "unrecognized arguments: --fast"),
+        (["demo", "--steps", "many"], "jax-moriep demo", "argument --steps: invalid int value: 'many'"),
+        (["demo", "--step-s"], "jax-moriep demo", "unrecognized arguments: --step-s"),
+        (["doctor", "--jsn"], "jax-moriep doctor", "unrecognized arguments: --jsn"),
+        (["launch", "-n", "2"], "jax-moriep launch", "the following arguments are required: script"),
+        (["tune"], "jax-moriep tune", "the following arguments are required: --out"),
+    ],
+)
+def test_wrong_arguments_are_answered_by_the_subcommand_itself(argv, usage, error, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"usage: {usage} ")
+    assert f"\n{usage}: error: {error}" in text.replace("argument COMMAND: ", "")
+    assert text.splitlines()[-1].startswith(f"for example: {usage} ")
+
+
+@pytest.mark.parametrize("key", cli.EXAMPLES)
+def test_the_examples_of_wrong_arguments_are_right(key, monkeypatch):
+    words = cli.EXAMPLES[key].split()
+    assert words[: 1 + len(key.split())] == ["jax-moriep", *key.split()]
+    module = importlib.import_module(f"jax_moriep.cli.{words[1]}")
+    monkeypatch.setattr(module, "run", lambda args: 0)
+    assert cli.main(words[1:]) == 0
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_subcommand_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:

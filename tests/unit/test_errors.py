@@ -1,6 +1,7 @@
 """Each mistake a user can make at trace time gives an error that names the value, the rule and the cure."""
 
 import ctypes
+import dataclasses
 import functools
 import re
 
@@ -143,6 +144,49 @@ def test_params_must_fit_the_config():
     biased = jm.MoEConfig(8, 2, 16, 8, expert_bias=True)
     with pytest.raises(jm.ConfigError, match=re.escape("params.b1=None must be (8, 16) for this config")):
         call(cfg=biased)
+
+
+def test_padding_for_another_number_of_ranks_is_told_from_a_wrong_shape():
+    cfg = jm.MoEConfig(10, 2, 16, 8, expert_bias=True, transport="native")
+    params = jm.init_params(jax.random.key(0), cfg)
+    for others in (1, 4):
+        call(params=jm.pad_params(params, others), cfg=cfg)
+    with pytest.raises(jm.ConfigError) as error:
+        call(params=jm.pad_params(params, 8), cfg=cfg)
+    assert str(error.value).startswith(
+        "params.w1.shape=(16, 16, 16) must be (10, 16, 16) or (12, 16, 16) on 4 ranks, and is padded for "
+        "another number of them; pass the weights through jm.pad_params(params, 4); for a whole state there "
+        "are jm.unpad_params and jm.pad_like"
+    )
+    call(params=jm.pad_params(jm.pad_params(params, 8), 4), cfg=cfg)
+    for name in ("w2", "b1"):
+        other = {name: getattr(jm.pad_params(params, 4), name)}
+        with pytest.raises(
+            jm.ConfigError, match=rf"params.{name}.shape\[0\]=12 must be 10, as many .* w1 has"
+        ):
+            call(params=dataclasses.replace(params, **other), cfg=cfg)
+    mixed = dataclasses.replace(params, w2=jm.pad_params(params, 4).w2)
+    call(params=jm.pad_params(mixed, 4), cfg=cfg)
+
+
+def test_experts_that_the_ranks_do_not_divide():
+    cfg = jm.MoEConfig(16, 2, 16, 8)
+    params = jm.init_params(jax.random.key(0), cfg)
+    mesh = mesh_of(3)
+    with jax.set_mesh(mesh):
+        with pytest.raises(jm.ConfigError) as error:
+            jm.param_specs(cfg, params=params)
+        assert str(error.value) == (
+            "params.w1.shape[0]=16 must be divisible by the 3 devices of ep_axis='ep'; pass the weights "
+            "through jm.pad_params(params, 3)"
+        )
+        padded = jm.pad_params(params, 3)
+        specs = jm.param_specs(cfg, params=padded)
+        placed = jax.device_put(padded, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+        assert placed.w1.sharding.shard_shape(placed.w1.shape) == (6, 16, 16)
+        # What pads by itself takes them as they are.
+        assert jm.prepare_params(params, cfg, mesh).w1.shape[0] == 18
+    assert jm.param_specs(cfg, params=params).w1 == P("ep", None, None)
 
 
 def test_explicit_shardings_must_match():

@@ -1,5 +1,6 @@
 """The Flax modules against ``ep_moe`` called by hand: values, gradients, shardings, the selection bias."""
 
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.config import WEIGHT_NAMES
-from jax_moriep.flax import EpMoE, LinenEpMoE, ScoreBias
+from jax_moriep.flax import EpMoE, FrozenWeight, LinenEpMoE, ScoreBias, shared
 
 HIDDEN = 16
 FULL = jm.MoEConfig(
@@ -286,6 +287,140 @@ def test_linen_dtypes():
     assert list(variables) == ["params"]
     assert {w.dtype for w in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(moe.apply, variables, x)[0].dtype == jnp.bfloat16
+
+
+QUANTISED = dataclasses.replace(FULL, hidden_size=32, intermediate_size=16, expert_quant="fp8_token")
+
+
+@functools.cache
+def quantised(kind=AxisType.Auto):
+    """A mesh, weights for serving on it, the expected y and statistics, and x."""
+    mesh = mesh_of(kind=kind)
+    x = np.random.default_rng(1).normal(size=(8, 3, QUANTISED.hidden_size)).astype(np.float32)
+    x = jax.device_put(x, NamedSharding(mesh, P("ep")))
+    with jax.set_mesh(mesh):
+        master = jm.init_params(jax.random.key(0), QUANTISED)
+        frozen = jm.prepare_params(dataclasses.replace(master, b1=master.b1 + 0.5), QUANTISED, mesh)
+        return mesh, frozen, jax.jit(lambda x, p: jm.ep_moe(x, p, QUANTISED, mesh=mesh))(x, frozen), x
+
+
+def test_nnx_serves_quantised_experts():
+    mesh, frozen, want, x = quantised()
+    moe = EpMoE(QUANTISED, mesh=mesh, params=frozen)
+    assert_same(nnx.jit(lambda moe, x: moe(x))(moe, x), want)
+    assert_same(moe.weights(), frozen)
+    for name in ("w1", "w2", "w1_scale", "w2_scale"):
+        assert isinstance(getattr(moe, name), FrozenWeight)
+        assert specs_of(getattr(moe, name)[...].sharding.spec) == P("ep")
+    trained = {"router", "router_bias", "b1", "b2", "shared_w1", "shared_w2", "shared_gate"}
+    assert nnx.to_pure_dict(nnx.state(moe, nnx.Param)).keys() == trained
+
+
+def test_codes_and_scales_are_not_cast():
+    codes = jax.eval_shape(
+        lambda: jm.quantize_params(jm.init_params(jax.random.key(0), QUANTISED), QUANTISED)
+    )
+    cast = jax.eval_shape(lambda params: shared.cast_experts(params, jnp.bfloat16), codes)
+    for name, value in without_none(cast).items():
+        casts = name in ("b1", "b2", "shared_w1", "shared_w2")
+        assert value.dtype == (jnp.bfloat16 if casts else getattr(codes, name).dtype), name
+
+
+def test_nnx_trains_around_quantised_experts():
+    mesh, frozen, _, x = quantised()
+    # As from a checkpoint: unpadded, on the host.
+    host = jax.tree.map(np.asarray, jm.unpad_params(frozen, QUANTISED))
+    moe = EpMoE(QUANTISED, mesh=mesh, params=host)
+    optimizer = nnx.Optimizer(moe, optax.adamw(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(moe, optimizer, x):
+        grads = nnx.grad(lambda moe: jnp.sum(moe(x)[0] ** 2))(moe)
+        optimizer.update(moe, grads)
+        return nnx.to_pure_dict(grads)
+
+    grads = step(moe, optimizer, x)
+    after = moe.weights()
+    for name in ("w1", "w2", "w1_scale", "w2_scale"):
+        assert name not in grads
+        np.testing.assert_array_equal(getattr(after, name), getattr(frozen, name))
+    assert np.abs(after.b1 - frozen.b1).max() > 0.01
+    of_codes = nnx.grad(lambda moe: jnp.sum(moe(x)[0]), argnums=nnx.DiffState(0, FrozenWeight))
+    with pytest.raises(jm.ConfigError, match="gradient"):
+        nnx.eval_shape(of_codes, moe)
+
+
+def test_linen_serves_quantised_experts():
+    mesh, frozen, want, x = quantised(AxisType.Explicit)
+    moe = LinenEpMoE(QUANTISED, mesh=mesh)
+    apply: Any = jax.jit(moe.apply)
+    with jax.set_mesh(mesh):
+        variables = moe.variables_of(frozen)
+        assert variables["quantised"].keys() == {"w1", "w2", "w1_scale", "w2_scale"}
+        assert not variables["params"].keys() & {"w1", "w2", "score_bias"}
+        assert_same(apply(variables, x), want)
+        held = nn.meta.unbox(variables)
+        assert_same(jm.MoEParams(**held["params"], **held["score_bias"], **held["quantised"]), frozen)
+        specs = nn.get_partition_spec(variables)["quantised"]
+        assert (specs["w1"], specs["w2_scale"]) == (P("ep", None, None), P("ep", None))
+
+        def loss(trained, fixed, x):
+            return jnp.sum(moe.apply(variables | {"params": trained, "quantised": fixed}, x)[0] ** 2)
+
+        with pytest.raises(jm.ConfigError, match="gradient"):
+            jax.eval_shape(jax.grad(loss, 1), variables["params"], variables["quantised"], x)
+        twice = jax.eval_shape(moe.init, jax.random.key(0), x) | {"quantised": variables["quantised"]}
+        with pytest.raises(jm.ConfigError, match=r"w1=\['quantised', 'params'\] must be in one collection"):
+            jax.eval_shape(moe.apply, twice, x)
+
+
+def test_modules_hold_given_floating_weights():
+    """As what is trained, in the places of random ones."""
+    mesh = mesh_of()
+    params = jm.init_params(jax.random.key(3), FULL)
+    moe = EpMoE(FULL, mesh=mesh, params=params)
+    random = nnx.eval_shape(lambda: EpMoE(FULL, mesh=mesh, rngs=nnx.Rngs(0)))
+    assert jax.tree.structure(nnx.state(moe)) == jax.tree.structure(nnx.state(random))
+    assert_same(jm.unpad_params(moe.weights(), FULL), params)
+    linen = LinenEpMoE(FULL, mesh=mesh)
+    variables = linen.variables_of(params)
+    held = nn.meta.unbox(variables)
+    assert_same(jm.unpad_params(jm.MoEParams(**held["params"], **held["score_bias"]), FULL), params)
+    made = jax.eval_shape(linen.init, jax.random.key(0), tokens(mesh))
+    assert jax.tree.structure(variables) == jax.tree.structure(made)
+
+
+def test_modules_keep_the_layout_of_codes():
+    """Codes that lie in another way have the same shapes, so a lost layout would be wrong numbers."""
+    mesh = mesh_of()
+    cfg = dataclasses.replace(PLAIN, expert_quant="int8_token", experts="blocked")
+    codes = jm.quantize_params(jm.init_params(jax.random.key(0), cfg), cfg)
+    laid_out = dataclasses.replace(codes, layout="aiter")
+    x = tokens(mesh)
+    moe = EpMoE(cfg, mesh=mesh, params=laid_out)
+    assert moe.weights().layout == "aiter"
+    linen = LinenEpMoE(cfg, mesh=mesh)
+    variables = linen.variables_of(laid_out)
+    assert variables.keys() == {"params", "quantised_aiter"}
+    for call in (lambda: moe(x), lambda: linen.apply(variables, x)):
+        with pytest.raises(
+            jm.ConfigError, match="params.layout='aiter' must be 'plain' for experts='blocked'"
+        ):
+            call()
+
+
+def test_weights_that_a_module_cannot_hold():
+    params = jm.init_params(jax.random.key(0), PLAIN)
+    with pytest.raises(jm.ConfigError, match="rngs=None must be given without params; pass rngs="):
+        EpMoE(PLAIN, mesh=mesh_of())
+    for hold in (
+        lambda params: EpMoE(PLAIN, mesh=mesh_of(), params=params),
+        LinenEpMoE(PLAIN, mesh=mesh_of()).variables_of,
+    ):
+        with pytest.raises(jm.ConfigError, match=r"params.w1.shape=\(4, 16, 16\) must be \(8, 16, 16\)"):
+            hold(dataclasses.replace(params, w1=params.w1[:4]))
+        with pytest.raises(jm.ConfigError, match="params='dict' must be a jm.MoEParams"):
+            hold(vars(params))
 
 
 @pytest.mark.parametrize("module", [EpMoE, LinenEpMoE])

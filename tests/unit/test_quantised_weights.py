@@ -247,6 +247,22 @@ def test_fused_in_memory_with_a_scale_for_each_matrix():
     assert_values(from_hf(state_dict, "qwen3_moe", make_cfg("fp8_token")), w1, w2)
 
 
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_the_one_scale_of_a_small_matrix_is_what_the_config_says(suffix):
+    """A matrix of 64 x 32 has one block, so a scale [1, 1] may be that of the block or of the matrix."""
+    block, w1, w2 = make("block", suffix=suffix, hidden=64, inter=32)
+    by_block = from_hf(block, "qwen3_moe", make_cfg("fp8_block", 64, 32))
+    assert by_block.w1_scale.shape == (E, 2, 1)
+    assert_values(by_block, w1, w2)
+    by_row = from_hf(block, "qwen3_moe", make_cfg("fp8_token", 64, 32))
+    assert (by_row.w1_scale.shape, by_row.w2_scale.shape) == ((E, 64), (E, 64))
+    assert_values(by_row, w1, w2)
+    codes = {
+        k: v.astype(np.float32).astype(np.int8) if k.endswith("proj.weight") else v for k, v in block.items()
+    }
+    assert from_hf(codes, "qwen3_moe", make_cfg("int8_token", 64, 32)).w1_scale.shape == (E, 64)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e8m0fnu"])
 def test_dtypes_of_scales(dtype):
     block, _, _ = make("block")

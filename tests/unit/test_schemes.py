@@ -375,8 +375,23 @@ QUANTISED = jm.quantize_params(params_of(CFG), CFG)
             {"expert_quant": None},
             "params.w1.dtype='float8_e4m3fn' must be .* with expert_quant=None",
         ),
-        ({}, {"expert_quant": "int8_token"}, "which must be int8 in both, with w1_scale and w2_scale, for"),
-        ({}, {"expert_quant": "fp8_token"}, r"params.w1_scale.shape=\(5, 4, 2\) must be \(5, 272\)"),
+        (
+            {},
+            {"expert_quant": "int8_token"},
+            r"expert_quant='int8_token' must be 'fp8_block', the scheme of these codes \(w1 float8_e4m3fn, "
+            r"w1_scale \[5, 4, 2\]\); set it so, or quantise",
+        ),
+        ({}, {"expert_quant": "fp8_token"}, "expert_quant='fp8_token' must be 'fp8_block', the scheme of"),
+        (
+            {"w1_scale": jnp.ones((5, 272)), "w2_scale": jnp.ones((5, 160))},
+            {},
+            "expert_quant='fp8_block' must be 'fp8_token', the scheme of these codes",
+        ),
+        (
+            {name: getattr(QUANTISED, name).astype(jnp.int8) for name in ("w1", "w2")},
+            {"expert_quant": "int8_token"},
+            "which must be int8|params.w1_scale.shape",
+        ),
         ({"w1_scale": None}, {}, "which must be float8_e4m3fn or float8_e4m3fnuz in both, with w1_scale and"),
         ({"w1": jnp.zeros((5, 272, 160))}, {}, "params have .*float32.* which must be float8_e4m3fn or"),
         (
@@ -419,7 +434,7 @@ def test_weights_that_do_not_fit(changes, cfg, text):
         ),
         (
             lambda: jm.prepare_params(dataclasses.replace(QUANTISED, layout="aiter"), CFG, mesh_of(1)),
-            "params.layout='aiter' must be 'plain' or 'plain' here",
+            "params.layout='aiter' must be 'plain' here; prepare the plain weights",
         ),
         (lambda: jm.prepare_params(QUANTISED, CFG, "mesh"), "mesh='str' must be a jax.sharding.Mesh"),
     ],
