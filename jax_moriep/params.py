@@ -15,7 +15,8 @@ from jax_moriep.config import LAYOUTS, WEIGHT_NAMES, MoEConfig, MoEParams, check
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import experts_per_rank
 
-_PER_EXPERT = ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale")
+PER_EXPERT = ("w1", "w2", "b1", "b2", "w1_scale", "w2_scale")
+"""The fields of MoEParams whose first dimension is the experts'."""
 
 
 def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> MoEParams:
@@ -166,7 +167,7 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
             return None
         return jnp.pad(w[:padded], [(0, max(0, padded - experts))] + [(0, 0)] * (w.ndim - 1))
 
-    return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in _PER_EXPERT})
+    return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in PER_EXPERT})
 
 
 def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
@@ -200,7 +201,7 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
         if want is None:
             continue
         allowed = [want]
-        if name in _PER_EXPERT:
+        if name in PER_EXPERT:
             allowed.append((padded, *want[1:]))
         if tuple(got.shape) not in allowed:
             raise ConfigError(
