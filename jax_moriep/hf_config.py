@@ -134,7 +134,7 @@ class _Keys:
     def activation(self) -> str:
         name = self.get("hidden_act", default="silu")
         if name not in _ACTIVATIONS:
-            cure = "pass activation= to MoEConfig yourself if one of the package's is the same"
+            cure = "make the MoEConfig by hand if one of these is the same"
             raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
         return _ACTIVATIONS[name]
 
@@ -187,7 +187,7 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
                 "config['topk_method']",
                 method,
                 "be 'greedy' or 'group_limited_greedy'",
-                "give a callable as router, and the family to jm.weights",
+                "make the MoEConfig by hand, with a callable as router",
             )
         )
     return {**fields, "num_groups": keys.get("n_group"), "top_groups": keys.get("topk_group")}

@@ -43,7 +43,7 @@ def write_checkpoint(arrays: dict[str, np.ndarray], folder: pathlib.Path) -> pat
 
 
 def by_model(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of ``spellings.npz``, ``quantised.npz`` or ``checkpoints.npz`` by model, then by the rest of their name."""
+    """The arrays of a file of many models by model, then by the rest of their name."""
     models: dict[str, dict[str, np.ndarray]] = {}
     with np.load(FOLDER / f"{name}.npz") as file:
         for key in file.files:
