@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -85,13 +86,19 @@ def load(
         for argument, axis in (("ep_axis", ep_axis), ("tp_axis", tp_axis)):
             if axis is not None:
                 check_axis(mesh, axis, argument)
+        if not mesh.local_devices:
+            cure = "call load in the processes whose devices are in the mesh"
+            raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
     with Checkpoint(folder) as files:
         prefixes = _chosen(_blocks(files, layout, folder), layers, _num_layers(folder))
         shards = Shards(cfg, len(prefixes), mesh, ep_axis, tp_axis, _floating(dtype))
         names = _names_below(files, prefixes)
         for i, prefix in enumerate(prefixes):
-            _read_layer(i, _Layer(files, prefix, names[prefix]), str(name), cfg, dequantize, shards)
-    return shards.params(stacked=not isinstance(layers, int))
+            try:
+                _read_layer(i, _Layer(files, prefix, names[prefix]), str(name), cfg, dequantize, shards)
+            except ConfigError as e:
+                raise ConfigError(f"below {prefix!r}: {e}") from None
+    return shards.params(stacked=not isinstance(layers, numbers.Integral))
 
 
 def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> tuple[int, ...]:
@@ -131,6 +138,9 @@ class _Layer(Mapping[str, Any]):
             return found
         self._read[name] = np.asarray(found)
         return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Any:
         return iter(self._names)
@@ -202,10 +212,10 @@ def _chosen(blocks: dict[int, str], layers: int | Iterable[int] | None, num_laye
     """The prefixes of the layers that are asked for."""
     if layers is None:
         wanted = _run_by_the_model(blocks, num_layers)
-    elif isinstance(layers, int):
-        wanted = [layers]
-    else:
+    elif isinstance(layers, Iterable):
         wanted = list(layers)
+    else:
+        wanted = [layers]
     there = f"{min(blocks)} to {max(blocks)}"
     if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
         there = ", ".join(map(str, blocks))

@@ -187,7 +187,7 @@ def test_without_a_mesh_weights_stay_on_the_host(folders):
     assert all(isinstance(w, np.ndarray) for w in arrays_of(params).values())
     assert params.w1.shape == (2, 5, 8, 8)
     cfg = jm.MoEConfig.from_hf(folders["qwen2_moe"])
-    one = load(folders["qwen2_moe"], layers=2)
+    one = load(folders["qwen2_moe"], layers=np.int64(2))
     assert_same(one, from_hf(block_of(folders["qwen2_moe"], "qwen2_moe", 2), "qwen2_moe", cfg))
     turned = load(folders["qwen2_moe"], layers=[2, 1])
     np.testing.assert_array_equal(turned.w1, params.w1[::-1])
@@ -376,6 +376,7 @@ def test_layers_of_other_dtypes_are_loaded_apart(tmp_path):
         ([], r"layers=\[\] must name at least one of 1 to 2"),
         (["1"], r"layers='1' must be of layers"),
         (True, r"layers=True must be of layers"),
+        (1.5, r"layers=1\.5 must be of layers"),
     ],
 )
 def test_layers_that_are_not_there(folders, layers, text):
