@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 
 from jax_moriep import weights
 from jax_moriep.bench import memory
@@ -81,6 +80,9 @@ def _ours(checkpoint: Path, world: World) -> Any:
 
 def _theirs(checkpoint: Path, model: Model, world: World) -> dict[str, np.ndarray]:
     """The same bytes, each tensor an array of its own, file by file."""
+    # Imported here, because the package does not depend on it.
+    import safetensors
+
     mine = experts_of(model, world)
     file_of = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     read = {}

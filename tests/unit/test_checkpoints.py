@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import struct
 
 import jax
@@ -191,6 +192,22 @@ def test_without_a_mesh_weights_stay_on_the_host(folders):
     assert_same(one, from_hf(block_of(folders["qwen2_moe"], "qwen2_moe", 2), "qwen2_moe", cfg))
     turned = load(folders["qwen2_moe"], layers=[2, 1])
     np.testing.assert_array_equal(turned.w1, params.w1[::-1])
+
+
+def test_a_cpu_takes_large_weights_where_they_were_read(tmp_path):
+    """Else loading would take twice the memory, as soon as jax decides to copy."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256}
+    rng, block = np.random.default_rng(5), {"gate.weight": np.ones((3, 512), np.float32)}
+    for i in range(3):
+        for name, shape in (("gate_proj", (256, 512)), ("up_proj", (256, 512)), ("down_proj", (512, 256))):
+            block[f"experts.{i}.{name}.weight"] = rng.normal(size=shape).astype(np.float32)
+    write_model(tmp_path, {**QWEN, **sizes}, {0: block, 1: block})
+    params = load(tmp_path, mesh=mesh_of(2))
+    want = jm.pad_params(from_hf(block, "qwen3_moe", jm.MoEConfig.from_hf(tmp_path)), 2)
+    for name in ("w1", "w2"):
+        np.testing.assert_array_equal(getattr(params, name), np.stack([getattr(want, name)] * 2))
+        for shard in getattr(params, name).addressable_shards:
+            assert shard.data.unsafe_buffer_pointer() % mmap.PAGESIZE == 0
 
 
 def test_dtype_is_that_of_all_but_the_score_bias(folders):
