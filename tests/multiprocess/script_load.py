@@ -1,10 +1,11 @@
-"""Run by the launcher: loads a checkpoint; each process saves its shards and how many bytes it read."""
+"""Run by the launcher: loads a checkpoint, saves this process's shards, what it read, and a layer as on disk."""
 
 import os
 import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import jax_moriep as jm
 from tests.multiprocess import common
@@ -26,4 +27,20 @@ for name, array in vars(params).items():
     for shard in getattr(array, "addressable_shards", ()):
         first = shard.index[1].start or 0 if name in ("w1", "w2") else 0
         shards[f"{name}/{first}"] = np.asarray(shard.data)
-np.savez(f"{out}/{jax.process_index()}.npz", read=np.array(sum(read)), **shards)
+
+# The way back of one layer: refused while other processes hold some of it, and right as the text says.
+cfg, one = jm.MoEConfig.from_hf(folder), jax.tree.map(lambda w: w[1], params)
+try:
+    jm.weights.to_hf(one, "deepseek_v3", cfg)
+    error = "none"
+except jm.ShardingError as e:
+    error = str(e)
+whole = multihost_utils.process_allgather(one, tiled=True)
+back = {f"back/{name}": value for name, value in jm.weights.to_hf(whole, "deepseek_v3", cfg).items()}
+np.savez(
+    f"{out}/{jax.process_index()}.npz",
+    read=np.array(sum(read)),
+    error=np.array(error),
+    **shards,
+    **back,
+)

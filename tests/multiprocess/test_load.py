@@ -51,11 +51,19 @@ def test_every_process_gets_its_experts_and_reads_no_others(folder, tmp_path, np
     result = start("script_load.py", nprocs, folder, tmp_path, devices=devices)
     assert result.returncode == 0, "\n".join(result.outputs)
     whole = vars(jm.weights.load(folder))
+    prefix = f"model.layers.{LAYERS[1]}.mlp."
+    disk = safetensors.numpy.load_file(folder / f"{LAYERS[1]}.safetensors")
+    disk = {name.removeprefix(prefix): value for name, value in disk.items()}
     each = -(-E // (nprocs * devices))
     seen = 0
     for process in range(nprocs):
         saved = dict(np.load(tmp_path / f"{process}.npz"))
-        read = int(saved.pop("read"))
+        read, error = int(saved.pop("read")), str(saved.pop("error"))
+        assert "must be of this process; gather it first: jax.experimental.multihost_utils." in error
+        back = {key: saved.pop(key) for key in list(saved) if key.startswith("back/")}
+        assert {key.removeprefix("back/") for key in back} == disk.keys()
+        for name, value in disk.items():
+            np.testing.assert_array_equal(back[f"back/{name}"], value, err_msg=name)
         for key, got in saved.items():
             name, first = key.split("/")
             want = whole[name]

@@ -361,6 +361,18 @@ def test_mxfp4_becomes_bfloat16(tmp_path):
     assert found.w1.dtype == jnp.bfloat16
 
 
+def test_the_language_model_among_others(tmp_path, folders):
+    """As Llama 4's checkpoints have it: below a name of its own, beside tensors of a model of pictures."""
+    folder = folders["llama4_text"]
+    config = {"model_type": "llama4", "text_config": json.loads((folder / "config.json").read_text())}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = {f"language_model.{name}": value for name, value in tensors_of(folder).items()}
+    pictures = {"vision_model.model.layers.0.mlp.fc1.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(named | pictures, tmp_path / "model.safetensors")
+    assert moe_layers(tmp_path) == layers_of("llama4_text")
+    assert_same(load(tmp_path), load(folder))
+
+
 # Which layers.
 
 
