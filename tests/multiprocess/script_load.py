@@ -1,4 +1,4 @@
-"""Run by the launcher: loads a checkpoint, saves what this process has and has read, and a layer as on disk."""
+"""Run by the launcher: loads a checkpoint, saves what this process has and read, and a layer as on disk."""
 
 import os
 import sys
