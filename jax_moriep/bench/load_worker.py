@@ -55,7 +55,7 @@ def main(folder: str) -> None:
 
 
 def _barrier(world: World) -> None:
-    # A CPU's device that has taken a NumPy array lets go of it when Python collects garbage, not before.
+    # A CPU's device that has taken a NumPy array lets go of it at the next call of jax, or here.
     gc.collect()
     world.barrier()
 
