@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from jax_moriep import hf_config
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.tuning_options import Tuning
 
@@ -141,6 +142,25 @@ class MoEConfig:
                 rule("shared_gate", True, "come with a shared expert", "set shared_intermediate_size")
             )
         self._check_router()
+
+    @classmethod
+    def from_hf(cls, config: Any, **changes: Any) -> MoEConfig:
+        """The layer of a published model, by its config.
+
+        ``expert_quant`` is set where the config's ``quantization_config`` names one of ours.
+
+        Args:
+          config: a config object of transformers, the dict of a config.json, or the path of one or of the
+            folder that holds it. Of a model with several kinds of input the language model's part counts.
+          **changes: fields that the config does not decide, or that shall be others.
+
+        Raises:
+          ConfigError: the config is not of a model in the table in README.md, or lacks a key.
+
+        Example:
+          >>> cfg = jm.MoEConfig.from_hf("Qwen3-30B-A3B", capacity_factor=1.5)
+        """
+        return cls(**{**hf_config.describe(config).fields, **changes})
 
     def describe(self) -> str:
         """The fields that differ from their defaults, in words that are the same in every process."""

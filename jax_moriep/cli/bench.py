@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import cases, report, runner
+from jax_moriep.bench import cases, load, report, runner
 from jax_moriep.cli import bench_host
 from jax_moriep.config import SCHEMES
 from jax_moriep.errors import ConfigError, rule
@@ -47,6 +47,15 @@ def add_parser(subparsers: Any) -> None:
         epilog="The exit code is 1 if any value was wrong or anything but a baseline failed.",
     )
     bench_host.add_arguments(of_host)
+
+    of_load = kinds.add_parser(
+        "load",
+        help="jm.weights.load beside safetensors reading the same bytes, and its memory",
+        description="Makes a checkpoint, loads it by several processes with jm.weights.load, by turns with "
+        "safetensors reading each process's bytes, compares every bit, and deletes it.",
+        epilog="The exit code is 1 if any bit was wrong.",
+    )
+    load.add_arguments(of_load)
 
     of_kernels = kinds.add_parser(
         "kernels",
@@ -114,6 +123,15 @@ def _run_kernels(args: argparse.Namespace) -> int:
     return 1 if found["wrong"] or found["failed"] else 0
 
 
+def _run_load(args: argparse.Namespace, command: str) -> int:
+    model = load.of_arguments(args)
+    result = load.measure(model, args.processes, args.rounds, command, args.folder, args.timeout)
+    print(load.as_text(result))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if load.failed_checks(result) else 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep bench``; returns 1 if a value was wrong, else 0."""
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
@@ -125,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.kind == "kernels":
         return _run_kernels(args)
+    if args.kind == "load":
+        return _run_load(args, command)
     case = cases.of_arguments(args.kind, args)
     result = runner.measure(case, command, timeout=args.timeout, platform_name=args.platform)
     print(report.as_text(result))

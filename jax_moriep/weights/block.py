@@ -1,8 +1,12 @@
-"""One layer's MoE block of a state dict: its tensors by their names, checked, and put together to experts."""
+"""One layer's MoE block of a state dict: its tensors by their names, checked, and put together to experts.
+
+A tensor may be in a file still (``files.Tensor``): then it is read when it is needed, and experts are read to
+where they shall be, without a copy between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,12 @@ import numpy as np
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.weights import codes
+from jax_moriep.weights.files import Tensor
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+
+Room = Callable[[str, tuple[int, ...], np.dtype], np.ndarray | None]
+"""(field, shape, dtype) to an array in which that field of the experts is wanted, or None for any."""
 
 
 class Block:
@@ -22,12 +30,22 @@ class Block:
       family: for errors.
       cfg: the layer.
       dequantize: give quantised experts in bfloat16.
+      share: the experts that are wanted, without a gap; None for all.
+      room: where to put experts that are read from files.
     """
 
     def __init__(
-        self, state_dict: Mapping[str, Any], family: str, cfg: MoEConfig, dequantize: bool = False
+        self,
+        state_dict: Mapping[str, Any],
+        family: str,
+        cfg: MoEConfig,
+        dequantize: bool = False,
+        share: range | None = None,
+        room: Room | None = None,
     ) -> None:
         self.cfg = cfg
+        self.share = range(cfg.num_experts) if share is None else share
+        self._room = room
         self._dequantize = dequantize
         self._tensors = state_dict
         self._family = family
@@ -38,44 +56,66 @@ class Block:
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """The tensor of that name as NumPy, of exactly that shape; floating, also where it is quantised."""
-        return codes.dequantised(self.stored(name, *shape))
+        return np.asarray(codes.dequantised(self._stored(name, shape)))
 
-    def floating(self, name: str, *shape: int) -> np.ndarray:
-        """The same of experts in a form that no scheme has: codes are refused unless they are dequantised."""
-        if not self._dequantize:
-            self._take(name, shape, codes.FLOATS)
-        return self.array(name, *shape)
+    def of_experts(self, name: str, *shape: int) -> np.ndarray:
+        """The wanted experts of a tensor [E, *shape], in a form that no scheme has: codes are refused unless
+        they are dequantised."""
+        dtypes = (*codes.FLOATS, *codes.CODES) if self._dequantize else codes.FLOATS
+        stored = self._stored(name, (self.cfg.num_experts, *shape), self.share, dtypes=dtypes)
+        return np.asarray(codes.dequantised(stored))
 
-    def stored(self, name: str, *shape: int, halves: int = 1) -> codes.Stored:
-        """The same as it is, with its scales where it has any; ``halves``: see ``codes.with_scales``."""
-        array = self._take(name, shape, (*codes.FLOATS, *codes.CODES))
-        if array.dtype.name not in codes.CODES:
-            return codes.Stored(array)
+    def _stored(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        share: range | None = None,
+        halves: int = 1,
+        dtypes: tuple[str, ...] = (*codes.FLOATS, *codes.CODES),
+    ) -> codes.Stored:
+        """The tensor as it is, with its scales where it has any.
+
+        Args:
+          name: of the tensor.
+          shape: which the tensor must have.
+          share: the wanted part of its first dimension; None for all.
+          halves: see ``codes.with_scales``.
+          dtypes: which it may have.
+        """
+        value = self._take(name, shape, dtypes, share)
+        dtype = codes.dtype_name(value)
+        if dtype not in codes.CODES:
+            return codes.Stored(value)
         scale_name = next((n for n in codes.scale_names(name) if n in self), None)
-        if scale_name is None or array.ndim < 2:
+        if scale_name is None or value.ndim < 2:
             must = f"come with its scales, {' or '.join(map(repr, codes.scale_names(name)))}"
-            raise ConfigError(
-                rule(f"state_dict[{name!r}].dtype", array.dtype.name, must, "pass that tensor, too")
-            )
+            raise ConfigError(rule(f"state_dict[{name!r}].dtype", dtype, must, "pass that tensor, too"))
         self._read.update({scale_name, *(n for n in codes.static_names(name) if n in self)})
         scales = self._tensors[scale_name]
-        stored = codes.with_scales(name, array, scale_name, scales, halves, self.cfg.expert_quant)
+        if share is not None and tuple(scales.shape[:1]) == shape[:1]:
+            scales = scales[share.start : share.stop]
+        stored = codes.with_scales(name, value, scale_name, scales, halves, self.cfg.expert_quant)
         return codes.Stored(codes.dequantised(stored, halves)) if self._dequantize else stored
 
-    def transposed(self, name: str, experts: int, rows: int, columns: int) -> np.ndarray:
-        """[experts, rows, columns] of the tensor [experts, columns, rows], or of its MXFP4 as on disk."""
+    def transposed(self, name: str, rows: int, columns: int) -> np.ndarray:
+        """[experts, rows, columns] of the tensor [E, columns, rows], or of its MXFP4 as on disk."""
         if name in self or f"{name}_blocks" not in self:
-            return self.floating(name, experts, columns, rows).swapaxes(1, 2)
+            return self.of_experts(name, columns, rows).swapaxes(1, 2)
         groups = columns // codes.MXFP4_GROUP
         if columns % codes.MXFP4_GROUP:
             raise ConfigError(
                 f"state_dict has {name + '_blocks'!r}, which must have a multiple of {codes.MXFP4_GROUP} "
                 f"columns, not {columns}; pass the model's own config"
             )
-        blocks = self._take(f"{name}_blocks", (experts, rows, groups, codes.MXFP4_GROUP // 2), ("uint8",))
-        return codes.mxfp4(blocks, self._take(f"{name}_scales", (experts, rows, groups), ("uint8",)))
+        shape = (self.cfg.num_experts, rows, groups)
+        blocks = self._take(f"{name}_blocks", (*shape, codes.MXFP4_GROUP // 2), ("uint8",), self.share)
+        scales = self._take(f"{name}_scales", shape, ("uint8",), self.share)
+        return codes.mxfp4(np.asarray(blocks), np.asarray(scales))
 
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> np.ndarray:
+    def _take(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], share: range | None = None
+    ) -> np.ndarray | Tensor:
+        """The tensor of that name, if it is what it must be, or a share of its first dimension."""
         if name not in self._tensors:
             raise ConfigError(
                 f"state_dict lacks {name!r} of shape {shape}, which family={self._family!r} with this config "
@@ -88,12 +128,12 @@ class Block:
             raise ConfigError(
                 rule(f"state_dict[{name!r}].dtype", dtype, must, "dequantise the checkpoint first")
             )
-        array = codes.to_numpy(self._tensors[name])
-        if array.shape != shape:
+        value = codes.to_numpy(self._tensors[name])
+        if value.shape != shape:
             raise ConfigError(
-                rule(f"state_dict[{name!r}].shape", array.shape, f"be {shape}", "pass the model's own config")
+                rule(f"state_dict[{name!r}].shape", value.shape, f"be {shape}", "pass the model's own config")
             )
-        return array
+        return value if share is None else value[share.start : share.stop]
 
     def check_all_read(self, params: MoEParams) -> None:
         """Nothing may be left over, in the state dict or in the config's wishes."""
@@ -123,15 +163,58 @@ class Block:
         """w1 and w2, from the fused tensors or from ``experts.<i>.<name>.weight``: gate, up and down."""
         experts, hidden, inter = self.cfg.num_experts, self.cfg.hidden_size, self.cfg.intermediate_size
         if "experts.gate_up_proj" in self:
-            w1 = self.stored("experts.gate_up_proj", experts, 2 * inter, hidden, halves=2)
-            w2 = self.stored("experts.down_proj", experts, hidden, inter)
-        else:
-            gate, up, down = names
-            names1 = [[f"experts.{i}.{half}.weight" for half in (gate, up)] for i in range(experts)]
-            names2 = [[f"experts.{i}.{down}.weight"] for i in range(experts)]
-            w1 = _joined([[(name, self.stored(name, inter, hidden)) for name in of] for of in names1])
-            w2 = _joined([[(name, self.stored(name, hidden, inter)) for name in of] for of in names2])
+            w1 = self._stored("experts.gate_up_proj", (experts, 2 * inter, hidden), self.share, halves=2)
+            w2 = self._stored("experts.down_proj", (experts, hidden, inter), self.share)
+            return self._in_scheme(self._placed("w1", w1), self._placed("w2", w2))
+        gate, up, down = names
+        names1 = [[f"experts.{i}.{half}.weight" for half in (gate, up)] for i in self.share]
+        names2 = [[f"experts.{i}.{down}.weight"] for i in self.share]
+        w1 = self._joined(
+            "w1", [[(name, self._stored(name, (inter, hidden))) for name in of] for of in names1]
+        )
+        w2 = self._joined(
+            "w2", [[(name, self._stored(name, (hidden, inter))) for name in of] for of in names2]
+        )
         return self._in_scheme(w1, w2)
+
+    def _placed(self, field: str, stored: codes.Stored) -> codes.Stored:
+        """The same in memory, read to where it is wanted if it is in a file."""
+        if not isinstance(stored.values, Tensor):
+            return stored
+        result = self._new(field, stored.values.shape, stored.values.dtype)
+        stored.values.read_into(result)
+        return stored._replace(values=result)
+
+    def _joined(self, field: str, parts: list[list[tuple[str, codes.Stored]]]) -> codes.Stored:
+        """All experts' matrices, each of named parts, one below the other."""
+        (first_name, first), *others = [part for of_expert in parts for part in of_expert]
+        for name, part in others:
+            if part.kind != first.kind:
+                raise ConfigError(
+                    f"state_dict has {_in_words(first)} in {first_name!r} and {_in_words(part)} in {name!r}, "
+                    "and experts must be quantised alike; pass dequantize=True"
+                )
+        values = self._filled(field, [[part.values for _, part in of_expert] for of_expert in parts])
+        if first.scales is None:
+            return codes.Stored(values)
+        scales = [[part.scales for _, part in of_expert if part.scales is not None] for of_expert in parts]
+        return codes.Stored(values, self._filled(f"{field}_scale", scales), first.kind)
+
+    def _filled(self, field: str, parts: list[list[Any]]) -> np.ndarray:
+        """By hand, because a layer may take gigabytes, and np.stack of np.concatenate has it twice."""
+        rows = sum(len(part) for part in parts[0])
+        dtype = np.result_type(*{part.dtype for of_expert in parts for part in of_expert})
+        result = self._new(field, (len(parts), rows, *parts[0][0].shape[1:]), dtype)
+        for of_expert, target in zip(parts, result, strict=True):
+            first = 0
+            for part in of_expert:
+                _copy(part, target[first : first + len(part)])
+                first += len(part)
+        return result
+
+    def _new(self, field: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        room = None if self._room is None else self._room(field, shape, dtype)
+        return np.empty(shape, dtype) if room is None else room
 
     def _in_scheme(self, w1: codes.Stored, w2: codes.Stored) -> dict[str, Any]:
         """The experts' fields of MoEParams; refuses codes that are not of the config's scheme."""
@@ -174,30 +257,11 @@ class Block:
         return {"shared_w1": np.concatenate(halves), "shared_w2": down}
 
 
-def _joined(parts: list[list[tuple[str, codes.Stored]]]) -> codes.Stored:
-    """All experts' matrices, each of named parts, one below the other."""
-    (first_name, first), *others = [part for of_expert in parts for part in of_expert]
-    for name, part in others:
-        if part.kind != first.kind:
-            raise ConfigError(
-                f"state_dict has {_in_words(first)} in {first_name!r} and {_in_words(part)} in {name!r}, and "
-                "experts must be quantised alike; pass dequantize=True"
-            )
-
-    def filled(arrays: list[list[np.ndarray]]) -> np.ndarray:
-        """By hand, because a layer may take gigabytes and np.stack of np.concatenate has it twice."""
-        rows = sum(len(array) for array in arrays[0])
-        dtype = np.result_type(*{array.dtype for of_expert in arrays for array in of_expert})
-        result = np.empty((len(arrays), rows, *arrays[0][0].shape[1:]), dtype)
-        for of_expert, target in zip(arrays, result, strict=True):
-            np.concatenate(of_expert, out=target)
-        return result
-
-    values = filled([[part.values for _, part in of_expert] for of_expert in parts])
-    if first.scales is None:
-        return codes.Stored(values)
-    scales = [[part.scales for _, part in of_expert if part.scales is not None] for of_expert in parts]
-    return codes.Stored(values, filled(scales), first.kind)
+def _copy(part: np.ndarray | Tensor, target: np.ndarray) -> None:
+    if isinstance(part, Tensor) and part.dtype == target.dtype:
+        part.read_into(target)
+    else:
+        target[...] = np.asarray(part)
 
 
 def _in_words(stored: codes.Stored) -> str:

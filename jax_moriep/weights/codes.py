@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.quant import GROUP, num_groups
+from jax_moriep.weights.files import Tensor
 
 BLOCK, ROW = "block", "row"
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -37,12 +38,12 @@ class Stored(NamedTuple):
     """A weight [..., rows, columns] as a checkpoint has it.
 
     Attributes:
-      values: floating, or codes.
+      values: floating, or codes; may be in a file.
       scales: of codes, f32: [..., blocks of rows, blocks of columns] or [..., rows]; else None.
       kind: of codes, their dtype and what has a scale; a key of ``SCHEME`` where it is a scheme's.
     """
 
-    values: np.ndarray
+    values: np.ndarray | Tensor
     scales: np.ndarray | None = None
     kind: tuple[str, str] | None = None
 
@@ -52,8 +53,11 @@ def dtype_name(value: Any) -> str:
     return str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
 
 
-def to_numpy(value: Any) -> np.ndarray:
-    """NumPy array of a NumPy, JAX or torch array, without importing torch and, on a CPU, without a copy."""
+def to_numpy(value: Any) -> np.ndarray | Tensor:
+    """NumPy array of a NumPy, JAX or torch array, without importing torch and, on a CPU, without a copy; a
+    tensor in a file stays there."""
+    if isinstance(value, Tensor):
+        return value
     if not str(value.dtype).startswith("torch."):
         return np.asarray(value)
     value, name = value.detach().cpu(), dtype_name(value)
@@ -75,7 +79,12 @@ def static_names(name: str) -> tuple[str, str]:
 
 
 def with_scales(
-    name: str, values: np.ndarray, scale_name: str, scales: Any, halves: int = 1, scheme: str | None = None
+    name: str,
+    values: np.ndarray | Tensor,
+    scale_name: str,
+    scales: Any,
+    halves: int = 1,
+    scheme: str | None = None,
 ) -> Stored:
     """Joins codes and their scales.
 
@@ -95,12 +104,12 @@ def with_scales(
     if dtype_name(scales) not in _SCALES:
         argument, must = f"state_dict[{scale_name!r}].dtype", f"be one of {_SCALES}"
         raise ConfigError(rule(argument, dtype_name(scales), must, "dequantise the checkpoint first"))
-    found = to_numpy(scales).astype(np.float32)
+    found = np.asarray(to_numpy(scales)).astype(np.float32)
     *lead, rows, columns = values.shape
     blocks = (*lead, halves * num_groups(rows // halves), num_groups(columns))
     # One for a matrix; of the fused gate and up, transformers has one each.
     of_matrix = {(*lead, 1): 1, (*lead,): 1, (*lead, 1, 1): 1, (*lead, halves, 1): halves}
-    by_row = values.dtype == np.int8 or scheme in ("fp8_token", "int8_token")
+    by_row = dtype_name(values) == "int8" or scheme in ("fp8_token", "int8_token")
     if found.shape == blocks and not (by_row and found.shape in of_matrix):
         height = rows // halves
         if halves > 1 and height % GROUP and num_groups(rows) == halves * num_groups(height):
@@ -128,16 +137,17 @@ def with_scales(
     )
 
 
-def dequantised(stored: Stored, halves: int = 1) -> np.ndarray:
+def dequantised(stored: Stored, halves: int = 1) -> np.ndarray | Tensor:
     """The values, in bfloat16 where they are codes: the f32 product of code and scale, rounded.
 
     Args:
       stored: what ``with_scales`` gave.
       halves: as there.
     """
-    values, scales = stored.values, stored.scales
+    scales = stored.scales
     if scales is None or stored.kind is None:
-        return values
+        return stored.values
+    values = np.asarray(stored.values)
     *lead, rows, columns = values.shape
     result = np.empty(values.shape, jnp.bfloat16)
     # By matrices, so that no f32 copy of all experts is made.

@@ -79,6 +79,45 @@ def test_decoding_compares_quantised_experts_with_others_in_one_run(tmp_path):
     assert len(result["checks"]) == 2 * 2 * 2 * 4
 
 
+LOAD = "load --gb 0.00009 --processes 2 --rounds 2 --experts 5 --hidden 32 --intermediate 16".split()
+
+
+def test_loading_compares_every_bit(tmp_path):
+    """Five experts on two ranks; the size is met by a number of layers."""
+    made, out = tmp_path / "made", tmp_path / "out.json"
+    made.mkdir()
+    done = bench(*LOAD, "--folder", str(made), "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 layers, E=5, H=32, I=16, bfloat16" in done.stdout
+    # First and last result, both ways, in two processes.
+    assert "all 8 comparisons of the bits are right" in done.stdout
+    assert not list(made.iterdir())
+    result = json.loads(out.read_text())
+    assert [call["name"] for call in result["calls"]] == ["jm.weights.load", "safetensors"]
+    assert all(len(call["seconds"]) == 2 for call in result["calls"])
+    assert result["own_bytes"] == 6 * 3 * (3 * 32 * 16 * 2)
+    assert all(len(of_process) == 2 for of_process in result["memory"].values())
+
+
+def test_wrong_bits_fail_the_run(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "right = os.preadv\n"
+        "def preadv(descriptor, buffers, offset):\n"
+        "    count = right(descriptor, buffers, offset)\n"
+        "    if len(buffers[0]) == 32 * 16 * 2:\n"
+        "        buffers[0][-1] ^= 1\n"
+        "    return count\n"
+        "os.preadv = preadv\n"
+    )
+    done = bench(*LOAD, path=[tmp_path])
+    assert done.returncode == 1, done.stdout + done.stderr
+    # A bit of each of three matrices: 6 layers of three experts, and of two.
+    assert "WRONG: 4 of 8 comparisons" in done.stdout
+    assert ": 54 bits that differ" in done.stdout
+    assert ": 36 bits that differ" in done.stdout
+
+
 def test_wrong_values_fail_the_run(tmp_path):
     # Python imports a module of this name when it starts: here it spoils one transport in every process.
     (tmp_path / "sitecustomize.py").write_text(

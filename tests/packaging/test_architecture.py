@@ -14,7 +14,7 @@ MAX_LINES = 420  # about 400: a line more is no reason to split a module
 # the package that are not named here are at its top: nothing in the layers may import them.
 LAYERS = [
     ["errors", "version"],
-    ["tuning_options"],
+    ["tuning_options", "hf_config"],
     ["config"],
     ["plan", "quant"],
     ["schemes"],

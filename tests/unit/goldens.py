@@ -8,7 +8,9 @@ import numpy as np
 from jax_moriep.config import MoEConfig, MoEParams
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("spellings", "quantised"))
+NAMES = sorted(
+    path.stem for path in FOLDER.glob("*.npz") if path.stem not in ("spellings", "quantised", "checkpoints")
+)
 
 
 class Golden:
@@ -32,8 +34,16 @@ class Golden:
         return found
 
 
+def write_checkpoint(arrays: dict[str, np.ndarray], folder: pathlib.Path) -> pathlib.Path:
+    """Writes the files of a model of ``checkpoints.npz`` to a folder."""
+    for key, value in arrays.items():
+        if key.startswith("file/"):
+            (folder / key.removeprefix("file/")).write_bytes(value.tobytes())
+    return folder
+
+
 def by_model(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of ``spellings.npz`` or ``quantised.npz`` by model, then by the rest of their name."""
+    """The arrays of a file of many models by model, then by the rest of their name."""
     models: dict[str, dict[str, np.ndarray]] = {}
     with np.load(FOLDER / f"{name}.npz") as file:
         for key in file.files:

@@ -1,0 +1,288 @@
+"""What a config.json of Hugging Face says of a model's MoE block: its family, and the fields of MoEConfig.
+
+The keys and what stands for a missing one are those of transformers 5.24. It is about dicts only, so that
+``MoEConfig`` can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax_moriep.errors import ConfigError, rule
+
+FILE = "config.json"
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where a model of several kinds of input keeps its language model's config."""
+_NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
+_TOP_K = ("num_experts_per_tok", "moe_k")
+_REQUIRED = object()
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
+
+
+class Described(NamedTuple):
+    """What a config says.
+
+    Attributes:
+      model_type: of the language model.
+      family: of ``jm.weights``.
+      fields: the arguments of MoEConfig.
+      num_layers: how many decoder layers the model runs, where the config says so. Files may hold more, such
+        as the layer of DeepSeek-V3 that predicts two tokens ahead.
+    """
+
+    model_type: str
+    family: str
+    fields: dict[str, Any]
+    num_layers: int | None
+
+
+def describe(config: Any) -> Described:
+    """Reads a config.
+
+    Args:
+      config: a config object of transformers, the dict of a config.json, or the path of one or of its folder.
+
+    Raises:
+      ConfigError: it is none of these, is not of a model in ``MODELS``, or lacks a key.
+    """
+    whole = to_dict(config)
+    part = _language_part(whole)
+    if part is None:
+        raise ConfigError(
+            rule(
+                "config['model_type']",
+                whole.get("model_type"),
+                f"be one of {tuple(MODELS)}, there or in {_TEXT_PARTS[0]!r}",
+                "for a model whose MoE block is that of one of these, pass the dict with that model_type",
+            )
+        )
+    model_type = part["model_type"]
+    family, fields_of = MODELS[model_type]
+    keys = _Keys(part)
+    fields = {
+        "num_experts": keys.get(*_NUM_EXPERTS),
+        "top_k": keys.get(*_TOP_K),
+        "hidden_size": keys.get("hidden_size"),
+        "activation": keys.activation(),
+        "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config") or {}),
+        **fields_of(keys),
+    }
+    return Described(model_type, family, fields, part.get("num_hidden_layers"))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dict of a config object, of a dict, or of a config.json."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, (str, os.PathLike)):
+        path = Path(config)
+        path = path / FILE if path.is_dir() else path
+        cure = "pass the folder of a checkpoint, or its config.json"
+        try:
+            found = json.loads(path.read_text())
+        except OSError:
+            raise ConfigError(rule("config", str(config), f"have a {FILE} that can be read", cure)) from None
+        except ValueError as e:
+            raise ConfigError(rule("config", str(path), f"be JSON ({e})", cure)) from None
+        if not isinstance(found, dict):
+            raise ConfigError(rule("config", str(path), "hold a JSON object", cure))
+        return found
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    raise ConfigError(
+        rule(
+            "config",
+            type(config).__name__,
+            "be a config object of transformers, a dict or a path",
+            f"pass the folder of a checkpoint, or what its {FILE} holds",
+        )
+    )
+
+
+def _language_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config itself or the part of it that is of a known model."""
+    if config.get("model_type") in MODELS:
+        return dict(config)
+    parts = [config[name] for name in _TEXT_PARTS if isinstance(config.get(name), Mapping)]
+    return next((found for part in parts if (found := _language_part(part)) is not None), None)
+
+
+class _Keys:
+    """The keys of one config."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def get(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """The value of the first name that is there and not null."""
+        for name in names:
+            if self._config.get(name) is not None:
+                return self._config[name]
+        if default is _REQUIRED:
+            wanted = " or ".join(map(repr, names))
+            raise ConfigError(
+                f"config of model_type={self._config['model_type']!r} lacks {wanted}; "
+                f"pass the model's own {FILE}"
+            )
+        return default
+
+    def activation(self) -> str:
+        name = self.get("hidden_act", default="silu")
+        if name not in _ACTIVATIONS:
+            cure = "make the MoEConfig by hand if one of these is the same"
+            raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
+        return _ACTIVATIONS[name]
+
+    def shared(self, count: str, width: str) -> int | None:
+        """The width of a shared expert that is so many times as wide as a routed one."""
+        return self.get(count, default=0) * self.get(width) or None
+
+
+def _mixtral(keys: _Keys) -> dict[str, Any]:
+    return {"intermediate_size": keys.get("intermediate_size")}
+
+
+def _minimax_m2(keys: _Keys) -> dict[str, Any]:
+    return {**_mixtral(keys), "router": "sigmoid_topk", "score_bias": True}
+
+
+def _olmoe(keys: _Keys) -> dict[str, Any]:
+    return {**_mixtral(keys), "norm_topk": keys.get("norm_topk_prob", default=False)}
+
+
+def _qwen3_moe(keys: _Keys) -> dict[str, Any]:
+    return {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "norm_topk": keys.get("norm_topk_prob", default=False),
+    }
+
+
+def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
+    shared = {"shared_intermediate_size": keys.get("shared_expert_intermediate_size"), "shared_gate": True}
+    return {**_qwen3_moe(keys), **shared}
+
+
+def _deepseek(keys: _Keys) -> dict[str, Any]:
+    return {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size"),
+        "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
+    }
+
+
+def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
+    # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
+    fields = {**_deepseek(keys), "router": "deepseek_v2", "norm_topk": False}
+    method = keys.get("topk_method", default="greedy")
+    if method == "greedy":
+        return fields
+    if method != "group_limited_greedy":
+        raise ConfigError(
+            rule(
+                "config['topk_method']",
+                method,
+                "be 'greedy' or 'group_limited_greedy'",
+                "make the MoEConfig by hand, with a callable as router",
+            )
+        )
+    return {**fields, "num_groups": keys.get("n_group"), "top_groups": keys.get("topk_group")}
+
+
+def _deepseek_v3(norm_topk: bool) -> Callable[[_Keys], dict[str, Any]]:
+    """``norm_topk``: what stands for a missing norm_topk_prob."""
+
+    def fields(keys: _Keys) -> dict[str, Any]:
+        return {
+            **_deepseek(keys),
+            "router": "deepseek_v3",
+            "score_bias": True,
+            "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
+            "num_groups": keys.get("n_group", default=1),
+            "top_groups": keys.get("topk_group", default=1),
+        }
+
+    return fields
+
+
+def _ernie45(keys: _Keys) -> dict[str, Any]:
+    return {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size"),
+        "router": "ernie45",
+        "score_bias": True,
+    }
+
+
+def _granite(keys: _Keys) -> dict[str, Any]:
+    return {**_mixtral(keys), "router": "topk_softmax"}
+
+
+def _gpt_oss(keys: _Keys) -> dict[str, Any]:
+    return {
+        **_mixtral(keys),
+        "router": "gpt_oss",
+        "router_bias": True,
+        "expert_bias": True,
+        "activation": "swiglu_clamped",
+        "activation_limit": keys.get("swiglu_limit", default=7.0),
+        "activation_alpha": keys.get("swiglu_alpha", default=1.702),
+    }
+
+
+def _llama4(keys: _Keys) -> dict[str, Any]:
+    inner = keys.get("intermediate_size")
+    return {"intermediate_size": inner, "shared_intermediate_size": inner, "router": "llama4"}
+
+
+MODELS: dict[str, tuple[str, Callable[[_Keys], dict[str, Any]]]] = {
+    "mixtral": ("mixtral", _mixtral),
+    "minimax_m2": ("minimax_m2", _minimax_m2),
+    "qwen3_moe": ("qwen3_moe", _qwen3_moe),
+    "olmoe": ("olmoe", _olmoe),
+    "qwen2_moe": ("qwen2_moe", _qwen2_moe),
+    "deepseek_v2": ("deepseek_v2", _deepseek_v2),
+    "deepseek_v3": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
+    "glm4_moe": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
+    "dots1": ("deepseek_v3", _deepseek_v3(norm_topk=False)),
+    "ernie4_5_moe": ("ernie45", _ernie45),
+    "granitemoe": ("granite", _granite),
+    "gpt_oss": ("gpt_oss", _gpt_oss),
+    "llama4_text": ("llama4", _llama4),
+}
+"""By model_type: the family of the weights, and how the rest of MoEConfig is read."""
+
+
+def _scheme(quantization: Mapping[str, Any]) -> str | None:
+    """The scheme of the experts by a quantization_config; None for one that the package has not."""
+    kept = [*(quantization.get("ignore") or ()), *(quantization.get("modules_to_not_convert") or ())]
+    if any(re.search(r"(?<!shared_)experts", str(name)) for name in kept):
+        return None
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        size = quantization.get("weight_block_size")
+        return "fp8_token" if size is None else _of_blocks(size)
+    if method != "compressed-tensors":
+        return None
+    groups = (quantization.get("config_groups") or {}).values()
+    found = {_scheme_of_group((group or {}).get("weights") or {}) for group in groups}
+    return found.pop() if len(found) == 1 else None
+
+
+def _scheme_of_group(weights: Mapping[str, Any]) -> str | None:
+    if weights.get("num_bits") != 8:
+        return None
+    kind, strategy = weights.get("type"), weights.get("strategy")
+    if strategy in ("channel", "tensor"):
+        return {"float": "fp8_token", "int": "int8_token"}.get(str(kind))
+    if strategy == "block" and kind == "float":
+        return _of_blocks(weights.get("block_structure"))
+    return None
+
+
+def _of_blocks(size: Any) -> str | None:
+    return "fp8_block" if isinstance(size, (list, tuple)) and list(size) == [128, 128] else None

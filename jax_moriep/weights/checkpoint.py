@@ -1,0 +1,254 @@
+"""load: the MoE weights of a whole checkpoint, each process's part only, layers stacked."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_moriep import hf_config
+from jax_moriep.config import MoEConfig, MoEParams, check_type
+from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.runtime.group import check_axis
+from jax_moriep.weights.block import Block
+from jax_moriep.weights.families import FAMILIES, Family, check_config, family_of
+from jax_moriep.weights.files import Checkpoint, Tensor
+from jax_moriep.weights.reader import prefixes_of
+from jax_moriep.weights.shards import Shards
+
+_OF_EXPERTS = ("experts.", "input_linear.", "output_linear.")
+
+
+def load(
+    folder: str | os.PathLike[str],
+    cfg: MoEConfig | None = None,
+    *,
+    layers: int | Iterable[int] | None = None,
+    mesh: Mesh | None = None,
+    ep_axis: str = "ep",
+    tp_axis: str | None = None,
+    dtype: Any = None,
+    dequantize: bool = False,
+    family: str | None = None,
+) -> MoEParams:
+    """Loads the MoE blocks of a model from a safetensors checkpoint of Hugging Face, as it is on disk.
+
+    Every process calls it. It reads the bytes of the experts that its devices hold, of routers and of shared
+    experts, and nothing else, straight to where they shall be. What is quantised stays so or becomes bfloat16
+    as ``jm.weights.from_hf`` says.
+
+    Args:
+      folder: with config.json, and one safetensors file or several and their index.
+      cfg: the layer; None for ``jm.MoEConfig.from_hf(folder)``.
+      layers: numbers of decoder layers in the model, in the wanted order; one number gives that layer without
+        a dimension of layers. None: all with a MoE block, see ``jm.weights.moe_layers``.
+      mesh: where the weights go, sharded as ``jm.param_specs(cfg, ep_axis, tp_axis)`` says, with experts
+        padded to its ranks as by ``jm.pad_params``. None: NumPy arrays on the host, with all experts.
+      ep_axis: the mesh's expert-parallel axis.
+      tp_axis: its tensor-parallel axis, if any.
+      dtype: of weights that are floating; None keeps each as it is stored. score_bias and scales are float32.
+      dequantize: give experts that are stored in float8 or int8 in bfloat16 (or ``dtype``).
+      family: of ``jm.weights.from_hf``, for a config.json of a model_type that the package does not know.
+
+    Returns:
+      MoEParams. Unless ``layers`` is one number, every weight has a first dimension of layers, for
+      ``jax.lax.scan``.
+
+    Raises:
+      ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, or a
+        layer has no MoE block.
+      ShardingError: the mesh is none, lacks an axis, or ``tp_axis`` does not divide the sizes.
+
+    Example:
+      >>> cfg = jm.MoEConfig.from_hf(folder)
+      >>> params = jm.weights.load(folder, cfg, mesh=mesh)
+      >>> y, stats = jax.lax.scan(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh), x, params)
+    """
+    described = None if cfg is not None and family is not None else hf_config.describe(folder)
+    if cfg is None:
+        assert described is not None
+        cfg = MoEConfig(**described.fields)
+    check_type("cfg", cfg, MoEConfig, "pass the layer's config, or None for the checkpoint's own")
+    name = described.family if family is None and described is not None else family
+    layout = family_of(name)
+    check_config(str(name), cfg)
+    if mesh is not None:
+        if not isinstance(mesh, Mesh):
+            cure = "pass the mesh itself"
+            raise ShardingError(rule("mesh", type(mesh).__name__, "be a jax.sharding.Mesh", cure))
+        for argument, axis in (("ep_axis", ep_axis), ("tp_axis", tp_axis)):
+            if axis is not None:
+                check_axis(mesh, axis, argument)
+        if not mesh.local_devices:
+            cure = "call load in the processes whose devices are in the mesh"
+            raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
+    with Checkpoint(folder) as files:
+        prefixes = _chosen(_blocks(files, layout, folder), layers, _num_layers(folder))
+        shards = Shards(cfg, len(prefixes), mesh, ep_axis, tp_axis, _floating(dtype))
+        names = _names_below(files, prefixes)
+        for i, prefix in enumerate(prefixes):
+            try:
+                _read_layer(i, _Layer(files, prefix, names[prefix]), str(name), cfg, dequantize, shards)
+            except ConfigError as e:
+                raise ConfigError(f"below {prefix!r}: {e}") from None
+    return shards.params(stacked=not isinstance(layers, numbers.Integral))
+
+
+def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> tuple[int, ...]:
+    """The numbers of a checkpoint's decoder layers that have a MoE block: what ``load`` takes by itself.
+
+    Dense layers are none of them, nor are layers behind those that the model runs, such as DeepSeek-V3's
+    layer 61 for predicting further tokens; ``load(..., layers=61)`` reads that one.
+
+    Args:
+      folder: as for ``load``.
+      family: as for ``load``.
+
+    Raises:
+      ConfigError: the folder holds no checkpoint of a known model.
+    """
+    layout = family_of(hf_config.describe(folder).family if family is None else family)
+    with Checkpoint(folder) as files:
+        return tuple(_run_by_the_model(_blocks(files, layout, folder), _num_layers(folder)))
+
+
+class _Layer(Mapping[str, Any]):
+    """The tensors of one block by their names below it. What all shares need is read once."""
+
+    def __init__(self, files: Checkpoint, prefix: str, names: list[str]) -> None:
+        self._files = files
+        self._prefix = prefix
+        self._names = dict.fromkeys(names)
+        self._read: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray | Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name in self._read:
+            return self._read[name]
+        found = self._files[self._prefix + name]
+        if name.startswith(_OF_EXPERTS):
+            return found
+        self._read[name] = np.asarray(found)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def without_others(self, share: range, num_experts: int) -> Mapping[str, Any]:
+        """The same but for the tensors of experts that are no part of a share."""
+        others = {str(i) for i in range(num_experts) if i not in share}
+        names = [
+            name for name in self._names if not (name.startswith("experts.") and name.split(".")[1] in others)
+        ]
+        left = _Layer(self._files, self._prefix, names)
+        left._read = self._read
+        return left
+
+
+def _read_layer(
+    number: int, layer: _Layer, family: str, cfg: MoEConfig, dequantize: bool, shards: Shards
+) -> None:
+    """Reads one layer's block to where it shall be."""
+    for share in shards.shares():
+        real = range(share.start, min(share.stop, cfg.num_experts))
+        # A share of padding alone has the shapes and dtypes of the first expert, and nothing of its values.
+        wanted = real if len(real) else range(1)
+        room = functools.partial(shards.room, number, share) if len(real) else None
+        block = Block(layer.without_others(wanted, cfg.num_experts), family, cfg, dequantize, wanted, room)
+        read = FAMILIES[family].read(block)
+        block.check_all_read(read)
+        shards.put(number, share, read, len(real))
+
+
+def _blocks(files: Checkpoint, layout: Family, folder: str | os.PathLike[str]) -> dict[int, str]:
+    """The prefix of the MoE block of each layer that has one, by the layer's number."""
+    found: dict[int, str] = {}
+    for prefix in prefixes_of(files, layout.router_names):
+        number = re.search(r"\.(\d+)\.[^.]+\.$", prefix)
+        if number is None:
+            continue
+        before = found.setdefault(int(number[1]), prefix)
+        if before != prefix:
+            raise ConfigError(
+                f"folder {os.fspath(folder)!r} has MoE blocks below {before!r} and below {prefix!r}, and one "
+                "model has one of them; load the blocks with jm.weights.from_hf"
+            )
+    if not found:
+        example = f"model.layers.0.{layout.blocks[-1]}.{layout.router_names[-1]}"
+        raise ConfigError(
+            f"folder {os.fspath(folder)!r} has no layer with a router such as {example!r} and experts beside "
+            "it; pass a checkpoint with MoE blocks, and the family that it is of"
+        )
+    return dict(sorted(found.items()))
+
+
+def _num_layers(folder: str | os.PathLike[str]) -> int | None:
+    """How many layers the model runs, if its config.json can tell."""
+    try:
+        return hf_config.describe(folder).num_layers
+    except ConfigError:
+        return None
+
+
+def _run_by_the_model(blocks: dict[int, str], num_layers: int | None) -> list[int]:
+    return [number for number in blocks if num_layers is None or number < num_layers]
+
+
+def _chosen(blocks: dict[int, str], layers: int | Iterable[int] | None, num_layers: int | None) -> list[str]:
+    """The prefixes of the layers that are asked for."""
+    if layers is None:
+        wanted = _run_by_the_model(blocks, num_layers)
+    elif isinstance(layers, Iterable):
+        wanted = list(layers)
+    else:
+        wanted = [layers]
+    there = f"{min(blocks)} to {max(blocks)}"
+    if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
+        there = ", ".join(map(str, blocks))
+    if not wanted:
+        raise ConfigError(rule("layers", wanted, f"name at least one of {there}", "pass None for all"))
+    for number in wanted:
+        if isinstance(number, bool) or number not in blocks:
+            must = f"be of layers with a MoE block, which are {there} here"
+            raise ConfigError(rule("layers", number, must, "leave out dense layers, or pass None for all"))
+    return [blocks[number] for number in wanted]
+
+
+def _names_below(files: Checkpoint, prefixes: list[str]) -> dict[str, list[str]]:
+    """For each prefix the names below it, without it."""
+    found: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    depth = {prefix.count(".") for prefix in prefixes}
+    for name in files:
+        parts = name.split(".")
+        for count in depth:
+            prefix = ".".join(parts[:count]) + "."
+            if prefix in found:
+                found[prefix].append(name.removeprefix(prefix))
+    return found
+
+
+def _floating(dtype: Any) -> np.dtype | None:
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.itemsize == 1 or not jnp.issubdtype(found, jnp.floating):
+        cure = "pass jnp.bfloat16, or None to keep what is stored"
+        raise ConfigError(rule("dtype", dtype, "be a floating dtype of 16 bits or more", cure))
+    return found

@@ -1,0 +1,250 @@
+"""MoEConfig.from_hf: configs of published models, missing keys, quantisation, and what is refused.
+
+That the fields compute what the models compute is tested on checkpoints (test_checkpoints.py)."""
+
+import json
+
+import pytest
+
+from jax_moriep.config import MoEConfig
+from jax_moriep.errors import ConfigError
+
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 4,
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+}
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+LLAMA4_TEXT = {
+    "model_type": "llama4_text",
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_experts_per_tok": 1,
+    "num_local_experts": 16,
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 32,
+    "swiglu_limit": 7.0,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (
+            DEEPSEEK_V3,
+            MoEConfig(
+                256,
+                8,
+                7168,
+                2048,
+                router="deepseek_v3",
+                score_bias=True,
+                num_groups=8,
+                top_groups=4,
+                routed_scaling=2.5,
+                shared_intermediate_size=2048,
+                expert_quant="fp8_block",
+            ),
+        ),
+        (QWEN3, MoEConfig(128, 8, 2048, 768)),
+        # transformers 5.24 saves this model with another name for the number of experts.
+        (
+            {k: v for k, v in QWEN3.items() if k != "num_experts"} | {"num_local_experts": 128},
+            MoEConfig(128, 8, 2048, 768),
+        ),
+        (
+            {k: v for k, v in QWEN3.items() if k != "norm_topk_prob"},
+            MoEConfig(128, 8, 2048, 768, norm_topk=False),
+        ),
+        (LLAMA4_TEXT, MoEConfig(16, 1, 5120, 8192, router="llama4", shared_intermediate_size=8192)),
+        (
+            {"model_type": "llama4", "vision_config": {"model_type": "clip"}, "text_config": LLAMA4_TEXT},
+            MoEConfig(16, 1, 5120, 8192, router="llama4", shared_intermediate_size=8192),
+        ),
+        (
+            {"model_type": "omni", "thinker_config": {"model_type": "part", "text_config": QWEN3}},
+            MoEConfig(128, 8, 2048, 768),
+        ),
+        (
+            GPT_OSS,
+            MoEConfig(
+                32,
+                4,
+                2880,
+                2880,
+                router="gpt_oss",
+                router_bias=True,
+                expert_bias=True,
+                activation="swiglu_clamped",
+            ),
+        ),
+        (
+            {
+                "model_type": "deepseek_v2",
+                "hidden_size": 5120,
+                "moe_intermediate_size": 1536,
+                "n_group": 8,
+                "n_routed_experts": 160,
+                "n_shared_experts": 2,
+                "norm_topk_prob": False,
+                "num_experts_per_tok": 6,
+                "routed_scaling_factor": 16.0,
+                "topk_group": 3,
+                "topk_method": "group_limited_greedy",
+            },
+            MoEConfig(
+                160,
+                6,
+                5120,
+                1536,
+                router="deepseek_v2",
+                norm_topk=False,
+                num_groups=8,
+                top_groups=3,
+                routed_scaling=16.0,
+                shared_intermediate_size=3072,
+            ),
+        ),
+        (
+            {
+                "model_type": "ernie4_5_moe",
+                "hidden_size": 2560,
+                "moe_intermediate_size": 1536,
+                "moe_k": 6,
+                "moe_num_experts": 64,
+                "moe_num_shared_experts": 0,
+            },
+            MoEConfig(64, 6, 2560, 1536, router="ernie45", score_bias=True),
+        ),
+        (
+            {
+                "model_type": "granitemoe",
+                "hidden_size": 1024,
+                "intermediate_size": 512,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 8,
+                "hidden_act": "gelu",
+            },
+            MoEConfig(32, 8, 1024, 512, router="topk_softmax", activation="gelu"),
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_published_configs(config, want):
+    assert MoEConfig.from_hf(config) == want
+
+
+def test_a_path_a_folder_an_object_and_changes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+
+    class Config:
+        def to_dict(self):
+            return QWEN3
+
+    want = MoEConfig(128, 8, 2048, 768)
+    for given in (tmp_path, str(tmp_path), tmp_path / "config.json", Config(), QWEN3):
+        assert MoEConfig.from_hf(given) == want
+    changed = MoEConfig.from_hf(QWEN3, top_k=4, capacity_factor=1.5)
+    assert changed == MoEConfig(128, 4, 2048, 768, capacity_factor=1.5)
+
+
+def compressed(weights, **more):
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, **more}
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "scheme"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
+        ({"quant_method": "fp8"}, "fp8_token"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, None),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.mlp.experts"]}, None),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.mlp.shared_experts"]},
+            "fp8_token",
+        ),
+        (compressed(FLOAT8), "fp8_token"),
+        (compressed({**FLOAT8, "strategy": "tensor"}), "fp8_token"),
+        (compressed({**FLOAT8, "strategy": "block", "block_structure": [128, 128]}), "fp8_block"),
+        (compressed({**FLOAT8, "type": "int"}), "int8_token"),
+        (compressed({**FLOAT8, "num_bits": 4}), None),
+        (compressed(FLOAT8, ignore=["re:.*mlp.experts.*"]), None),
+        (compressed(FLOAT8, ignore=["lm_head", "re:.*mlp.gate$"]), "fp8_token"),
+        ({"quant_method": "awq", "bits": 4}, None),
+    ],
+)
+def test_schemes(quantization, scheme):
+    assert MoEConfig.from_hf({**QWEN3, "quantization_config": quantization}).expert_quant == scheme
+    nested = {"model_type": "several", "text_config": QWEN3, "quantization_config": quantization}
+    assert MoEConfig.from_hf(nested).expert_quant == scheme
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            {"model_type": "llama"},
+            r"config\['model_type'\]='llama' must be one of \('mixtral', .*'llama4_text'\)",
+        ),
+        ({}, r"config\['model_type'\]=None must be one of"),
+        ({"model_type": "many", "text_config": {"model_type": "llama"}}, r"'many' must be one of"),
+        (
+            {k: v for k, v in QWEN3.items() if k != "moe_intermediate_size"},
+            "config of model_type='qwen3_moe' lacks 'moe_intermediate_size'; pass the model's own",
+        ),
+        (
+            {k: v for k, v in QWEN3.items() if k != "num_experts"},
+            "lacks 'n_routed_experts' or 'moe_num_experts' or 'num_experts' or 'num_local_experts'",
+        ),
+        ({**QWEN3, "hidden_act": "relu"}, r"config\['hidden_act'\]='relu' must be one of"),
+        ({**QWEN3, "num_experts": "many"}, r"num_experts='many' must be an integer"),
+        (
+            {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "noaux_tc"},
+            r"config\['topk_method'\]='noaux_tc' must be",
+        ),
+        (3, "config='int' must be a config object of transformers, a dict or a path"),
+        ("/no/such/folder", r"config='/no/such/folder' must have a config\.json that can be read"),
+    ],
+)
+def test_refused(config, text):
+    with pytest.raises(ConfigError, match=text):
+        MoEConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(("content", "text"), [("{", r"must be JSON \("), ("[1]", "must hold a JSON object")])
+def test_files_that_hold_something_else(tmp_path, content, text):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        MoEConfig.from_hf(tmp_path)
