@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_moriep import params as parameters
 from jax_moriep import schemes
-from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams
+from jax_moriep.config import PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.plan import experts_per_rank
 
@@ -99,14 +99,14 @@ class Shards:
             if value is None:
                 continue
             for index in parts:
-                if field not in parameters.PER_EXPERT:
+                if field not in PER_EXPERT:
                     source = value[tuple(slice(*ends) for ends in index)]
                 elif self._share(index) == share:
                     source = value[(slice(real), *(slice(*ends) for ends in index[1:]))]
                 else:
                     continue
                 target = self._values(field, index, value.dtype)[layer]
-                target = target[:real] if field in parameters.PER_EXPERT else target
+                target = target[:real] if field in PER_EXPERT else target
                 if not np.may_share_memory(source, target):
                     target[...] = source
 
@@ -135,7 +135,7 @@ class Shards:
 
     def _shape_of(self, field: str) -> tuple[int, ...]:
         shape = getattr(self._shapes, field)
-        return (self._padded, *shape[1:]) if field in parameters.PER_EXPERT else shape
+        return (self._padded, *shape[1:]) if field in PER_EXPERT else shape
 
     def _parts_of(self, field: str) -> dict[Index, _Part]:
         """Each part of a weight that a device of this process holds, once."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams, check_type
+from jax_moriep.config import PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
-from jax_moriep.params import PER_EXPERT, check_params
+from jax_moriep.params import check_params
 from jax_moriep.schemes import FORMATS, is_codes
 from jax_moriep.weights.families import DISK, FAMILIES, SPELLINGS, check_config, family_of
 

@@ -1,6 +1,6 @@
 """MoEConfig.from_hf: configs of published models, missing keys, quantisation, and what is refused.
 
-That the fields compute what the models compute is tested on checkpoints (test_checkpoints.py)."""
+That the fields compute what the models compute is tested on checkpoints (test_weight_files.py)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The checks of test_checkpoints.py on models that the installed transformers makes now, where there is one.
+"""The checks of test_weight_files.py on models that the installed transformers makes now, where there is one.
 
 CI has none; it tests what tests/golden/make_checkpoints.py has kept.
 """
