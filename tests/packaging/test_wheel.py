@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from jax_moriep.runtime import compat
 
@@ -237,3 +240,86 @@ def test_the_command_runs_from_the_wheel(installed):
     assert found["libraries"]["cpu"]["path"].startswith(str(installed))
     assert found["chosen"]["cpu"]["transport"] == "native"
     assert found["libraries"]["cuda"]["reason"] is None
+
+
+# The newcomer's way, by the README alone: its code and its commands, the training with fewer steps.
+
+
+def test_the_ten_lines_of_the_readme(installed):
+    code = found_in_readme(r"```python\n(.*?)```")[0]
+    shown = of_four_devices(
+        installed, "python", "-c", code + "\nprint([w.shape for w in jax.tree.leaves(grads)])"
+    )
+    assert shown.strip() == "[(64, 16), (16, 256, 64), (16, 64, 128)]"
+
+
+def test_a_checkpoint_comes_in_as_the_readme_says(installed, tmp_path):
+    layers, experts, hidden, inner = 2, 6, 16, 24
+    rng, tensors, block = np.random.default_rng(0), {}, "model.layers.{}.block_sparse_moe."
+    for layer in range(layers):
+        names = {"gate.weight": (experts, hidden)}
+        for e in range(experts):
+            names |= {f"experts.{e}.{w}.weight": (inner, hidden) for w in ("w1", "w3")}
+            names |= {f"experts.{e}.w2.weight": (hidden, inner)}
+        for name, shape in names.items():
+            tensors[block.format(layer) + name] = rng.normal(size=shape, scale=0.3).astype(np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": 2}
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
+
+    lines = found_in_readme(r"^ {4}((?:cfg|params) = jm\.(?:MoEConfig\.from_hf|weights\.load)\(.*)$")
+    assert len(lines) == 2
+    code = ["import jax, jax_moriep as jm, numpy as np", f"folder = {str(tmp_path)!r}"]
+    code += ["mesh = jax.make_mesh((4,), ('ep',), axis_types=(jax.sharding.AxisType.Auto,))", *lines]
+    code += ["x = jax.random.normal(jax.random.key(0), (8, cfg.hidden_size))"]
+    code += ["y, _ = jax.lax.scan(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh), x, params)"]
+    code += [f"np.savez({str(tmp_path / 'out.npz')!r}, x=x, y=y)"]
+    of_four_devices(installed, "python", "-c", "\n".join(code))
+
+    with np.load(tmp_path / "out.npz") as out:
+        x, y = out["x"].astype(np.float64), out["y"]
+    for layer in range(layers):
+        w = {name: np.float64(tensors[block.format(layer) + name]) for name in names}
+        logits = x @ w["gate.weight"].T
+        added = np.zeros_like(x)
+        for t, chosen in enumerate(np.argsort(-logits, axis=1)[:, :2]):
+            share = np.exp(logits[t, chosen] - logits[t, chosen].max())
+            for e, weight in zip(chosen, share / share.sum(), strict=True):
+                gate, up = w[f"experts.{e}.w1.weight"] @ x[t], w[f"experts.{e}.w3.weight"] @ x[t]
+                added[t] += weight * (w[f"experts.{e}.w2.weight"] @ (gate / (1 + np.exp(-gate)) * up))
+        x = added
+    np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
+
+
+def test_a_training_goes_on_at_another_expert_parallel_size(installed, tmp_path):
+    """Four ranks store twelve experts, two ten; what is lost between them would change the losses."""
+    commands = found_in_readme(r"^ {4}jax-moriep (launch -n \d examples/train\.py) --steps \d+ --folder run$")
+    assert commands == ["launch -n 4 examples/train.py", "launch -n 2 examples/train.py"]
+    options = ["--steps", "4", "--save-every", "2", "--folder", tmp_path]
+
+    def losses(command):
+        launched, script = command.rsplit(" ", 1)
+        shown = run(
+            installed / "bin" / "jax-moriep", *launched.split(), ROOT / script, *options, JAX_PLATFORMS="cpu"
+        )
+        return shown, [(int(s), float(v)) for s, v in re.findall(r"step (\d): loss (\S+)", shown)]
+
+    _, unbroken = losses(commands[0])
+    shutil.rmtree(tmp_path / "4")
+    shown, resumed = losses(commands[1])
+    assert "going on after step 2 on 2 ranks" in shown
+    assert [step for step, _ in unbroken + resumed] == [1, 2, 3, 4, 3, 4]
+    assert unbroken[3][1] < unbroken[0][1] - 0.2
+    assert resumed == pytest.approx(unbroken[2:], abs=2e-4)
+
+
+def found_in_readme(pattern):
+    return re.findall(
+        pattern, (ROOT / "README.md").read_text(), re.DOTALL if "```" in pattern else re.MULTILINE
+    )
+
+
+def of_four_devices(installed, program, *arguments):
+    flags = "--xla_force_host_platform_device_count=4"
+    return run(installed / "bin" / program, *arguments, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
