@@ -101,19 +101,17 @@ def param_specs(
       cfg: the layer.
       ep_axis: the expert-parallel mesh axis.
       tp_axis: the tensor-parallel mesh axis, if any.
-      params: the weights that the specs are for. Their experts may be quantised: those have scales too. Under
-        ``jax.set_mesh`` it is checked that their experts divide.
+      params: the weights that the specs are for, if their experts may be quantised: those have scales too.
 
     Returns:
       A MoEParams of PartitionSpecs, None where there is no weight.
 
     Raises:
-      ConfigError: ``cfg`` is no config, ``params`` no MoEParams, or its experts do not divide.
+      ConfigError: ``cfg`` is no config, or ``params`` no MoEParams.
     """
     check_type("cfg", cfg, MoEConfig, "pass the layer's config")
     if params is not None:
         check_type("params", params, MoEParams, "make it with jm.init_params")
-        _check_divides(params, ep_axis)
     by_block = cfg.expert_quant == "fp8_block"
     specs = MoEParams(
         router=P(),
@@ -164,21 +162,6 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
         return jnp.pad(w[:padded], [(0, max(0, padded - w.shape[0]))] + [(0, 0)] * (w.ndim - 1))
 
     return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in PER_EXPERT})
-
-
-def _check_divides(params: MoEParams, ep_axis: str) -> None:
-    """Raises ConfigError if the mesh in context cannot shard the experts; jax's own text names no cure."""
-    num_ranks = dict(jax.sharding.get_abstract_mesh().shape).get(ep_axis, 1)
-    count = params.w1.shape[0] if params.w1 is not None else 0
-    if count % num_ranks:
-        raise ConfigError(
-            rule(
-                "params.w1.shape[0]",
-                count,
-                f"be divisible by the {num_ranks} devices of ep_axis={ep_axis!r}",
-                f"pass the weights through jm.pad_params(params, {num_ranks})",
-            )
-        )
 
 
 def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:

@@ -112,10 +112,9 @@ def prepare_params(params: MoEParams, cfg: MoEConfig, mesh: Mesh, *, ep_axis: st
         )
     parameters.check_params(params, cfg, place.num_ranks)
     # Each device gets its own experts only, where they divide without padding.
+    specs = parameters.param_specs(cfg, ep_axis, params=params)
     if params.w1.shape[0] % place.num_ranks:
-        specs = jax.tree.map(lambda _: PartitionSpec(), params)
-    else:
-        specs = parameters.param_specs(cfg, ep_axis, params=params)
+        specs = jax.tree.map(lambda _: PartitionSpec(), specs)
     # By a mesh of the same devices whose shardings are no part of types, for blocks are cut out of arrays.
     auto = Mesh(mesh.devices, mesh.axis_names)
     placed = jax.device_put(params, _on(auto, specs))

@@ -1,6 +1,7 @@
 """The Flax modules against ``ep_moe`` called by hand: values, gradients, shardings, the selection bias."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -70,18 +71,26 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def by_hand(cfg, mesh, x, params, **options):
-    """Value, statistics and gradients of sum(y**2) + the losses, by ``ep_moe``."""
+@functools.cache
+def program(mesh):
+    """Value, statistics and gradients of sum(y**2) + the losses of FULL, by ``ep_moe``."""
 
     @jax.jit
     def run(x, params):
         def loss(x, params):
-            y, stats = jm.ep_moe(x, params, cfg, mesh=mesh, **options)
+            y, stats = jm.ep_moe(x, params, FULL, mesh=mesh)
             return jnp.sum(y**2) + stats.load_balance_loss + stats.z_loss, (y, stats)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, params)
 
-    return run(x, params)
+    return run
+
+
+def by_hand(mesh, x, params):
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), jm.param_specs(FULL))
+    # The mesh in context is a part of what a program is compiled for.
+    with jax.set_mesh(mesh):
+        return program(mesh)(x, jax.device_put(params, shardings))
 
 
 def test_nnx_is_ep_moe():
@@ -90,7 +99,7 @@ def test_nnx_is_ep_moe():
     moe = EpMoE(FULL, mesh=mesh, rngs=nnx.Rngs(0))
     assert moe.score_bias is not None
     moe.score_bias[...] = jnp.linspace(-0.2, 0.2, FULL.num_experts)
-    want = by_hand(FULL, mesh, x, moe.weights())
+    want = by_hand(mesh, x, moe.weights())
 
     @nnx.jit
     def run(moe, x):
@@ -238,7 +247,7 @@ def test_linen_is_ep_moe():
         assert held["params"]["w1"].shape == (12, 16, HIDDEN)
         assert not np.asarray(held["score_bias"]["score_bias"]).any()
         params = jm.MoEParams(**held["params"], **held["score_bias"])
-        want = by_hand(FULL, mesh, x, params)
+        want = by_hand(mesh, x, params)
 
         @jax.jit
         def run(x, weights):
