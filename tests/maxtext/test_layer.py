@@ -141,6 +141,13 @@ def test_each_family_is_the_dense_product(installed, family):
     assert not np.asarray(sown["moe_has_overflow"][0])
 
 
+def test_sequences_split_over_an_axis_of_their_own(installed):
+    """Five tokens in a sequence, which two devices do not divide."""
+    sizes = {"data": 2, "context": 2, "expert": 2}
+    got, want, _ = both(installed, MIXTRAL, mesh_of(config(**MIXTRAL, sparse_matmul=True), **sizes))
+    compare(got, want)
+
+
 def test_replayed_routes(installed):
     """With missing, repeated and impossible experts."""
     forced = np.random.default_rng(2).integers(-1, 9, (BATCH, LENGTH, 2)).astype(np.int32)
