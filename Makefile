@@ -2,6 +2,7 @@
 #   make demo    trains a small mixture-of-experts model on four processes
 #   make test    all tests; make lint, make bench and make clean say what they do
 #   make wheel   what a release ships: dist/*.whl with every backend that can be built here, CUDA's without any CUDA
+#   make test-maxtext  tests of ep_moe inside MaxText, which it installs
 #   make test-rocm  tests on a simulated AMD GPU, which make rocm-sim sets up and builds (as root, Debian 12)
 # ARGS is passed on: make demo ARGS="--ranks 2"
 
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp test-gpu test-newest rocm-sim test-rocm lint build wheel clean
+.PHONY: demo bench test test-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint build wheel clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -79,6 +80,20 @@ test-newest: .venv-newest/.ready
 	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) --dist loadfile $(NEWEST_TESTS)
 endif
 
+# ep_moe inside MaxText on eight devices of a CPU. MaxText and what it imports are 1.6 GB, so CI leaves this out.
+# The tests run away from the checkout, as those of the newest jax do.
+test-maxtext: .venv-maxtext/.ready
+	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w build/maxtext-wheel .
+	.venv-maxtext/bin/pip install -qq --no-deps --force-reinstall build/maxtext-wheel/jax_moriep-*.whl
+	rm -rf build/maxtext && mkdir -p build/maxtext && cp -r tests pyproject.toml build/maxtext
+	cd build/maxtext && ../../.venv-maxtext/bin/python -m pytest tests/maxtext $(ARGS)
+
+.venv-maxtext/.ready: .venv/.ready tests/maxtext/requirements.txt
+	@test -n "$(NEWEST_PYTHON)" || { echo "MaxText needs a Python >= 3.12, and there is none on this machine"; exit 1; }
+	$(NEWEST_PYTHON) -m venv .venv-maxtext
+	.venv-maxtext/bin/pip install -qq --no-deps -r tests/maxtext/requirements.txt
+	@touch $@
+
 # A simulated MI300X for the real XLA ROCm client and the real amd-mori: tests/rocm/simulator/README.md.
 rocm-sim:
 	@test -n "$(PYTHON)"
@@ -125,4 +140,4 @@ wheel: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-rocm build dist jax_moriep/lib .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-maxtext .venv-rocm build dist jax_moriep/lib .pytest_cache .ruff_cache

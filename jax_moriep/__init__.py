@@ -53,6 +53,7 @@ __all__ = [
     "init_params",
     "initialize",
     "interop",
+    "maxtext",
     "pad_like",
     "pad_params",
     "param_specs",
@@ -71,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports ``jm.flax`` on first use, so that jax_moriep itself needs no Flax."""
-    if name == "flax":
-        return importlib.import_module("jax_moriep.flax")
+    """Imports ``jm.flax`` and ``jm.maxtext`` on first use, so that jax_moriep itself needs no Flax."""
+    if name in ("flax", "maxtext"):
+        return importlib.import_module(f"jax_moriep.{name}")
     raise AttributeError(f"module 'jax_moriep' has no attribute {name!r}")

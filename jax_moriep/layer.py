@@ -39,6 +39,7 @@ def ep_moe(
     token_axes: str | Sequence[str] | PartitionSpec | None = None,
     tp_axis: str | None = None,
     token_mask: jax.Array | None = None,
+    route: routing.Route | None = None,
 ) -> tuple[jax.Array, MoEStats]:
     """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
 
@@ -57,6 +58,10 @@ def ep_moe(
       tp_axis: the mesh axis that splits each expert's intermediate dimension, if any.
       token_mask: bool, x's shape without H; a token where it is False is not routed, counts in no statistic
         and gets zeros.
+      route: where each token goes, chosen elsewhere, as ``jm.route`` returns it for this x: another model's
+        router, or routes that are replayed. The layer then reads neither ``cfg.router`` (but "llama4" still
+        weighs the experts' inputs) nor the router's weights. Gradients flow back into its weights, scores and
+        logits.
 
     Returns:
       y like x, and the statistics of the call.
@@ -69,8 +74,10 @@ def ep_moe(
     mesh = _resolve_mesh(mesh)
     layout = Layout.of(mesh, ep_axis, token_axes, tp_axis)
     _check_operands(x, params, cfg, layout, token_mask)
-    x, params, token_mask = reverse_only((x, params, token_mask), "ep_moe")
-    x, params, token_mask = unbatched((x, params, token_mask), _VMAP_CURE)
+    if route is not None:
+        routing.check_route(route, x.shape[:-1], cfg)
+    x, params, token_mask, route = reverse_only((x, params, token_mask, route), "ep_moe")
+    x, params, token_mask, route = unbatched((x, params, token_mask, route), _VMAP_CURE)
     params = (
         parameters.pad_params(params, layout.num_ranks)
         if not layout.explicit
@@ -83,17 +90,17 @@ def ep_moe(
         x = jax.sharding.reshard(x, NamedSharding(mesh, x_spec))
     if not divides:
         # Tokens that fill the last shard; they are masked, so nothing sees them.
-        x, token_mask = _pad_tokens(x, token_mask, layout.num_shards)
+        x, token_mask, route = _pad_tokens(x, token_mask, route, layout.num_shards)
         x_spec = PartitionSpec(layout.token_axes)
-    operands: list[Any] = [x, params, _order_in(mesh, params, layout)]
-    if token_mask is not None:
-        split = NamedSharding(mesh, x_spec)
-        operands.append(jax.sharding.reshard(token_mask, split) if layout.explicit else token_mask)
+    beside = (token_mask, route)
+    if layout.explicit:
+        beside = jax.tree.map(lambda a: jax.sharding.reshard(a, NamedSharding(mesh, x_spec)), beside)
+    operands: list[Any] = [x, params, _order_in(mesh, params, layout), beside]
 
     link = exchange.make_link(cfg, mesh, math.prod(x.shape[:-1]) // layout.num_shards, x.dtype, ep_axis)
 
     specs = parameters.param_specs(cfg, ep_axis, tp_axis, params=params)
-    mapped = _mapped(mesh, cfg, link, layout, x_spec, specs, token_mask is not None)
+    mapped = _mapped(mesh, cfg, link, layout, x_spec, specs)
     if not any(map(compat.is_tracer, jax.tree.leaves(operands))):
         mapped = _compiled(mapped)
     y, measured, token = mapped(*operands)
@@ -117,20 +124,18 @@ def _mapped(
     layout: Layout,
     x_spec: PartitionSpec,
     param_specs: MoEParams,
-    masked: bool,
 ) -> Callable[..., tuple[jax.Array, MoEStats, jax.Array]]:
-    """The layer over the mesh: fn(x, params, order token, and if masked the mask)."""
+    """The layer over the mesh: fn(x, params, order token, (mask or None, route or None))."""
 
     def body(
-        x: jax.Array, params: MoEParams, token: jax.Array, mask: jax.Array | None = None
+        x: jax.Array, params: MoEParams, token: jax.Array, beside: Any
     ) -> tuple[jax.Array, MoEStats, jax.Array]:
-        return _local_moe(x, params, cfg, link, layout, token, mask)
+        return _local_moe(x, params, cfg, link, layout, token, *beside)
 
-    specs = (x_spec, param_specs, layout.order_spec)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(*specs, x_spec) if masked else specs,
+        in_specs=(x_spec, param_specs, layout.order_spec, x_spec),
         out_specs=(x_spec, PartitionSpec(), layout.order_spec),
     )
 
@@ -149,6 +154,7 @@ def _local_moe(
     layout: Layout,
     token: jax.Array,
     mask: jax.Array | None,
+    route: routing.Route | None,
 ) -> tuple[jax.Array, MoEStats, jax.Array]:
     """The layer on one device, inside shard_map."""
     lead = x.shape[:-1]
@@ -158,14 +164,14 @@ def _local_moe(
         x = jnp.where(mask[:, None], x, 0)  # whatever a masked token holds reaches neither value nor gradient
 
     with jax.named_scope("moriep.route"):
-        route = routing.route(x, params, cfg)
+        chosen = routing.route(x, params, cfg) if route is None else jax.tree.map(_as_rows, route)
         if mask is not None:
-            route = dataclasses.replace(route, ids=jnp.where(mask[:, None], route.ids, -1))
-    counts, sums = stats.counted(route, mask, cfg)
+            chosen = dataclasses.replace(chosen, ids=jnp.where(mask[:, None], chosen.ids, -1))
+    counts, sums = stats.counted(chosen, mask, cfg)
 
     # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
     # are added on [T, H] instead of on [C, H].
-    x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, route.ids, route.weights))
+    x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, chosen.ids, chosen.weights))
     params = _for_tp(params, layout, cfg.expert_quant == "fp8_block")
     words = stats.as_words(counts, sums)
     y, all_words, token = fused.run(link, cfg, x_here, ids, weights, words, params, token)
@@ -178,6 +184,12 @@ def _local_moe(
     if mask is not None:
         y = jnp.where(mask[:, None], y, 0)
     return y.reshape(*lead, y.shape[-1]), measured, token
+
+
+def _as_rows(array: jax.Array) -> jax.Array:
+    """A part of a route that the caller gave, [.., K], as ``jm.route`` makes it of tokens in rows."""
+    integer = jnp.issubdtype(array.dtype, jnp.integer)
+    return array.reshape(-1, array.shape[-1]).astype(jnp.int32 if integer else jnp.float32)
 
 
 def _for_tp(params: MoEParams, layout: Layout, by_block: bool) -> MoEParams:
@@ -324,12 +336,18 @@ def _trim(spec: PartitionSpec, layout: Layout) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _pad_tokens(x: jax.Array, token_mask: jax.Array | None, num_shards: int) -> tuple[jax.Array, jax.Array]:
+def _pad_tokens(
+    x: jax.Array, token_mask: jax.Array | None, route: routing.Route | None, num_shards: int
+) -> tuple[jax.Array, jax.Array, routing.Route | None]:
     """Flattens x to [N, H] and pads N to a multiple of the shards; the added tokens are masked."""
     count = math.prod(x.shape[:-1])
     added = -count % num_shards
     mask = jnp.ones(count, jnp.bool_) if token_mask is None else token_mask.reshape(-1)
-    return jnp.pad(x.reshape(count, x.shape[-1]), ((0, added), (0, 0))), jnp.pad(mask, (0, added))
+
+    def padded(array: jax.Array) -> jax.Array:
+        return jnp.pad(array.reshape(count, array.shape[-1]), ((0, added), (0, 0)))
+
+    return padded(x), jnp.pad(mask, (0, added)), jax.tree.map(padded, route)
 
 
 def _order_in(mesh: Any, params: MoEParams, layout: Layout) -> jax.Array:

@@ -290,6 +290,27 @@ def _checked_choice(choice: Any, shape: tuple[int, ...], cfg: MoEConfig) -> tupl
     return tuple(choice)
 
 
+def check_route(route: Any, lead: tuple[int, ...], cfg: MoEConfig) -> None:
+    """Raises ConfigError unless what a caller gives is a route of tokens with these leading dimensions."""
+    check_type("route", route, Route, "pass what jm.route returns, or a jm.Route of four arrays")
+    wanted = (
+        ("ids", jnp.integer, cfg.top_k),
+        ("weights", jnp.floating, cfg.top_k),
+        ("scores", jnp.floating, cfg.num_experts),
+        ("logits", jnp.floating, cfg.num_experts),
+    )
+    for name, kind, last in wanted:
+        array, want = getattr(route, name), (*lead, last)
+        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+            raise ConfigError(rule(f"route.{name}", type(array).__name__, "be an array", "pass one"))
+        if array.shape != want:
+            cure = "make it for this x and this cfg"
+            raise ConfigError(rule(f"route.{name}.shape", array.shape, f"be {want}", cure))
+        if not jnp.issubdtype(array.dtype, kind):
+            must = f"be of kind {kind.__name__}"
+            raise ConfigError(rule(f"route.{name}.dtype", str(array.dtype), must, "cast it"))
+
+
 def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> Any:
     """The first E columns of a router parameter in f32, or None where the config does not use it."""
     if not used:

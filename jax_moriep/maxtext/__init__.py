@@ -1,0 +1,8 @@
+"""``ep_moe`` inside MaxText: two lines before the model is made, and its sparse mixture-of-experts run here.
+
+MaxText is imported by ``install`` and by nothing else. See docs/maxtext.md for what is served.
+"""
+
+from jax_moriep.maxtext.install import install, uninstall
+
+__all__ = ["install", "uninstall"]
