@@ -37,6 +37,7 @@ EXAMPLES = {
     "bench layer": "jax-moriep bench layer --ranks 2",
     "bench host": "jax-moriep bench host --out results",
     "bench kernels": "jax-moriep bench kernels --sizes uniform",
+    "bench load": "jax-moriep bench load --gb 1",
     "plot": "jax-moriep plot results.json --out results.png",
     "tune": "jax-moriep tune --out table.json",
 }
