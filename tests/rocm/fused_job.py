@@ -199,6 +199,7 @@ def stopped_inside(job, scheme):
     want = job.want(cfg, job.floating, job.all_x)[mine]
     x = placed(job, job.all_x)
     run = jax.jit(lambda x, params: (jm.ep_moe(x, params, cfg, mesh=job.mesh)[0],))
+    jax.block_until_ready(run(x, params))
     for number in range(500):
         said, y = failure_of(run, (x, params), KILLED_WITHIN)
         if said:
