@@ -76,7 +76,7 @@ def forward_and_backward(scheme, block, rows, weights, sizes, w1, w2, d_out):
     return run(rows, weights, sizes, w1, w2, d_out)
 
 
-def call_of(scheme, rows, **changes):
+def call_of(scheme, rows, changes):
     """All results of the custom call for rows of one expert, whose weights are zeros: of it, its attributes
     and its operands some may be others."""
     capacity, hidden = rows.shape
@@ -115,7 +115,7 @@ def call_of(scheme, rows, **changes):
 
 def codes_and_scales(scheme, rows):
     """What the kernels read of rows."""
-    _, codes, scales, _ = call_of(scheme, rows)
+    _, codes, scales, _ = call_of(scheme, rows, {})
     return codes, scales
 
 
@@ -125,7 +125,7 @@ def refusals(scheme, changes):
     said = []
     for change in changes:
         try:
-            call_of(scheme, rows, **change)
+            call_of(scheme, rows, change)
         except jax.errors.JaxRuntimeError as e:
             said.append(np.array(str(e)))
         else:

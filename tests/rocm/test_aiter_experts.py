@@ -149,8 +149,8 @@ CHANGES = {
     "AITER's kernel another is not loaded on device 0; call jm.initialize": {"kernel": "another"},
     "must have two dimensions, and block=0 be at least 1": {"block": 0},
     "w1 must be int8": {"w1": np.zeros((1, 512, 512), np.float32)},
-    r"w1_scale \S*\[1, 4\]\S* must": {"w1_scale": np.ones((1, 4), np.float32)},
-    r"group_sizes \S*\[2\]\S* must": {"group_sizes": np.zeros(2, np.int32)},
+    r"w1_scale has shape \[1, 4\] but must be \[1, 512\]": {"w1_scale": np.ones((1, 4), np.float32)},
+    r"group_sizes has shape \[2\] but must be \[1\]": {"group_sizes": np.zeros(2, np.int32)},
 }
 
 
