@@ -126,6 +126,20 @@ def every_wire(job, scheme):
         assert stats.expert_counts.sum() == cfg.top_k * routed, what
 
 
+def uneven(job, scheme):
+    """Rank r has r + 1 tokens, and rank 1 none; two programs by both wires."""
+    rank, place = np.divmod(np.arange(job.count), TOKENS)
+    mask = (place <= rank) & (rank != 1)
+    for wire in (None, "fp8"):
+        cfg = config(scheme, wire_dtype=wire)
+        ((y, stats),), calls = job.run(cfg, job.floating, job.x, mask)
+        assert calls == [1, 0, 0], calls
+        want = job.want(cfg, job.floating, job.x, mask)
+        assert error(y, want) < ROUNDING, (wire, error(y, want))
+        assert not y[~mask].any()
+        assert stats.expert_counts.sum() == cfg.top_k * mask.sum()
+
+
 def replays(job, scheme):
     """The same call again and again: it is recorded once, and results differ by roundings only."""
     found, _ = job.run(config(scheme, wire_dtype="fp8"), job.floating, job.x, times=REPLAYS)
@@ -238,7 +252,7 @@ def loaded(job, scheme):
         assert error(y, want) < ROUNDING, error(y, want)
 
 
-ALL = (every_wire, replays, gradients, what_runs, counted, stopped_inside, saved, loaded)
+ALL = (every_wire, uneven, replays, gradients, what_runs, counted, stopped_inside, saved, loaded)
 CASES = {case.__name__: case for case in ALL}
 
 

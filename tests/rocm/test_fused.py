@@ -23,7 +23,7 @@ IN_STEP = {"ROCM_SIM_TURN": "1"}
         (2, PER_ROW, ("every_wire", "replays", "gradients"), RECORDED | ADVERSARIAL),
         (2, ("fp8_block",), ("every_wire", "replays", "gradients", "what_runs"), RECORDED | IN_STEP),
         (4, ("fp8_token",), ("every_wire",), UNRECORDED | ADVERSARIAL),
-        (8, ("fp8_block",), ("every_wire",), RECORDED | IN_STEP),
+        (8, tuple(kernels.KERNELS), ("uneven",), RECORDED | IN_STEP),
     ],
 )
 def test_the_fused_call(num_ranks, schemes, cases, environment):
