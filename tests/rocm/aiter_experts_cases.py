@@ -113,10 +113,9 @@ def call_of(scheme, rows, changes):
     return jax.block_until_ready(run(*operands.values()))
 
 
-def codes_and_scales(scheme, rows):
-    """What the kernels read of rows."""
-    _, codes, scales, _ = call_of(scheme, rows, {})
-    return codes, scales
+def codes_and_scales(scheme, made):
+    """What the kernels read of each array of rows."""
+    return [call_of(scheme, rows, {})[1:3] for rows in made]
 
 
 def refusals(scheme, changes):

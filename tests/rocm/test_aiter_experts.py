@@ -133,11 +133,25 @@ def test_int8_codes_are_those_of_a_division(run):
         row = np.concatenate([np.full((len(smaller), 1), largest), smaller], axis=1)
         rows.append(row * rng.choice([-1, 1], row.shape) * np.exp2(rng.integers(-100, 110)))
     rows = np.concatenate(rows).astype(jnp.bfloat16)
-    codes, scales = run(cases.codes_and_scales, "int8_token", rows)
+    ((codes, scales),) = run(cases.codes_and_scales, "int8_token", [rows])
     values = rows.astype(np.float32)
     step = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
     np.testing.assert_array_equal(scales, step[:, 0])
     np.testing.assert_array_equal(codes.view(np.int8), np.rint(values / step).astype(np.int8))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_token", "int8_token"])
+def test_codes_of_rows_of_all_lengths(run, scheme):
+    """A lane holds one to eight parts of a row, and of a longer one reads all twice."""
+    rng = np.random.default_rng(4)
+    made = [
+        (rng.normal(size=(5, hidden)) * np.exp2(rng.integers(-60, 60, (5, 1)))).astype(jnp.bfloat16)
+        for hidden in (512, 1280, 2304, 4352, 8192, 9216)
+    ]
+    for rows, (codes, scales) in zip(made, run(cases.codes_and_scales, scheme, made), strict=True):
+        dtype = np.dtype(np.int8) if scheme == "int8_token" else oracle.FP8
+        values = codes.view(dtype).astype(np.float64) * scales[:, None]
+        np.testing.assert_array_equal(values, oracle.quantised_rows(rows, scheme))
 
 
 # What Python does not let through, or does not give: the handler has its own eyes.
