@@ -23,7 +23,7 @@ from jax_moriep.runtime import order as order_chain
 from jax_moriep.runtime.derivatives import first_order, reverse_only
 from jax_moriep.runtime.place import Place
 from jax_moriep.runtime.unbatched import unbatched
-from jax_moriep.transports import IMPLEMENTATIONS, choose
+from jax_moriep.transports import IMPLEMENTATIONS, choose, with_experts
 
 DISPATCH_NAME = "moriep_dispatch"
 COMBINE_NAME = "moriep_combine"
@@ -220,7 +220,8 @@ def initialize(
     name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
     IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
     if cfg is not None:
-        experts.open_for(cfg, place)
+        runs_experts = with_experts(transport)
+        experts.open_for(cfg, place, None if runs_experts is None else runs_experts.BACKEND)
     # After it has opened: a mesh that was refused must not be found by its shape later.
     group.remember_mesh(mesh)
 

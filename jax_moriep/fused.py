@@ -8,7 +8,7 @@ is that of the three, which a program that is differentiated runs in its place.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,110 +40,99 @@ def is_one_call(cfg: MoEConfig, transport: str, implementation: str, dtype: Any)
     )
 
 
-def run(
-    link: Link,
-    cfg: MoEConfig,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    words: jax.Array,
-    params: MoEParams,
-    token: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Tokens(NamedTuple):
+    """What a layer's step is given on one rank."""
+
+    x: jax.Array
+    """[T, H]."""
+    ids: jax.Array
+    """i32[T, K]."""
+    weights: jax.Array
+    """f32[T, K], or of another floating dtype."""
+    words: jax.Array
+    """i32[W], carried to all ranks."""
+    params: MoEParams
+    """This rank's experts."""
+    token: jax.Array
+    """The order token, f32[1]."""
+
+
+Results = tuple[jax.Array, jax.Array, jax.Array]
+"""y [T, H], the words of all ranks i32[R, W], and the order token."""
+
+
+def run(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
     """The tokens' way to their experts and back, inside shard_map.
 
     Args:
       link: the exchange.
       cfg: the layer.
-      x: [T, H].
-      ids: i32[T, K].
-      weights: f32[T, K].
-      words: i32[W], carried to all ranks.
-      params: this rank's experts.
-      token: the order token, f32[1].
+      given: the tokens, where they go, and the experts here.
 
     Returns:
       y [T, H], the words of all ranks i32[R, W], and the order token.
     """
-    if params.layout != "plain":
+    if given.params.layout != "plain":
         place = Place(link.platform, link.architecture)
-        if is_one_call(cfg, link.transport, experts.choose(cfg, place), x.dtype):
-            words = compat.pcast_varying(words, frozenset({link.axis_name}))
-            coded = experts.without_gradients(params)
-            leaves, tree = jax.tree.flatten((x, ids, weights.astype(jnp.float32), coded, token))
-            axes = frozenset({link.axis_name})
-            leaves = compat.union_varying(*(compat.pcast_varying(leaf, axes) for leaf in leaves))
-            x, ids, weights, coded, token = jax.tree.unflatten(tree, leaves)
-            return _one_call(link, cfg, x, ids, weights, words, coded, token)
-    return _three_calls(link, cfg, x, ids, weights, words, params, token)
+        if is_one_call(cfg, link.transport, experts.choose(cfg, place), given.x.dtype):
+            return _one_call(link, cfg, _varying(given, link.axis_name))
+    return _three_calls(link, cfg, given)
 
 
-def _three_calls(
-    link: Link,
-    cfg: MoEConfig,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    words: jax.Array,
-    params: MoEParams,
-    token: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    disp, all_words, token = exchange.ordered_dispatch(link, cfg, x, ids, weights, words, token)
+def _varying(given: Tokens, axis_name: str) -> Tokens:
+    """As the one call takes them: all but the words vary over the same axes."""
+    axes = frozenset({axis_name})
+    coded = experts.without_gradients(given.params)
+    # The words are the same along other axes, and so are all ranks' words.
+    others = (given.x, given.ids, given.weights.astype(jnp.float32), coded, given.token)
+    leaves, tree = jax.tree.flatten(others)
+    leaves = compat.union_varying(*(compat.pcast_varying(leaf, axes) for leaf in leaves))
+    x, ids, weights, params, token = jax.tree.unflatten(tree, leaves)
+    return Tokens(x, ids, weights, compat.pcast_varying(given.words, axes), params, token)
+
+
+def _three_calls(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
+    disp, all_words, token = exchange.ordered_dispatch(
+        link, cfg, given.x, given.ids, given.weights, given.words, given.token
+    )
     with jax.named_scope("moriep.experts"):
-        rows = experts.expert_mlp(disp, params, cfg)
+        rows = experts.expert_mlp(disp, given.params, cfg)
     y, token = exchange.ordered_combine(rows, disp.plan, token)
     return y, all_words, token
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _one_call(
-    link: Link,
-    cfg: MoEConfig,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    words: jax.Array,
-    params: MoEParams,
-    token: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _one_call(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
     transport = transports.with_experts(link.transport)
     assert transport is not None
     layer = experts.expert_tokens(
-        params, cfg, link, backend=transport.BACKEND, fp8_wire=link.opened.quantises
+        given.params, cfg, link, backend=transport.BACKEND, fp8_wire=link.opened.quantises
     )
     with jax.named_scope("moriep.fused"):
         y, all_words, order = transport.run_experts(
             link,
-            *(x, ids, weights),
+            *(given.x, given.ids, given.weights),
             operands=layer.operands,
             attributes=layer.attributes,
             scratch=(layer.code_rows, layer.row_scales, layer.words),
-            words=words,
-            order=token.astype(jnp.int32),
+            words=given.words,
+            order=given.token.astype(jnp.int32),
         )
     return y, all_words, order.astype(jnp.float32)
 
 
-def _one_call_fwd(
-    link: Link,
-    cfg: MoEConfig,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    words: jax.Array,
-    params: MoEParams,
-    token: jax.Array,
-) -> tuple[Any, Any]:
-    def run(x: jax.Array, weights: jax.Array, token: jax.Array) -> Any:
-        return _three_calls(link, cfg, x, ids, weights, words, params, token)
+def _one_call_fwd(link: Link, cfg: MoEConfig, given: Tokens) -> tuple[Any, Any]:
+    def run(x: jax.Array, weights: jax.Array, token: jax.Array) -> Results:
+        return _three_calls(link, cfg, given._replace(x=x, weights=weights, token=token))
 
-    return jax.vjp(run, x, weights, token)
+    return jax.vjp(run, given.x, given.weights, given.token)
 
 
 def _one_call_bwd(link: Link, cfg: MoEConfig, pull: Any, cotangents: Any) -> tuple[Any, ...]:
     del link, cfg
     d_x, d_weights, d_token = pull(cotangents)
-    return d_x, None, d_weights, None, None, d_token
+    none: Any = None
+    return (Tokens(d_x, none, d_weights, none, none, d_token),)
 
 
 _one_call.defvjp(_one_call_fwd, _one_call_bwd)

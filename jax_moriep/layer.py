@@ -174,7 +174,7 @@ def _local_moe(
     x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, chosen.ids, chosen.weights))
     params = _for_tp(params, layout, cfg.expert_quant == "fp8_block")
     words = stats.as_words(counts, sums)
-    y, all_words, token = fused.run(link, cfg, x_here, ids, weights, words, params, token)
+    y, all_words, token = fused.run(link, cfg, fused.Tokens(x_here, ids, weights, words, params, token))
     measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
     if cfg.shared_intermediate_size is not None:
         with jax.named_scope("moriep.shared"):

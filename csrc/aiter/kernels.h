@@ -43,15 +43,14 @@ struct ArrivalListsArgs {
 };
 gpuError_t launch_arrival_lists(gpuStream_t stream, const ArrivalListsArgs& args);
 
-// The rows that are made codes: those of the lists, or without lists the first `count`, or all.
+// The rows that are made codes: those that the lists name, or without lists the first ones.
 struct QuantiseArgs {
   const std::byte* x;     // bf16 [M, H], or float8 [M, H] with x_scales
   const float* x_scales;  // [M, H / 128], or null
   int32_t num_rows;       // M
   uint32_t hidden;        // H
-  const uint32_t* pairs;
-  const int32_t* valid;
-  const int32_t* count;
+  const uint32_t* pairs;  // or null
+  const int32_t* end;     // of the lists, or of the first rows; null: all rows
   uint8_t* codes;  // [M, H]; null where x are the codes, and only their scales are laid out anew
   float* scales;   // of group g of a row: at row * scales_per_row + g * scales_per_group
   uint32_t scales_per_row;

@@ -87,8 +87,9 @@ class RunsOnTokens(Protocol):
 class Opens(Protocol):
     """What an implementation offers besides, if its programs call what must be loaded before."""
 
-    def open(self, cfg: MoEConfig) -> None:
-        """Loads what programs with a layer call; idempotent."""
+    def open(self, cfg: MoEConfig, backend: str | None) -> None:
+        """Loads what programs with a layer call: its own calls, and those of the library ``backend`` that run
+        it on tokens (``RunsOnTokens``). Idempotent."""
         ...
 
 
@@ -123,11 +124,17 @@ def reasons(place: Place, cfg: MoEConfig | None = None) -> dict[str, str | None]
     return {name: _reason(name, place, cfg) for name in EXPERTS}
 
 
-def open_for(cfg: MoEConfig, place: Place) -> None:
-    """Loads what programs with a layer call at a place; tracing one does so too."""
+def open_for(cfg: MoEConfig, place: Place, backend: str | None = None) -> None:
+    """Loads what programs with a layer call at a place; tracing one does so too.
+
+    Args:
+      cfg: the layer.
+      place: where.
+      backend: the library of a transport that runs experts itself (``transports.RunsExperts``).
+    """
     implementation = IMPLEMENTATIONS[choose(cfg, place)]
     if place.platform is not None and isinstance(implementation, Opens):
-        implementation.open(cfg)
+        implementation.open(cfg, backend)
 
 
 def describe(name: str, place: Place, cfg: MoEConfig) -> str | None:

@@ -57,13 +57,16 @@ def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
     return None
 
 
-def open(cfg: MoEConfig) -> None:  # noqa: A001 - the contract's name
+def open(cfg: MoEConfig, backend: str | None) -> None:  # noqa: A001 - the contract's name
     """See ``experts.Opens.open``.
 
     Raises:
       LibraryError: a library or a kernel is missing.
     """
-    _load(_kernel_of(cfg))
+    kernel = _kernel_of(cfg)
+    _load(kernel)
+    if backend is not None:
+        kernels.load(backend, kernel)
 
 
 def describe(place: Place, cfg: MoEConfig) -> str | None:

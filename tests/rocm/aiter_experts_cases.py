@@ -11,8 +11,10 @@ from jax.sharding import AxisType
 
 import jax_moriep as jm
 from jax_moriep import schemes
+from jax_moriep.aiter import kernels
 from jax_moriep.aiter.layout import shuffled
 from jax_moriep.experts import IMPLEMENTATIONS, ExpertSpec, ExpertWeights
+from jax_moriep.runtime import targets
 
 
 def draw(scheme, sizes, *, hidden, inner, block, spare=2):
@@ -72,6 +74,62 @@ def forward_and_backward(scheme, block, rows, weights, sizes, w1, w2, d_out):
         return tuple(a.astype(jnp.float32) for a in (out, *pull(d_out)))
 
     return run(rows, weights, sizes, w1, w2, d_out)
+
+
+def call_of(scheme, rows, changes):
+    """All results of the custom call for rows of one expert, whose weights are zeros: of it, its attributes
+    and its operands some may be others."""
+    capacity, hidden = rows.shape
+    inner = 256
+    kernel = kernels.choose(scheme, hidden, inner)
+    assert isinstance(kernel, kernels.Kernel)
+    targets.register_aiter("rocm")
+    kernels.load("rocm", kernel)
+    blocks = scheme == "fp8_block"
+    dtype = schemes.code_dtype(scheme, schemes.FORMATS["e4m3fnuz"])
+    operands = {
+        "rows": jnp.asarray(rows),
+        "row_weights": jnp.ones(capacity),
+        "group_sizes": jnp.full(1, capacity, jnp.int32),
+        "w1": jnp.zeros((1, 2 * inner, hidden), dtype),
+        "w2": jnp.zeros((1, hidden, inner), dtype),
+        "w1_scale": jnp.ones((1, 2 * inner // 128, hidden // 128) if blocks else (1, 2 * inner)),
+        "w2_scale": jnp.ones((1, hidden // 128, inner // 128) if blocks else (1, hidden)),
+    }
+    attributes = {"scheme": scheme, "kernel": kernel.name, "tile": kernel.tile, "block": 1}
+    operands |= {name: change for name, change in changes.items() if name in operands}
+    attributes |= {name: change for name, change in changes.items() if name in attributes}
+    results = (
+        jax.ShapeDtypeStruct((capacity, hidden), jnp.bfloat16),
+        jax.ShapeDtypeStruct((capacity, hidden), jnp.uint8),
+        jax.ShapeDtypeStruct((capacity * (hidden // 128 if blocks else 1),), jnp.float32),
+        jax.ShapeDtypeStruct(((capacity + 31) // 32 * 65 + 2,), jnp.int32),
+    )
+    run = jax.jit(
+        lambda *given: targets.call(
+            targets.AITER_EXPERTS, results, *given, attributes=tuple(attributes.items())
+        )
+    )
+    return jax.block_until_ready(run(*operands.values()))
+
+
+def codes_and_scales(scheme, made):
+    """What the kernels read of each array of rows."""
+    return [call_of(scheme, rows, {})[1:3] for rows in made]
+
+
+def refusals(scheme, changes):
+    """What the call says to attributes and operands that Python does not give it."""
+    rows = np.zeros((32, 512), jnp.bfloat16)
+    said = []
+    for change in changes:
+        try:
+            call_of(scheme, rows, change)
+        except jax.errors.JaxRuntimeError as e:
+            said.append(np.array(str(e)))
+        else:
+            said.append(np.array("nothing"))
+    return said
 
 
 def mesh_of_all():

@@ -5,13 +5,17 @@ Layers with transport="mori" and experts="aiter". Every process draws the same, 
 
 import dataclasses
 import os
+import pickle
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep.aiter import kernels
@@ -20,13 +24,16 @@ from tests import processes
 from tests.rocm import aiter_oracle as oracle
 from tests.rocm import counters
 from tests.rocm.aiter_experts_cases import all_to_one
+from tests.rocm.mori_job import failure_of
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 256, 10, 3
 TOKENS = 12  # of a rank
 REPLAYS = 30
+KILLED_WITHIN = 18  # seconds, three limits of the exchange
 # As in test_aiter_experts.py; a token's sum over experts and ranks is rounded more often.
 ROUNDING = 0.008
 SCHEMES = tuple(kernels.KERNELS)
+FOLDER = Path(os.environ.get("JAX_MORIEP_TEST_FOLDER", "."))  # of programs that are kept
 
 
 def config(scheme, **more):
@@ -53,6 +60,7 @@ class Job:
         self.count = len(devices) * TOKENS - 1
         rng = np.random.default_rng(23)
         self.x = rng.normal(size=(self.count, HIDDEN)).astype(jnp.bfloat16)
+        self.all_x = np.concatenate([self.x, self.x[:1]])  # as many for each rank
         self.some = rng.random(self.count) < 0.6
         self.floating = jm.init_params(jax.random.key(3), config("fp8_token"))
 
@@ -118,6 +126,20 @@ def every_wire(job, scheme):
         assert stats.expert_counts.sum() == cfg.top_k * routed, what
 
 
+def uneven(job, scheme):
+    """Rank r has r + 1 tokens, and rank 1 none; two programs by both wires."""
+    rank, place = np.divmod(np.arange(job.count), TOKENS)
+    mask = (place <= rank) & (rank != 1)
+    for wire in (None, "fp8"):
+        cfg = config(scheme, wire_dtype=wire)
+        ((y, stats),), calls = job.run(cfg, job.floating, job.x, mask)
+        assert calls == [1, 0, 0], calls
+        want = job.want(cfg, job.floating, job.x, mask)
+        assert error(y, want) < ROUNDING, (wire, error(y, want))
+        assert not y[~mask].any()
+        assert stats.expert_counts.sum() == cfg.top_k * mask.sum()
+
+
 def replays(job, scheme):
     """The same call again and again: it is recorded once, and results differ by roundings only."""
     found, _ = job.run(config(scheme, wire_dtype="fp8"), job.floating, job.x, times=REPLAYS)
@@ -176,7 +198,62 @@ def counted(job, scheme):
         counters.mark(os.environ["ROCM_SIM_COUNT"], f"{scheme} {wire}", jax.process_index())
 
 
-CASES = {case.__name__: case for case in (every_wire, replays, gradients, what_runs, counted)}
+def placed(job, x):
+    """Tokens [R * TOKENS, H] on their ranks: nothing but the one call needs the others."""
+    sharding = NamedSharding(job.mesh, P("ep"))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def stopped_inside(job, scheme):
+    """Goes round until it is told that another rank was killed, wherever that was: until then results are
+    right, and then there are none."""
+    cfg = config(scheme)
+    params = jm.prepare_params(job.floating, cfg, job.mesh)
+    mine = slice(jax.process_index() * TOKENS, (jax.process_index() + 1) * TOKENS)
+    want = job.want(cfg, job.floating, job.all_x)[mine]
+    x = placed(job, job.all_x)
+    run = jax.jit(lambda x, params: (jm.ep_moe(x, params, cfg, mesh=job.mesh)[0],))
+    jax.block_until_ready(run(x, params))
+    for number in range(500):
+        said, y = failure_of(run, (x, params), KILLED_WITHIN)
+        if said:
+            assert y is None or np.isnan(y.astype(np.float32)).all()
+            print(f"saw after {number}: {said}", flush=True)
+            # Not the long way out: jax.distributed would wait for the dead.
+            sys.stdout.flush()
+            os._exit(0)
+        assert y is not None
+        assert error(y, want) < ROUNDING, error(y, want)
+    raise AssertionError("nothing was said of the failure")
+
+
+def saved(job, scheme):
+    """Writes the compiled layer and what it gives to a file of this rank."""
+    cfg = config(scheme)
+    params = jm.prepare_params(job.floating, cfg, job.mesh)
+    x = placed(job, job.all_x)
+    run = jax.jit(lambda x, params: jm.ep_moe(x, params, cfg, mesh=job.mesh)[0]).lower(x, params).compile()
+    y = np.asarray(run(x, params).addressable_data(0))
+    group.check_failures()
+    FOLDER.joinpath(str(jax.process_index())).write_bytes(pickle.dumps((serialize(run)[0], y)))
+
+
+def loaded(job, scheme):
+    """Runs what another process has compiled, where no layer was traced."""
+    cfg = config(scheme)
+    program, want = pickle.loads(FOLDER.joinpath(str(jax.process_index())).read_bytes())
+    params = jm.prepare_params(job.floating, cfg, job.mesh)
+    jm.initialize(job.mesh, cfg=cfg, num_tokens=TOKENS, dtype=jnp.bfloat16)
+    x = placed(job, job.all_x)
+    run = deserialize_and_load(program, jax.tree.structure(((x, params), {})), jax.tree.structure(x))
+    for _ in range(2):
+        y = np.asarray(run(x, params).addressable_data(0))
+        group.check_failures()
+        assert error(y, want) < ROUNDING, error(y, want)
+
+
+ALL = (every_wire, uneven, replays, gradients, what_runs, counted, stopped_inside, saved, loaded)
+CASES = {case.__name__: case for case in ALL}
 
 
 def main(schemes: str, *cases: str) -> None:

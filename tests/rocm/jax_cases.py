@@ -5,6 +5,7 @@ import ctypes
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +18,12 @@ def _elementwise(x):
 
 def round_trip(x):
     return jax.device_put(x)
+
+
+def deserialised(x):
+    """XLA copies the constants of a program that was saved into the code object's read-only data."""
+    run = jax.jit(lambda x: (x * 3, jnp.full(1, 7, jnp.int32), jnp.zeros(1))).lower(x).compile()
+    return deserialize_and_load(*serialize(run), execution_devices=jax.devices()[:1])(x)
 
 
 def elementwise(x):

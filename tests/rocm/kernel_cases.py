@@ -68,6 +68,12 @@ def variables(path):
     hip.check("hipDeviceSynchronize")
     assert ints(address, 1)[0] == 5 + 128
     assert ints(out, 4).tolist() == [10, 20, 30, 40]
+    # Copies may write what kernels may only read: XLA fills constants of a deserialised program so.
+    hip.check("hipModuleGetGlobal", byref(address), None, module, b"table")
+    hip.write(address, np.array([1, 2, 3, 4], np.int32).tobytes())
+    assert launch(kernel, (2, 1, 1), (64, 1, 1), pointers(out)) == hip.SUCCESS
+    hip.check("hipDeviceSynchronize")
+    assert ints(out, 4).tolist() == [1, 2, 3, 4]
     # Another load of the same code object has variables of its own.
     other = c_void_p()
     hip.check("hipModuleGetGlobal", byref(other), None, hip.load(path), b"counter")
@@ -141,7 +147,6 @@ def store_to_host_memory(path):
 def store_to_constants(path):
     address = c_void_p()
     hip.check("hipModuleGetGlobal", byref(address), None, hip.load(path), b"table")
-    assert hip.call("hipMemset", address, c_int(0), c_size_t(4)) == hip.INVALID_VALUE
     expect_failure(path, "store", pointers(address) + struct.pack("<i", 1), hip.ILLEGAL_ADDRESS)
 
 

@@ -51,6 +51,17 @@ def start_cases(ranks: int, *cases: tuple[str, dict], **more: str) -> list[subpr
     return start_module(ranks, "tests.rocm.mori_job", json.dumps(cases), **more)
 
 
+def kill_at(process: subprocess.Popen, kernel: str, time: int) -> None:
+    """Kills a process, which says what it runs, when it says so many times that it runs a kernel."""
+    assert process.stderr is not None
+    seen = 0
+    for line in process.stderr:
+        seen += kernel in line
+        if seen == time:
+            process.kill()
+            return
+
+
 def finish(processes: list[subprocess.Popen], deadline: float, lost: int = -1) -> list[str]:
     """Waits for all ranks, of which one may be lost on the way; gives what each wrote to stdout."""
     try:

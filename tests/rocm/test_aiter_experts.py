@@ -4,7 +4,9 @@ The block-scale kernel lacks a barrier (docs/rocm.md): its results are right whi
 """
 
 import functools
+import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -118,6 +120,57 @@ def test_no_wave_reads_what_another_is_not_done_with(run, scheme):
     checks = {"ROCM_SIM_CHECK_RACES": "1", "ROCM_SIM_CHECK_UNINITIALISED": "1"}
     ((found,),) = run(cases.forward, scheme, [(16, case)], **checks)
     assert error(found, wanted(scheme, 16, case)) < ROUNDING
+
+
+def test_int8_codes_are_those_of_a_division(run):
+    """For all quotients of two bfloat16 that are not below 1/1000: no division is made."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for largest in range(128, 256):
+        smaller = (np.arange(128, 256) * np.exp2(-np.arange(11.0))[:, None]).ravel()
+        smaller = rng.permutation(smaller[smaller <= largest])
+        smaller = np.pad(smaller, (0, -len(smaller) % 511)).reshape(-1, 511)
+        row = np.concatenate([np.full((len(smaller), 1), largest), smaller], axis=1)
+        rows.append(row * rng.choice([-1, 1], row.shape) * np.exp2(rng.integers(-100, 110)))
+    rows = np.concatenate(rows).astype(jnp.bfloat16)
+    ((codes, scales),) = run(cases.codes_and_scales, "int8_token", [rows])
+    values = rows.astype(np.float32)
+    step = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(scales, step[:, 0])
+    np.testing.assert_array_equal(codes.view(np.int8), np.rint(values / step).astype(np.int8))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_token", "int8_token"])
+def test_codes_of_rows_of_all_lengths(run, scheme):
+    """A lane holds one to eight parts of a row, and of a longer one reads all twice."""
+    rng = np.random.default_rng(4)
+    made = [
+        (rng.normal(size=(5, hidden)) * np.exp2(rng.integers(-60, 60, (5, 1)))).astype(jnp.bfloat16)
+        for hidden in (512, 1280, 2304, 4352, 8192, 9216)
+    ]
+    for rows, (codes, scales) in zip(made, run(cases.codes_and_scales, scheme, made), strict=True):
+        dtype = np.dtype(np.int8) if scheme == "int8_token" else oracle.FP8
+        values = codes.view(dtype).astype(np.float64) * scales[:, None]
+        np.testing.assert_array_equal(values, oracle.quantised_rows(rows, scheme))
+
+
+# What Python does not let through, or does not give: the handler has its own eyes.
+CHANGES = {
+    r"hidden_size=512 and intermediate_size=256 are none of those that AITER's kernel fmoe_\S+ gets right": {
+        "tile": 192
+    },
+    "scheme=fp4 is none of AITER's": {"scheme": "fp4"},
+    "AITER's kernel another is not loaded on device 0; call jm.initialize": {"kernel": "another"},
+    "must have two dimensions, and block=0 be at least 1": {"block": 0},
+    "w1 must be int8": {"w1": np.zeros((1, 512, 512), np.float32)},
+    r"w1_scale has shape \[1, 4\] but must be \[1, 512\]": {"w1_scale": np.ones((1, 4), np.float32)},
+    r"group_sizes has shape \[2\] but must be \[1\]": {"group_sizes": np.zeros(2, np.int32)},
+}
+
+
+def test_the_handlers_refusals(run):
+    for text, said in zip(CHANGES, run(cases.refusals, "int8_token", list(CHANGES.values())), strict=True):
+        assert re.search(text, str(said)), said
 
 
 def test_sizes_that_make_no_sense_reach_no_memory(run):

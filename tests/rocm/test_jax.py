@@ -30,6 +30,7 @@ def assert_equal(actual, expected):
     ("case", "arguments"),
     [
         (cases.round_trip, (X,)),
+        (cases.deserialised, (X,)),
         (cases.elementwise, (X,)),
         (cases.elementwise, (X.astype(ml_dtypes.bfloat16),)),
         (cases.integers, (np.arange(-500, 500, dtype=np.int32),)),

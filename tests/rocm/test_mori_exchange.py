@@ -53,14 +53,7 @@ def test_a_rank_killed_inside_a_kernel_of_moris_is_named(ranks, kernel):
     options = {"timeout": 6, "abrupt": True, "rounds": 500}
     more = {"JAX_MORIEP_TIMEOUT": "6", "ROCM_SIM_TRACE": "1"}
     processes = mori_jobs.start_cases(ranks, ("stopped_inside", options), **more)
-    lost = processes[-1]
-    assert lost.stderr is not None
-    seen = 0
-    for line in lost.stderr:
-        seen += kernel in line
-        if seen == 3:
-            lost.kill()
-            break
+    mori_jobs.kill_at(processes[-1], kernel, 3)
     said = mori_jobs.finish(processes, 120, lost=ranks - 1)
     for rank, out in enumerate(said[:-1]):
         assert f"rank {rank} agrees" in out

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 import jax_moriep as jm
 from jax_moriep import experts, fused
 from jax_moriep.aiter import code_object, kernels, layout, wheel
-from jax_moriep.errors import ConfigError, LibraryError, TransportError
+from jax_moriep.errors import ConfigError, LibraryError, ShardingError, TransportError
 from jax_moriep.experts import ExpertSpec, ExpertWeights, aiter
 from jax_moriep.runtime import compat, targets
 from jax_moriep.runtime.place import Place
@@ -210,7 +210,11 @@ def test_opening_a_layer_loads_its_kernel(on_rocm, monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda backend, kernel: loaded.append((backend, kernel.name)))
     experts.open_for(make_cfg(), MI300)
     experts.open_for(make_cfg(experts="triton", expert_quant=None), MI300)
-    assert loaded == [("rocm", "fmoe_bf16_pertokenFp8_g1u1_vs_silu_1tg_32x256")]
+    name = "fmoe_bf16_pertokenFp8_g1u1_vs_silu_1tg_32x256"
+    assert loaded == [("rocm", name)]
+    # The library with the one call has its own.
+    experts.open_for(make_cfg(), MI300, "mori")
+    assert loaded[1:] == [("rocm", name), ("mori", name)]
 
 
 def test_what_it_tells(on_rocm):
@@ -266,6 +270,35 @@ def test_floating_weights_are_refused():
     params = jm.init_params(jax.random.key(0), cfg)
     with pytest.raises(ConfigError, match="must have quantised w1 and w2, .* jm.prepare_params"):
         lowered(cfg, params)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "error", "text"),
+    [
+        (
+            "plain",
+            {},
+            ConfigError,
+            "params.layout='plain' must be 'aiter' for experts='aiter'; pass the",
+        ),
+        (
+            "aiter",
+            {"tp_axis": "tp"},
+            ShardingError,
+            "must be 'plain' with tp_axis='tp'",
+        ),
+    ],
+)
+def test_weights_in_the_wrong_layout(layout, options, error, text):
+    cfg = make_cfg(transport="native")
+    params = dataclasses.replace(make_params(cfg), layout=layout)
+    mesh = jax.sharding.AbstractMesh((2, 2), ("ep", "tp"), axis_types=(AxisType.Auto,) * 2)
+
+    def layer(x):
+        return jm.ep_moe(x, params, cfg, mesh=mesh, **options)[0]
+
+    with pytest.raises(error, match=text):
+        jax.jit(layer).trace(jnp.ones((8, 512), jnp.bfloat16)).lower(lowering_platforms=("rocm",))
 
 
 def test_a_scale_that_is_nan_reaches_the_result_in_int8():

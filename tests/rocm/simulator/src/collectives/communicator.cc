@@ -116,8 +116,29 @@ Failure Communicator::wait(const std::string& call, const std::function<bool(Fai
   }
 }
 
+uint64_t Communicator::take_turn() {
+  std::lock_guard lock(mutex_);
+  turns_.insert(next_turn_);
+  return next_turn_++;
+}
+
+void Communicator::await_turn(uint64_t turn) {
+  std::unique_lock lock(mutex_);
+  left_.wait(lock, [&] { return *turns_.begin() == turn || aborted(); });
+}
+
+void Communicator::leave_turn(uint64_t turn) {
+  std::lock_guard lock(mutex_);
+  turns_.erase(turn);
+  left_.notify_all();
+}
+
 void Communicator::abort() {
-  aborted_.store(true, std::memory_order_release);
+  {
+    std::lock_guard lock(mutex_);
+    aborted_.store(true, std::memory_order_release);
+    left_.notify_all();
+  }
   board_->ring();
 }
 

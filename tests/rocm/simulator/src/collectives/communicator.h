@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -49,8 +50,12 @@ class Communicator {
   Failure wait(const std::string& call, const std::function<bool(Failure*)>& advance,
                const std::function<std::set<int>()>& missing);
 
-  // One piece of work of this rank at a time.
-  std::mutex& turn() { return turn_; }
+  // This rank's work runs one piece at a time, in the order in which it was asked for and on
+  // whatever streams, as RCCL's does: so ranks that ask in one order agree.
+  uint64_t take_turn();
+  // Until all earlier turns were left, or the communicator is aborted.
+  void await_turn(uint64_t turn);
+  void leave_turn(uint64_t turn);
 
   void abort();
   bool aborted() const { return aborted_.load(std::memory_order_acquire); }
@@ -63,7 +68,10 @@ class Communicator {
   const int rank_;
   const int ranks_;
   std::vector<std::unique_ptr<Process>> processes_;  // by rank
-  std::mutex turn_;
+  std::mutex mutex_;
+  std::condition_variable left_;
+  uint64_t next_turn_ = 0;
+  std::set<uint64_t> turns_;  // taken and not left
   uint64_t splits_ = 0;
   std::atomic<bool> aborted_{false};
   std::atomic<ncclResult_t> error_{ncclSuccess};

@@ -25,10 +25,16 @@ struct Group {
 
 thread_local Group group;
 
-hipError_t run_batch(void* data) {
-  const auto& batch = *static_cast<const Batch*>(data);
+const Batch& batch_of(void* data) { return *static_cast<const Batch*>(data); }
+
+uint64_t take_turn(void* data) { return batch_of(data).communicator->take_turn(); }
+
+void leave(void* data, uint64_t turn) { batch_of(data).communicator->leave_turn(turn); }
+
+hipError_t run_batch(void* data, uint64_t turn) {
+  const Batch& batch = batch_of(data);
   Communicator& communicator = *batch.communicator;
-  std::lock_guard lock(communicator.turn());
+  communicator.await_turn(turn);
   if (communicator.aborted()) return hipSuccess;
   const Failure failure = run(communicator, batch.operations);
   if (failure.code == ncclSuccess) return hipSuccess;
@@ -41,7 +47,8 @@ void release_batch(void* data) { delete static_cast<Batch*>(data); }
 ncclResult_t enqueue(Batch batch) {
   const hipStream_t stream = batch.stream;
   const char* name = name_of(batch.operations.front().kind);
-  const hipSimService service = {name, run_batch, release_batch, new Batch(std::move(batch))};
+  const hipSimService service = {name,  take_turn,     run_batch,
+                                 leave, release_batch, new Batch(std::move(batch))};
   const hipError_t error = hipSimEnqueue(stream, &service);
   if (error == hipSuccess) return ncclSuccess;
   return report({ncclUnhandledCudaError,

@@ -218,11 +218,11 @@ class CodeObject::Loader {
     return false;
   }
 
-  // What kernels may not write, the host may not write by accident either.
+  // What nobody may write, the host may not write by accident either.
   bool protect() {
     std::vector<bool> writable(out_.memory_bytes_ / kPage, false);
     for (const auto& segment : out_.segments_) {
-      if (!segment.writable) continue;
+      if (segment.executable) continue;
       const uint64_t last = page_up(segment.first + segment.bytes - base_) / kPage;
       for (uint64_t page = page_down(segment.first - base_) / kPage; page < last; ++page) {
         writable[page] = true;

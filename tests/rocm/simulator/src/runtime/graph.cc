@@ -56,7 +56,8 @@ void Graph::replace(size_t index, Operation operation) {
   nodes_[index]->operation = std::move(operation);
 }
 
-hipError_t Graph::execute(int device, std::span<std::byte> kernarg) const {
+std::vector<size_t> Graph::order() const {
+  std::vector<size_t> order;
   std::vector<size_t> waits_for(nodes_.size());
   std::vector<std::vector<size_t>> dependents(nodes_.size());
   std::vector<size_t> ready;
@@ -73,11 +74,22 @@ hipError_t Graph::execute(int device, std::span<std::byte> kernarg) const {
     std::swap(ready[random() % ready.size()], ready.back());
     const size_t index = ready.back();
     ready.pop_back();
-    const hipError_t error = runtime::execute(nodes_[index]->operation, device, kernarg);
-    if (error != hipSuccess) return error;
+    order.push_back(index);
     for (const size_t dependent : dependents[index]) {
       if (--waits_for[dependent] == 0) ready.push_back(dependent);
     }
+  }
+  return order;
+}
+
+void Graph::take_turns(Turns* turns) const {
+  for (const size_t index : order()) runtime::take_turns(nodes_[index]->operation, turns);
+}
+
+hipError_t Graph::execute(int device, std::span<std::byte> kernarg, Turns* turns) const {
+  for (const size_t index : order()) {
+    const hipError_t error = runtime::execute(nodes_[index]->operation, device, kernarg, turns);
+    if (error != hipSuccess) return error;
   }
   return hipSuccess;
 }

@@ -39,10 +39,14 @@ class Graph {
   const Node& node(size_t index) const { return *nodes_[index]; }
   void replace(size_t index, Operation operation);
 
-  // Runs every node once, in one of the orders that the dependencies allow.
-  hipError_t execute(int device, std::span<std::byte> kernarg) const;
+  // Runs every node once, in one of the orders that the dependencies allow, always the same.
+  hipError_t execute(int device, std::span<std::byte> kernarg, Turns* turns) const;
+  // The turns of the nodes, as they run.
+  void take_turns(Turns* turns) const;
 
  private:
+  std::vector<size_t> order() const;
+
   std::vector<std::unique_ptr<Node>> nodes_;
 };
 

@@ -94,7 +94,7 @@ hipError_t hipLaunchHostFunc(hipStream_t stream, hipHostFn_t function, void* use
 
 hipError_t hipSimEnqueue(hipStream_t stream, const hipSimService* service) {
   std::shared_ptr<void> data(service->data, service->release);
-  return submit(stream, ServiceOperation{service->name, service->run, std::move(data)});
+  return submit(stream, ServiceOperation{*service, std::move(data)});
 }
 
 hipError_t hipEventCreateWithFlags(hipEvent_t* out, unsigned int flags) {

@@ -68,7 +68,7 @@ bool Memory::covers(const Range& range) const {
   const Block* block = at(first);
   if (block == nullptr) return range.host_too && at(first + range.bytes - 1) == nullptr;
   return block->allocation.first + block->allocation.bytes - first >= range.bytes &&
-         (block->allocation.writable || !range.written);
+         (block->allocation.writable || !range.written || block->owner == Owner::kConstants);
 }
 
 void Memory::insert(const Block& block) {

@@ -18,7 +18,9 @@
 
 namespace gfx942::runtime {
 
-enum class Owner { kDevice, kHost, kRegistered, kPeer, kCode };
+// Constants are data of code objects that kernels only read. Copies write to them: AMD's loader
+// puts all segments into one piece of memory, and XLA fills a deserialised program's constants so.
+enum class Owner { kDevice, kHost, kRegistered, kPeer, kCode, kConstants };
 
 struct Block {
   Allocation allocation;

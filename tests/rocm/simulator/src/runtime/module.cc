@@ -9,6 +9,10 @@
 namespace gfx942::runtime {
 namespace {
 
+Owner owner_of(const Segment& segment) {
+  return segment.writable || segment.executable ? Owner::kCode : Owner::kConstants;
+}
+
 struct HostFunction {
   std::shared_ptr<FatBinary> binary;
   std::string name;
@@ -34,11 +38,11 @@ std::shared_ptr<const CodeObject> load_code(const void* image, const std::string
   for (const Segment& segment : code->segments()) {
     memory().enter({segment.first, segment.bytes, MemoryKind::kOrdinary, segment.writable,
                     (segment.executable ? "code of " : "data of ") + name},
-                   Owner::kCode, 0);
+                   owner_of(segment), 0);
   }
   return {code.release(), [](const CodeObject* object) {
             for (const Segment& segment : object->segments()) {
-              memory().remove(reinterpret_cast<const void*>(segment.first), Owner::kCode);
+              memory().remove(reinterpret_cast<const void*>(segment.first), owner_of(segment));
             }
             delete object;
           }};

@@ -39,9 +39,9 @@ uint64_t extent(const FillOperation& fill) {
   return (fill.height - 1) * fill.pitch + fill.width * fill.element_bytes;
 }
 
-hipError_t run(const EmptyOperation&, int, std::span<std::byte>) { return hipSuccess; }
+hipError_t run(const EmptyOperation&, int, std::span<std::byte>, Turns*) { return hipSuccess; }
 
-hipError_t run(const KernelOperation& kernel, int device, std::span<std::byte> kernarg) {
+hipError_t run(const KernelOperation& kernel, int device, std::span<std::byte> kernarg, Turns*) {
   if (kernel.kernarg.size() > kernarg.size()) return hipErrorInvalidValue;
   std::memcpy(kernarg.data(), kernel.kernarg.data(), kernel.kernarg.size());
   Launch launch;
@@ -68,7 +68,7 @@ hipError_t run(const KernelOperation& kernel, int device, std::span<std::byte> k
   return error_of(fault->code);
 }
 
-hipError_t run(const CopyOperation& copy, int device, std::span<std::byte>) {
+hipError_t run(const CopyOperation& copy, int device, std::span<std::byte>, Turns*) {
   if (counting()) write_counts(copy, device);
   const bool done = memory().access({target(copy), source(copy)},
                                     [&] { std::memmove(copy.to, copy.from, copy.bytes); });
@@ -78,7 +78,7 @@ hipError_t run(const CopyOperation& copy, int device, std::span<std::byte>) {
   return hipErrorIllegalAddress;
 }
 
-hipError_t run(const FillOperation& fill, int device, std::span<std::byte>) {
+hipError_t run(const FillOperation& fill, int device, std::span<std::byte>, Turns*) {
   if (counting()) write_counts(fill, device);
   const bool done = memory().access({{fill.to, extent(fill), false, true}}, [&] {
     for (uint64_t row = 0; row < fill.height; ++row) {
@@ -98,18 +98,22 @@ hipError_t run(const FillOperation& fill, int device, std::span<std::byte>) {
   return hipErrorIllegalAddress;
 }
 
-hipError_t run(const HostOperation& host, int, std::span<std::byte>) {
+hipError_t run(const HostOperation& host, int, std::span<std::byte>, Turns*) {
   host.function(host.user_data);
   return hipSuccess;
 }
 
-hipError_t run(const ServiceOperation& service, int device, std::span<std::byte>) {
+hipError_t run(const ServiceOperation& operation, int device, std::span<std::byte>, Turns* turns) {
+  const hipSimService& service = operation.service;
   if (settings().trace) std::fprintf(stderr, "rocm-sim: device %d runs %s\n", device, service.name);
-  return service.run(service.data.get());
+  const Turn turn = std::move(turns->front());
+  turns->pop_front();
+  return service.run(operation.data.get(), turn.number());
 }
 
-hipError_t run(const ChildOperation& child, int device, std::span<std::byte> kernarg) {
-  return child.graph->execute(device, kernarg);
+hipError_t run(const ChildOperation& child, int device, std::span<std::byte> kernarg,
+               Turns* turns) {
+  return child.graph->execute(device, kernarg, turns);
 }
 
 }  // namespace
@@ -123,8 +127,17 @@ hipError_t check(const FillOperation& fill) {
                                                                         : hipErrorInvalidValue;
 }
 
-hipError_t execute(const Operation& operation, int device, std::span<std::byte> kernarg) {
-  return std::visit([&](const auto& one) { return run(one, device, kernarg); }, operation);
+void take_turns(const Operation& operation, Turns* turns) {
+  if (const auto* service = std::get_if<ServiceOperation>(&operation)) {
+    turns->emplace_back(*service);
+  } else if (const auto* child = std::get_if<ChildOperation>(&operation)) {
+    child->graph->take_turns(turns);
+  }
+}
+
+hipError_t execute(const Operation& operation, int device, std::span<std::byte> kernarg,
+                   Turns* turns) {
+  return std::visit([&](const auto& one) { return run(one, device, kernarg, turns); }, operation);
 }
 
 bool runs_after_failure(const Operation& operation) {

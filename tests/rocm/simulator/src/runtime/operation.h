@@ -5,12 +5,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <span>
 #include <variant>
 #include <vector>
 
 #include "code_object.h"
+#include "service.h"
 
 namespace gfx942::runtime {
 
@@ -49,9 +51,8 @@ struct HostOperation {
 
 // A piece of another library of the simulator (service.h).
 struct ServiceOperation {
-  const char* name = nullptr;
-  hipError_t (*run)(void* data) = nullptr;
-  std::shared_ptr<void> data;
+  hipSimService service = {};
+  std::shared_ptr<void> data;  // the service's, released at the end
 };
 
 struct EmptyOperation {};
@@ -67,8 +68,32 @@ using Operation = std::variant<EmptyOperation, KernelOperation, CopyOperation, F
 hipError_t check(const CopyOperation& copy);
 hipError_t check(const FillOperation& fill);
 
-// Executes on the calling thread. `kernarg` is memory that kernels may read, of the stream's own.
-hipError_t execute(const Operation& operation, int device, std::span<std::byte> kernarg);
+// A service's turn, which it leaves at the end of this.
+class Turn {
+ public:
+  explicit Turn(ServiceOperation of)
+      : of_(std::move(of)), number_(of_.service.take_turn(of_.data.get())) {}
+  ~Turn() {
+    if (of_.data != nullptr) of_.service.leave(of_.data.get(), number_);
+  }
+  Turn(Turn&&) = default;
+  Turn& operator=(Turn&&) = delete;
+
+  uint64_t number() const { return number_; }
+
+ private:
+  ServiceOperation of_;
+  uint64_t number_;
+};
+
+// The turns of all services in an operation, in the order in which it runs them.
+using Turns = std::deque<Turn>;
+void take_turns(const Operation& operation, Turns* turns);
+
+// Executes on the calling thread, with the operation's turns. `kernarg` is memory that kernels may
+// read, of the stream's own.
+hipError_t execute(const Operation& operation, int device, std::span<std::byte> kernarg,
+                   Turns* turns);
 
 // Operations that somebody waits for run even on a device that has failed.
 bool runs_after_failure(const Operation& operation);

@@ -66,7 +66,12 @@ hipError_t Stream::submit(Operation operation) {
   if (const auto capture = this->capture()) return capture->add(this, std::move(operation));
   if (const hipError_t error = device_.error(); error != hipSuccess) return error;
   device_.order(this);
-  push(std::move(operation));
+  Work work{std::move(operation), {}};
+  std::lock_guard lock(mutex_);
+  // Turns are taken in the queue's order, for what is behind cannot come first.
+  take_turns(work.operation, &work.turns);
+  queue_.push_back(std::move(work));
+  changed_.notify_all();
   return hipSuccess;
 }
 
@@ -100,31 +105,31 @@ void Stream::work() {
   while (true) {
     changed_.wait(lock, [this] { return !queue_.empty() || ending_; });
     if (queue_.empty()) return;
-    const Item item = std::move(queue_.front());
+    Item item = std::move(queue_.front());
     queue_.pop_front();
     busy_ = true;
     lock.unlock();
-    perform(item);
+    perform(&item);
     lock.lock();
     busy_ = false;
   }
 }
 
-void Stream::perform(const Item& item) {
-  if (const auto* wait = std::get_if<Wait>(&item)) {
+void Stream::perform(Item* item) {
+  if (const auto* wait = std::get_if<Wait>(item)) {
     (*wait)->wait();
     return;
   }
-  if (const auto* mark = std::get_if<Mark>(&item)) {
+  if (const auto* mark = std::get_if<Mark>(item)) {
     (*mark)->set();
     return;
   }
   if (const uint32_t longest = settings().delay_microseconds; longest != 0) {
     std::this_thread::sleep_for(std::chrono::microseconds(random_() % (longest + 1)));
   }
-  const auto& operation = std::get<Operation>(item);
+  auto& [operation, turns] = std::get<Work>(*item);
   if (device_.error() != hipSuccess && !runs_after_failure(operation)) return;
-  device_.fail(execute(operation, device_.ordinal(), kernarg_));
+  device_.fail(execute(operation, device_.ordinal(), kernarg_, &turns));
 }
 
 }  // namespace gfx942::runtime

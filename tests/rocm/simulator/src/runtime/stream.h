@@ -64,11 +64,15 @@ class Stream {
  private:
   using Wait = std::shared_ptr<const Signal>;
   using Mark = std::shared_ptr<Signal>;
-  using Item = std::variant<Operation, Wait, Mark>;
+  struct Work {
+    Operation operation;
+    Turns turns;
+  };
+  using Item = std::variant<Work, Wait, Mark>;
 
   void push(Item item);
   void work();
-  void perform(const Item& item);
+  void perform(Item* item);
 
   Device& device_;
   const bool blocking_;

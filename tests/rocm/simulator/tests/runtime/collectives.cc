@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <bit>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -70,6 +71,7 @@ class Rank {
       messages(round);
     }
     replay();
+    crossed();
     split();
     CHECK(ncclCommDestroy(comm_));
     CHECK(hipStreamDestroy(stream_));
@@ -160,20 +162,53 @@ class Rank {
     CHECK(hipFree(from));
   }
 
-  void replay() {
-    auto* data = array<int32_t>(kCount, [](size_t) { return 1; });
+  hipGraphExec_t record_sum(int32_t* data) {
     hipGraph_t graph = nullptr;
     hipGraphExec_t executable = nullptr;
-    CHECK(hipStreamSynchronize(stream_));
     CHECK(hipStreamBeginCapture(stream_, hipStreamCaptureModeRelaxed));
     CHECK(ncclAllReduce(data, data, kCount, ncclInt32, ncclSum, comm_, stream_));
     CHECK(hipStreamEndCapture(stream_, &graph));
     CHECK(hipGraphInstantiate(&executable, graph, nullptr, nullptr, 0));
     CHECK(hipGraphDestroy(graph));
+    return executable;
+  }
+
+  void replay() {
+    auto* data = array<int32_t>(kCount, [](size_t) { return 1; });
+    CHECK(hipStreamSynchronize(stream_));
+    hipGraphExec_t executable = record_sum(data);
     for (int i = 0; i < 3; ++i) CHECK(hipGraphLaunch(executable, stream_));
     expect(data, kCount, [](size_t) { return kRanks * kRanks * kRanks; });
     CHECK(hipGraphExecDestroy(executable));
   }
+
+  // Asked for in one order on two streams, of which odd ranks come late to the first: as they are,
+  // and from a graph.
+  void crossed() {
+    hipStream_t other = nullptr;
+    CHECK(hipStreamCreateWithFlags(&other, hipStreamNonBlocking));
+    for (const bool recorded : {false, true}) {
+      auto* sums = array<int32_t>(kCount, [](size_t) { return 1; });
+      auto* told = array<float>(kCount / 2, [&](size_t) { return rank_; });
+      CHECK(hipStreamSynchronize(stream_));
+      hipGraphExec_t executable = nullptr;
+      if (recorded) executable = record_sum(sums);
+      if (rank_ % 2 == 1) CHECK(hipLaunchHostFunc(stream_, come_late, nullptr));
+      if (recorded) {
+        CHECK(hipGraphLaunch(executable, stream_));
+        CHECK(hipGraphExecDestroy(executable));
+      } else {
+        CHECK(ncclAllReduce(sums, sums, kCount, ncclInt32, ncclSum, comm_, stream_));
+      }
+      CHECK(ncclBroadcast(told, told, kCount / 2, ncclFloat32, 2, comm_, other));
+      CHECK(hipStreamSynchronize(other));
+      expect(sums, kCount, [](size_t) { return kRanks; });
+      expect(told, kCount / 2, [](size_t) { return 2; });
+    }
+    CHECK(hipStreamDestroy(other));
+  }
+
+  static void come_late(void*) { std::this_thread::sleep_for(std::chrono::milliseconds(50)); }
 
   // Odd and even ranks, each in the opposite order; and a part for all but one.
   void split() {
