@@ -6,7 +6,7 @@ jax-moriep launch -n 2 examples/train.py --steps 80 --folder run      # goes on 
 One program makes a step: a scan over micro-batches adds up gradients, a scan over layers keeps the program
 small, and each layer recomputes its experts in the backward pass but not its exchanges. Every rank has some
 of the text and some of the experts; the other weights are on all ranks. What a step computes does not depend
-on the number of ranks.
+on the number of ranks, which has to divide the 16 windows of a micro-batch.
 """
 
 import argparse
@@ -153,6 +153,10 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS", help="default: 20")
     parser.add_argument("--folder", type=Path, default=Path("run"), help="of the checkpoints (default: run)")
     args = parser.parse_args()
+    if args.save_every < 1:
+        parser.error("--save-every must be at least 1")
+    if BATCH // MICRO_BATCHES % mesh.size:
+        parser.error(f"{mesh.size} ranks do not divide the {BATCH // MICRO_BATCHES} windows of a micro-batch")
 
     abstract = jax.eval_shape(start, jax.random.key(0))
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract)

@@ -59,9 +59,9 @@ def ep_moe(
       token_mask: bool, x's shape without H; a token where it is False is not routed, counts in no statistic
         and gets zeros.
       route: where each token goes, chosen elsewhere, as ``jm.route`` returns it for this x: another model's
-        router, or routes that are replayed. The layer then reads neither ``cfg.router`` (but "llama4" still
-        weighs the experts' inputs) nor the router's weights. Gradients flow back into its weights, scores and
-        logits.
+        router, or routes that are replayed. An id that is not in 0..E-1 is routed nowhere. The layer then
+        reads neither ``cfg.router`` (but "llama4" still weighs the experts' inputs) nor the router's weights.
+        Gradients flow back into its weights, scores and logits.
 
     Returns:
       y like x, and the statistics of the call.

@@ -58,6 +58,7 @@ def unpad_params(params: Any, cfg: MoEConfig) -> Any:
     tree = _Tree.of(params, cfg)
     leaves = list(tree.leaves)
     for index, axis in tree.experts.items():
+        _check_alive(leaves[index], tree.paths[index])
         if leaves[index].shape[axis] != cfg.num_experts:
             target = _even(_sharding(leaves[index]), leaves[index].shape, axis, cfg.num_experts)
             leaves[index] = _resized(leaves[index], axis, cfg.num_experts, cfg.num_experts, target)
@@ -80,7 +81,7 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
       objects.
 
     Raises:
-      ConfigError: the trees differ otherwise, or as for ``unpad_params``.
+      ConfigError: the trees or their shapes differ otherwise, or as for ``unpad_params``.
 
     Example::
 
@@ -92,8 +93,14 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     given = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
     _check_same_paths([path for path, _ in given], tree.paths)
     leaves = [leaf for _, leaf in given]
+    for index in tree.beside:
+        there, here = (getattr(leaf, "shape", None) for leaf in (tree.leaves[index], leaves[index]))
+        if there != here:
+            name = f"params{jax.tree_util.keystr(tree.paths[index])}.shape"
+            raise ConfigError(rule(name, here, f"be {there}, as in like", "pass the state of the same model"))
     for index, axis in tree.experts.items():
         wanted, leaf = tree.leaves[index], leaves[index]
+        _check_alive(leaf, tree.paths[index])
         shape = getattr(leaf, "shape", ())
         rest = (*wanted.shape[:axis], *wanted.shape[axis + 1 :])
         if (*shape[:axis], *shape[axis + 1 :]) != rest or shape[axis] < cfg.num_experts:
@@ -113,12 +120,13 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Tree:
-    """A flattened tree, and the axis of the experts of each leaf that has one."""
+    """A flattened tree, the axis of the experts of each leaf that has one, and what the layer has beside them."""
 
     paths: list[Any]
     leaves: list[Any]
     structure: Any
     experts: dict[int, int]
+    beside: list[int]
 
     @classmethod
     def of(cls, tree: Any, cfg: MoEConfig, argument: str = "params") -> _Tree:
@@ -129,10 +137,13 @@ class _Tree:
         groups = _groups(paths)
         experts: dict[int, int] = {}
         whole: dict[str, set[_Place]] = {}
+        routers: set[tuple[int, ...]] = set()
         for group in groups:
             for name, index, axis in _experts_of(group, leaves, paths, cfg):
                 experts[index] = axis
                 whole.setdefault(name, set()).add(_Place(tuple(leaves[index].shape), axis))
+            if "router" in group and {group["w1"], group["w2"]} & experts.keys():
+                routers.add(tuple(getattr(leaves[group["router"]], "shape", ())))
         if not experts:
             raise ConfigError(
                 f"{argument} must hold weights of a layer of this cfg: router, w1 and w2 side by side, w1 of "
@@ -140,15 +151,20 @@ class _Tree:
                 "pass the layer's own cfg, and the state with its weights"
             )
         for group in groups:
+            shapes = {name: [place.shape for place in whole.get(name, ())] for name in ("w1", "w2")}
+            # A layer of another config has a router of its own, whatever its padded experts look like.
+            shapes |= {"router": list(routers)} if "router" in group else {}
             if group["w1"] in experts or not all(
-                _is_reduced(leaves[group[name]], whole.get(name, ())) for name in ("w1", "w2")
+                _is_reduced(leaves[group[name]], of_layer) for name, of_layer in shapes.items()
             ):
                 continue
             for name, index in group.items():
                 axis = _axis_of_reduced(leaves[index], whole.get(name, ()), cfg, paths[index])
                 if axis is not None:
                     experts[index] = axis
-        return cls(paths, leaves, structure, experts)
+        of_layer = [group.values() for group in groups if experts.keys() & set(group.values())]
+        beside = sorted(set().union(*of_layer) - experts.keys())
+        return cls(paths, leaves, structure, experts, beside)
 
 
 def _is_empty(node: Any) -> bool:
@@ -208,10 +224,10 @@ def _experts_of(
         yield name, group[name], axis
 
 
-def _is_reduced(leaf: Any, whole: Iterable[_Place]) -> bool:
-    """Whether it has some axes of a weight only, or stands where an optimizer keeps nothing."""
+def _is_reduced(leaf: Any, whole: Iterable[tuple[int, ...]]) -> bool:
+    """Whether it has axes of one of these weights only, or stands where an optimizer keeps nothing."""
     shape = tuple(getattr(leaf, "shape", ()))
-    return math.prod(shape) <= 1 or any(_is_subsequence(shape, place.shape) for place in whole)
+    return math.prod(shape) <= 1 or any(_is_subsequence(shape, of_weight) for of_weight in whole)
 
 
 def _axis_of_reduced(leaf: Any, whole: Iterable[_Place], cfg: MoEConfig, path: Any) -> int | None:
@@ -256,10 +272,20 @@ def _check_same_paths(given: Sequence[Any], wanted: Sequence[Any]) -> None:
             )
 
 
+def _check_alive(leaf: Any, path: Any) -> None:
+    """Refuses an array that was donated, before it gets into a program: it holds nothing any more."""
+    if isinstance(leaf, jax.Array) and not compat.is_tracer(leaf) and leaf.is_deleted():
+        where = f"params{jax.tree_util.keystr(path)}"
+        raise ConfigError(f"{where} was donated to a program and is deleted; pass the state that it returned")
+
+
 def _sharding(leaf: Any) -> Any:
-    """Of an array or a ShapeDtypeStruct; under jit, what its type says of it; None if nothing."""
+    """Of an array or a ShapeDtypeStruct; under jit, what its type says of it; None if nothing.
+
+    An array that is not committed lies where jax put it, and jax moves it to whatever it is used with.
+    """
     if not compat.is_tracer(leaf):
-        return getattr(leaf, "sharding", None)
+        return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
     found = jax.typeof(leaf).sharding
     return None if found.mesh.empty or all(part is None for part in found.spec) else found
 

@@ -287,9 +287,39 @@ def test_layers_of_two_configs_take_two_calls():
     np.testing.assert_array_equal(back["b"].w1[:6], w.w1[:6])
 
 
+def test_a_layer_with_as_many_experts_as_another_is_padded_to_is_left_alone():
+    w = weights(12)
+    of_twelve = jm.MoEParams(router=jnp.ones((w.router.shape[0], 12)), w1=w.w1 + 1, w2=w.w2 + 1)
+    for tree in ({"a": w, "b": of_twelve}, {"a": of_twelve, "b": w}):
+        cut = jm.unpad_params(tree, STACKED)
+        assert sorted(part.w1.shape[0] for part in cut.values()) == [10, 12]
+        assert_same(jm.pad_like(cut, tree, STACKED), tree)
+
+
+def test_arrays_that_jax_may_move_stay_so():
+    w = jax.tree.map(jnp.asarray, weights(12))
+    cut = jm.unpad_params(w, STACKED)
+    assert not any(a.committed for a in jax.tree.leaves([cut, jm.pad_like(cut, w, STACKED)]))
+
+
+def test_a_donated_array_is_refused():
+    w = jax.tree.map(jnp.array, weights(12))
+    like = weights(12)
+    w.w2.delete()
+    for call in (lambda: jm.unpad_params(w, STACKED), lambda: jm.pad_like(w, like, STACKED)):
+        with pytest.raises(
+            jm.ConfigError, match=r"params.w2 was donated .* is deleted; pass the state that it"
+        ):
+            call()
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (
+            lambda p: jm.pad_like(dataclasses.replace(p, router=p.router[:, :3]), p, STACKED),
+            r"params.router.shape=\(128, 3\) must be \(128, 10\), as in like; pass the state",
+        ),
         (lambda p: jm.unpad_params(p, "cfg"), "cfg='str' must be a jm.MoEConfig"),
         (
             lambda p: jm.unpad_params(p, dataclasses.replace(STACKED, num_experts=11)),
