@@ -120,7 +120,7 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Tree:
-    """A flattened tree, the axis of the experts of each leaf that has one, and what the layer has beside them."""
+    """A flattened tree, the experts' axis of each leaf that has one, and the layer's leaves beside them."""
 
     paths: list[Any]
     leaves: list[Any]
