@@ -20,7 +20,7 @@ from jax_moriep.runtime.group import check_axis
 from jax_moriep.weights.block import Block
 from jax_moriep.weights.families import FAMILIES, Family, check_config, family_of
 from jax_moriep.weights.files import Checkpoint, Tensor
-from jax_moriep.weights.reader import prefixes_of
+from jax_moriep.weights.reader import prefixes_of, with_experts, with_router
 from jax_moriep.weights.shards import Shards
 
 _OF_EXPERTS = ("experts.", "input_linear.", "output_linear.")
@@ -63,7 +63,7 @@ def load(
 
     Raises:
       ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, or a
-        layer has no MoE block.
+        layer has no MoE block; or all layers are asked for and one is lost or has half a block.
       ShardingError: the mesh is none, lacks an axis, or ``tp_axis`` does not divide the sizes.
 
     Example:
@@ -90,7 +90,9 @@ def load(
             cure = "call load in the processes whose devices are in the mesh"
             raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
     with Checkpoint(folder) as files:
-        prefixes = _chosen(_blocks(files, layout, folder), layers, _num_layers(folder))
+        blocks = _blocks(files, layout, folder)
+        wanted = _run_by_the_model(files, layout, blocks, folder) if layers is None else layers
+        prefixes = _chosen(blocks, wanted)
         shards = Shards(cfg, len(prefixes), mesh, ep_axis, tp_axis, _floating(dtype))
         names = _names_below(files, prefixes)
         for i, prefix in enumerate(prefixes):
@@ -112,11 +114,11 @@ def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> 
       family: as for ``load``.
 
     Raises:
-      ConfigError: the folder holds no checkpoint of a known model.
+      ConfigError: the folder holds no checkpoint of a known model, or a part of one only.
     """
     layout = family_of(hf_config.describe(folder).family if family is None else family)
     with Checkpoint(folder) as files:
-        return tuple(_run_by_the_model(_blocks(files, layout, folder), _num_layers(folder)))
+        return tuple(_run_by_the_model(files, layout, _blocks(files, layout, folder), folder))
 
 
 class _Layer(Mapping[str, Any]):
@@ -204,18 +206,61 @@ def _num_layers(folder: str | os.PathLike[str]) -> int | None:
         return None
 
 
-def _run_by_the_model(blocks: dict[int, str], num_layers: int | None) -> list[int]:
+def _run_by_the_model(
+    files: Checkpoint, layout: Family, blocks: dict[int, str], folder: str | os.PathLike[str]
+) -> list[int]:
+    """The layers with a MoE block that the model runs, of which none may be there in part only."""
+    num_layers = _num_layers(folder)
+    _check_whole(files, layout, blocks, folder, num_layers)
     return [number for number in blocks if num_layers is None or number < num_layers]
 
 
-def _chosen(blocks: dict[int, str], layers: int | Iterable[int] | None, num_layers: int | None) -> list[str]:
+def _check_whole(
+    files: Checkpoint,
+    layout: Family,
+    blocks: dict[int, str],
+    folder: str | os.PathLike[str],
+    num_layers: int | None,
+) -> None:
+    """Refuses a checkpoint that lacks a layer or half of its block, for it would be left out without a word.
+
+    Where no layer has a tensor outside its MoE block, the folder is one of MoE blocks alone; then a layer that
+    has none cannot be told from a lost one.
+    """
+    roots = {prefix.rsplit(".", 3)[0] + "." for prefix in blocks.values()}
+    names_of_blocks = {prefix.split(".")[-2] for prefix in blocks.values()}
+    cure = "download it again, or load the layers that are whole with layers="
+
+    def number_in(name: str) -> int | None:
+        """The decoder layer that a name is of."""
+        found = [name.removeprefix(root).partition(".")[0] for root in roots if name.startswith(root)]
+        return next((int(part) for part in found if part.isdigit()), None)
+
+    experts, routers = with_experts(files), with_router(files, layout.router_names)
+    for prefix in sorted(experts ^ routers):
+        number, block = number_in(prefix), prefix.split(".")[-2:]
+        # What else has the name of a router, such as an attention's gate, is of another part of the layer.
+        known = prefix in experts or block[0] in names_of_blocks
+        of_block = block[1:] == [""] and prefix.count(".") in {p.count(".") for p in blocks.values()}
+        if number is None or not of_block or not known or (num_layers is not None and number >= num_layers):
+            continue
+        has, lacks = ("experts", "a router") if prefix in experts else ("a router", "experts")
+        raise ConfigError(
+            rule("folder", os.fspath(folder), f"have {lacks} below {prefix!r}, where it has {has}", cure)
+        )
+    numbers = {name: number for name in files if (number := number_in(name)) is not None}
+    if all(number in blocks and name.startswith(blocks[number]) for name, number in numbers.items()):
+        return
+    there = set(numbers.values())
+    lost = next((number for number in range(num_layers or 0) if number not in there), None)
+    if lost is not None:
+        must = f"have tensors of layer {lost}, for its {hf_config.FILE} has num_hidden_layers={num_layers}"
+        raise ConfigError(rule("folder", os.fspath(folder), must, cure))
+
+
+def _chosen(blocks: dict[int, str], layers: int | Iterable[int]) -> list[str]:
     """The prefixes of the layers that are asked for."""
-    if layers is None:
-        wanted = _run_by_the_model(blocks, num_layers)
-    elif isinstance(layers, Iterable):
-        wanted = list(layers)
-    else:
-        wanted = [layers]
+    wanted = list(layers) if isinstance(layers, Iterable) else [layers]
     there = f"{min(blocks)} to {max(blocks)}"
     if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
         there = ", ".join(map(str, blocks))

@@ -388,6 +388,70 @@ def test_layers_behind_the_last_are_read_only_when_named(tmp_path):
     )
 
 
+NORM = "model.layers.{}.input_layernorm.weight"
+
+
+def write_names(folder, names, **more):
+    """A checkpoint of which only the names matter."""
+    (folder / "config.json").write_text(json.dumps({**QWEN, **more}))
+    safetensors.numpy.save_file(
+        {name: np.ones(1, np.float32) for name in names}, folder / "model.safetensors"
+    )
+
+
+def block_names(layer, block="mlp", router="gate.weight", expert="experts.0.up_proj.weight"):
+    return [f"model.layers.{layer}.{block}.{name}" for name in (router, expert)]
+
+
+@pytest.mark.parametrize("model", CHECKPOINTS)
+@pytest.mark.parametrize("part", ["router", "experts"])
+def test_half_a_block_is_no_dense_layer(tmp_path, folders, model, part):
+    layer, layout = layers_of(model)[-1], FAMILIES[family_of(model)]
+    prefix = f"model.layers.{layer}.{BLOCK.get(model, 'mlp')}."
+    lost = tuple(
+        prefix + name
+        for name in (layout.router_names if part == "router" else ("experts.", "input_linear.", "output_linear."))
+    )
+    tensors = {k: v for k, v in tensors_of(folders[model]).items() if not k.startswith(lost)}
+    (tmp_path / "config.json").write_bytes((folders[model] / "config.json").read_bytes())
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    text = f"have {'a router' if part == 'router' else 'experts'} below '{prefix}'"
+    for function in (load, moe_layers):
+        with pytest.raises(jm.ConfigError, match=text):
+            function(tmp_path)
+    if len(layers_of(model)) > 1:
+        load(tmp_path, layers=layers_of(model)[0])
+    with pytest.raises(jm.ConfigError, match=f"layers={layer} must be of layers"):
+        load(tmp_path, layers=layer)
+
+
+def test_an_attention_may_have_a_gate_and_a_layer_behind_the_last_half_a_block(tmp_path):
+    names = [*block_names(0), *block_names(1), "model.layers.0.self_attn.gate.weight", block_names(2)[1]]
+    write_names(tmp_path, [*names, NORM.format(0), NORM.format(1)], num_hidden_layers=2)
+    assert moe_layers(tmp_path) == (0, 1)
+
+
+def test_lost_layers(tmp_path):
+    norms = [NORM.format(0), NORM.format(1)]
+    write_names(tmp_path, [*block_names(1), *norms], num_hidden_layers=3)
+    with pytest.raises(jm.ConfigError, match=r"must have tensors of layer 2, .* num_hidden_layers=3; download"):
+        moe_layers(tmp_path)
+    # A dense layer has its norm, and a folder of MoE blocks alone has nothing of dense layers.
+    for names in ([*block_names(1), *norms, NORM.format(2)], block_names(1)):
+        write_names(tmp_path, names, num_hidden_layers=3)
+        assert moe_layers(tmp_path) == (1,)
+
+
+def test_lost_files_without_an_index(tmp_path, folders):
+    for name in ("config.json", "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"):
+        (tmp_path / name).write_bytes((folders["mixtral"] / name).read_bytes())
+    with pytest.raises(jm.ConfigError, match=r"must have 'model-00002-of-00003\.safetensors', as it has"):
+        load(tmp_path)
+    name = "model-00002-of-00003.safetensors"
+    (tmp_path / name).write_bytes((folders["mixtral"] / name).read_bytes())
+    assert_same(load(tmp_path), load(folders["mixtral"]))
+
+
 def test_layers_of_other_dtypes_are_loaded_apart(tmp_path):
     rng = np.random.default_rng(4)
     write_model(tmp_path, QWEN, {0: qwen_block(rng), 1: qwen_block(rng, jnp.bfloat16)})
