@@ -20,6 +20,7 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where a model of several kinds of input keeps its language model's config."""
 _NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
 _TOP_K = ("num_experts_per_tok", "moe_k")
+_NUM_LAYERS = "num_hidden_layers"
 _REQUIRED = object()
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
 
@@ -31,14 +32,11 @@ class Described(NamedTuple):
       model_type: of the language model.
       family: of ``jm.weights``.
       fields: the arguments of MoEConfig.
-      num_layers: how many decoder layers the model runs, where the config says so. Files may hold more, such
-        as the layer of DeepSeek-V3 that predicts two tokens ahead.
     """
 
     model_type: str
     family: str
     fields: dict[str, Any]
-    num_layers: int | None
 
 
 def describe(config: Any) -> Described:
@@ -72,7 +70,28 @@ def describe(config: Any) -> Described:
         "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config") or {}),
         **fields_of(keys),
     }
-    return Described(model_type, family, fields, part.get("num_hidden_layers"))
+    return Described(model_type, family, fields)
+
+
+def num_layers(config: Any) -> int | None:
+    """How many decoder layers a model runs, of whatever model_type; None where the config does not say.
+
+    Files may hold more, such as the layer of DeepSeek-V3 that predicts two tokens ahead.
+
+    Args:
+      config: as for ``describe``.
+
+    Raises:
+      ConfigError: it is no config, or the number is none.
+    """
+    whole = to_dict(config)
+    part = _language_part(whole) or _part_with(whole, _NUM_LAYERS) or {}
+    found = part.get(_NUM_LAYERS)
+    if found is not None and type(found) is not int:
+        raise ConfigError(
+            rule(f"config[{_NUM_LAYERS!r}]", found, "be an integer", f"pass the model's own {FILE}")
+        )
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -106,10 +125,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _language_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config itself or the part of it that is of a known model."""
-    if config.get("model_type") in MODELS:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MODELS:
         return dict(config)
-    parts = [config[name] for name in _TEXT_PARTS if isinstance(config.get(name), Mapping)]
-    return next((found for part in parts if (found := _language_part(part)) is not None), None)
+    return next((found for part in _parts(config) if (found := _language_part(part)) is not None), None)
+
+
+def _part_with(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """The config itself or the first part of it that has a key."""
+    if config.get(key) is not None:
+        return config
+    return next((found for part in _parts(config) if (found := _part_with(part, key)) is not None), None)
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config[name] for name in _TEXT_PARTS if isinstance(config.get(name), Mapping)]
 
 
 class _Keys:

@@ -199,11 +199,8 @@ def _blocks(files: Checkpoint, layout: Family, folder: str | os.PathLike[str]) -
 
 
 def _num_layers(folder: str | os.PathLike[str]) -> int | None:
-    """How many layers the model runs, if its config.json can tell."""
-    try:
-        return hf_config.describe(folder).num_layers
-    except ConfigError:
-        return None
+    """How many layers the model runs, if it has a config.json that can tell."""
+    return hf_config.num_layers(folder) if os.path.exists(os.path.join(folder, hf_config.FILE)) else None
 
 
 def _run_by_the_model(

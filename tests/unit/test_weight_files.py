@@ -388,6 +388,19 @@ def test_layers_behind_the_last_are_read_only_when_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_behind_the_last_of_a_model_that_the_package_does_not_know(tmp_path, nested):
+    config = {"model_type": "another", "num_hidden_layers": 2}
+    write_names(tmp_path, [name for layer in range(3) for name in block_names(layer)])
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    assert moe_layers(tmp_path, family="qwen3_moe") == (0, 1)
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": "2"}))
+    with pytest.raises(jm.ConfigError, match=r"config\['num_hidden_layers'\]='2' must be an integer"):
+        moe_layers(tmp_path, family="qwen3_moe")
+    (tmp_path / "config.json").unlink()
+    assert moe_layers(tmp_path, family="qwen3_moe") == (0, 1, 2)
+
+
 NORM = "model.layers.{}.input_layernorm.weight"
 
 
