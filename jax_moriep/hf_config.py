@@ -161,16 +161,27 @@ class _Keys:
             )
         return default
 
+    def unless_null(self, name: str, default: Any) -> Any:
+        """The value, or what stands for a missing one; null is refused, for the model could not run with it."""
+        return self.get(name) if name in self._config else default
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuses another value than the one that the router computes with."""
+        found = self.get(name, default=value)
+        if found != value:
+            cure = "make the MoEConfig by hand, with a callable as router"
+            raise ConfigError(rule(f"config[{name!r}]", found, f"be {value!r}", cure))
+
     def activation(self) -> str:
         name = self.get("hidden_act", default="silu")
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             cure = "make the MoEConfig by hand if one of these is the same"
             raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
         return _ACTIVATIONS[name]
 
-    def shared(self, count: str, width: str) -> int | None:
+    def shared(self, count: str, width: str, default: int = 0) -> int | None:
         """The width of a shared expert that is so many times as wide as a routed one."""
-        return self.get(count, default=0) * self.get(width) or None
+        return self.get(count, default=default) * self.get(width) or None
 
 
 def _mixtral(keys: _Keys) -> dict[str, Any]:
@@ -197,17 +208,15 @@ def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
     return {**_qwen3_moe(keys), **shared}
 
 
-def _deepseek(keys: _Keys) -> dict[str, Any]:
-    return {
+def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
+    fields = {
         "intermediate_size": keys.get("moe_intermediate_size"),
         "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size"),
         "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
+        "router": "deepseek_v2",
+        # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
+        "norm_topk": False,
     }
-
-
-def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
-    # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
-    fields = {**_deepseek(keys), "router": "deepseek_v2", "norm_topk": False}
     method = keys.get("topk_method", default="greedy")
     if method == "greedy":
         return fields
@@ -223,23 +232,38 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
     return {**fields, "num_groups": keys.get("n_group"), "top_groups": keys.get("topk_group")}
 
 
-def _deepseek_v3(norm_topk: bool) -> Callable[[_Keys], dict[str, Any]]:
-    """``norm_topk``: what stands for a missing norm_topk_prob."""
+def _like_deepseek_v3(
+    keys: _Keys, *, groups: int = 1, top_groups: int = 1, scaling: float = 1.0, shared: int, norm_topk: bool
+) -> dict[str, Any]:
+    """The keywords are what stands for missing keys, in which the models differ."""
+    return {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", shared),
+        "routed_scaling": keys.unless_null("routed_scaling_factor", scaling),
+        "router": "deepseek_v3",
+        "score_bias": True,
+        "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
+        "num_groups": keys.unless_null("n_group", groups),
+        "top_groups": keys.unless_null("topk_group", top_groups),
+    }
 
-    def fields(keys: _Keys) -> dict[str, Any]:
-        return {
-            **_deepseek(keys),
-            "router": "deepseek_v3",
-            "score_bias": True,
-            "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
-            "num_groups": keys.get("n_group", default=1),
-            "top_groups": keys.get("topk_group", default=1),
-        }
 
-    return fields
+def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
+    keys.check("scoring_func", "sigmoid")
+    keys.check("topk_method", "noaux_tc")
+    return _like_deepseek_v3(keys, groups=8, top_groups=4, scaling=2.5, shared=1, norm_topk=True)
+
+
+def _glm4_moe(keys: _Keys) -> dict[str, Any]:
+    return _like_deepseek_v3(keys, shared=1, norm_topk=True)
+
+
+def _dots1(keys: _Keys) -> dict[str, Any]:
+    return _like_deepseek_v3(keys, shared=0, norm_topk=False)
 
 
 def _ernie45(keys: _Keys) -> dict[str, Any]:
+    keys.check("moe_norm_min", 1e-12)
     return {
         "intermediate_size": keys.get("moe_intermediate_size"),
         "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size"),
@@ -276,9 +300,9 @@ MODELS: dict[str, tuple[str, Callable[[_Keys], dict[str, Any]]]] = {
     "olmoe": ("olmoe", _olmoe),
     "qwen2_moe": ("qwen2_moe", _qwen2_moe),
     "deepseek_v2": ("deepseek_v2", _deepseek_v2),
-    "deepseek_v3": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
-    "glm4_moe": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
-    "dots1": ("deepseek_v3", _deepseek_v3(norm_topk=False)),
+    "deepseek_v3": ("deepseek_v3", _deepseek_v3),
+    "glm4_moe": ("deepseek_v3", _glm4_moe),
+    "dots1": ("deepseek_v3", _dots1),
     "ernie4_5_moe": ("ernie45", _ernie45),
     "granitemoe": ("granite", _granite),
     "gpt_oss": ("gpt_oss", _gpt_oss),

@@ -43,6 +43,13 @@ LLAMA4_TEXT = {
     "num_experts_per_tok": 1,
     "num_local_experts": 16,
 }
+ERNIE = {
+    "hidden_size": 2560,
+    "moe_intermediate_size": 1536,
+    "moe_k": 6,
+    "moe_num_experts": 64,
+    "moe_num_shared_experts": 0,
+}
 GPT_OSS = {
     "model_type": "gpt_oss",
     "hidden_act": "silu",
@@ -59,7 +66,7 @@ GPT_OSS = {
     ("config", "want"),
     [
         (
-            DEEPSEEK_V3,
+            {**DEEPSEEK_V3, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
             MoEConfig(
                 256,
                 8,
@@ -134,14 +141,7 @@ GPT_OSS = {
             ),
         ),
         (
-            {
-                "model_type": "ernie4_5_moe",
-                "hidden_size": 2560,
-                "moe_intermediate_size": 1536,
-                "moe_k": 6,
-                "moe_num_experts": 64,
-                "moe_num_shared_experts": 0,
-            },
+            {"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 1e-12},
             MoEConfig(64, 6, 2560, 1536, router="ernie45", score_bias=True),
         ),
         (
@@ -160,6 +160,25 @@ GPT_OSS = {
 )
 def test_published_configs(config, want):
     assert MoEConfig.from_hf(config) == want
+
+
+@pytest.mark.parametrize(
+    ("model_type", "groups", "top_groups", "scaling", "shared", "norm_topk"),
+    [
+        ("deepseek_v3", 8, 4, 2.5, 2048, True),
+        ("glm4_moe", 1, 1, 1.0, 2048, True),
+        ("dots1", 1, 1, 1.0, None, False),
+    ],
+)
+def test_what_stands_for_missing_keys_is_the_models_own(
+    model_type, groups, top_groups, scaling, shared, norm_topk
+):
+    """The defaults of DeepseekV3Config, Glm4MoeConfig and Dots1Config of transformers."""
+    missing = ("n_group", "topk_group", "routed_scaling_factor", "n_shared_experts", "norm_topk_prob")
+    config = {k: v for k, v in DEEPSEEK_V3.items() if k not in missing} | {"model_type": model_type}
+    cfg = MoEConfig.from_hf(config)
+    assert (cfg.num_groups, cfg.top_groups, cfg.routed_scaling) == (groups, top_groups, scaling)
+    assert (cfg.shared_intermediate_size, cfg.norm_topk) == (shared, norm_topk)
 
 
 def test_a_path_a_folder_an_object_and_changes(tmp_path):
@@ -234,6 +253,10 @@ def test_schemes(quantization, scheme):
             {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "noaux_tc"},
             r"config\['topk_method'\]='noaux_tc' must be",
         ),
+        ({**DEEPSEEK_V3, "n_group": None}, "config of model_type='deepseek_v3' lacks 'n_group'"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, r"\['scoring_func'\]='softmax' must be 'sigmoid'; make"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, r"\['topk_method'\]='greedy' must be 'noaux_tc'; make"),
+        ({"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 0.1}, r"\['moe_norm_min'\]=0\.1 must be 1e-12"),
         (3, "config='int' must be a config object of transformers, a dict or a path"),
         ("/no/such/folder", r"config='/no/such/folder' must have a config\.json that can be read"),
     ],
