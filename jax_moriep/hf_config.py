@@ -67,7 +67,7 @@ def describe(config: Any) -> Described:
         "top_k": keys.get(*_TOP_K),
         "hidden_size": keys.get("hidden_size"),
         "activation": keys.activation(),
-        "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config") or {}),
+        "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config")),
         **fields_of(keys),
     }
     return Described(model_type, family, fields)
@@ -311,9 +311,10 @@ MODELS: dict[str, tuple[str, Callable[[_Keys], dict[str, Any]]]] = {
 """By model_type: the family of the weights, and how the rest of MoEConfig is read."""
 
 
-def _scheme(quantization: Mapping[str, Any]) -> str | None:
+def _scheme(given: Any) -> str | None:
     """The scheme of the experts by a quantization_config; None for one that the package has not."""
-    kept = [*(quantization.get("ignore") or ()), *(quantization.get("modules_to_not_convert") or ())]
+    quantization = _mapping("config['quantization_config']", given)
+    kept = [*_names(quantization, "ignore"), *_names(quantization, "modules_to_not_convert")]
     if any(re.search(r"(?<!shared_)experts", str(name)) for name in kept):
         return None
     method = quantization.get("quant_method")
@@ -322,9 +323,32 @@ def _scheme(quantization: Mapping[str, Any]) -> str | None:
         return "fp8_token" if size is None else _of_blocks(size)
     if method != "compressed-tensors":
         return None
-    groups = (quantization.get("config_groups") or {}).values()
-    found = {_scheme_of_group((group or {}).get("weights") or {}) for group in groups}
+    groups = _mapping("config['quantization_config']['config_groups']", quantization.get("config_groups"))
+    found = set()
+    for name, group in groups.items():
+        path = f"config['quantization_config']['config_groups'][{name!r}]"
+        weights = _mapping(f"{path}['weights']", _mapping(path, group).get("weights"))
+        found.add(_scheme_of_group(weights))
     return found.pop() if len(found) == 1 else None
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(rule(name, value, "be an object", f"pass the model's own {FILE}"))
+    return value
+
+
+def _names(quantization: Mapping[str, Any], key: str) -> list[Any]:
+    """The names of modules below a key; one may stand there without a list."""
+    value = quantization.get(key)
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    if not isinstance(value, (list, tuple, set)):
+        must, cure = "be a list of names", f"pass the model's own {FILE}"
+        raise ConfigError(rule(f"config['quantization_config'][{key!r}]", value, must, cure))
+    return list(value)
 
 
 def _scheme_of_group(weights: Mapping[str, Any]) -> str | None:
