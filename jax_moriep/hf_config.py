@@ -162,7 +162,7 @@ class _Keys:
         return default
 
     def unless_null(self, name: str, default: Any) -> Any:
-        """The value, or what stands for a missing one; null is refused, for the model could not run with it."""
+        """The value, or what stands for a missing one. A null is refused: no model runs with it."""
         return self.get(name) if name in self._config else default
 
     def check(self, name: str, value: Any) -> None:

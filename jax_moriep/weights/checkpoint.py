@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import numbers
+import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -86,6 +86,8 @@ def load(
         for argument, axis in (("ep_axis", ep_axis), ("tp_axis", tp_axis)):
             if axis is not None:
                 check_axis(mesh, axis, argument)
+        if tp_axis == ep_axis:
+            raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
         if not mesh.local_devices:
             cure = "call load in the processes whose devices are in the mesh"
             raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
@@ -100,7 +102,7 @@ def load(
                 _read_layer(i, _Layer(files, prefix, names[prefix]), str(name), cfg, dequantize, shards)
             except ConfigError as e:
                 raise ConfigError(f"below {prefix!r}: {e}") from None
-    return shards.params(stacked=not isinstance(layers, numbers.Integral))
+    return shards.params(stacked=_number(layers) is None)
 
 
 def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> tuple[int, ...]:
@@ -221,8 +223,8 @@ def _check_whole(
 ) -> None:
     """Refuses a checkpoint that lacks a layer or half of its block, for it would be left out without a word.
 
-    Where no layer has a tensor outside its MoE block, the folder is one of MoE blocks alone; then a layer that
-    has none cannot be told from a lost one.
+    Where no layer has a tensor outside its MoE block, the folder is one of MoE blocks alone; then a layer
+    that has none cannot be told from a lost one.
     """
     roots = {prefix.rsplit(".", 3)[0] + "." for prefix in blocks.values()}
     names_of_blocks = {prefix.split(".")[-2] for prefix in blocks.values()}
@@ -257,17 +259,32 @@ def _check_whole(
 
 def _chosen(blocks: dict[int, str], layers: int | Iterable[int]) -> list[str]:
     """The prefixes of the layers that are asked for."""
-    wanted = list(layers) if isinstance(layers, Iterable) else [layers]
+    # An array of one number without a dimension is an Iterable, too, by its type.
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
+    wanted = list(layers) if several else [layers]
     there = f"{min(blocks)} to {max(blocks)}"
     if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
         there = ", ".join(map(str, blocks))
     if not wanted:
         raise ConfigError(rule("layers", wanted, f"name at least one of {there}", "pass None for all"))
-    for number in wanted:
-        if isinstance(number, bool) or number not in blocks:
+    found = []
+    for given in wanted:
+        number = _number(given)
+        if number is None or number not in blocks:
             must = f"be of layers with a MoE block, which are {there} here"
-            raise ConfigError(rule("layers", number, must, "leave out dense layers, or pass None for all"))
-    return [blocks[number] for number in wanted]
+            if number is None:
+                must = "be an integer or several"
+            raise ConfigError(rule("layers", given, must, "leave out dense layers, or pass None for all"))
+        found.append(blocks[number])
+    return found
+
+
+def _number(value: Any) -> int | None:
+    """An integer of any kind, also as an array of one, or None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _names_below(files: Checkpoint, prefixes: list[str]) -> dict[str, list[str]]:

@@ -259,7 +259,10 @@ def test_schemes(quantization, scheme):
         ({**DEEPSEEK_V3, "n_group": None}, "config of model_type='deepseek_v3' lacks 'n_group'"),
         ({**DEEPSEEK_V3, "scoring_func": "softmax"}, r"\['scoring_func'\]='softmax' must be 'sigmoid'; make"),
         ({**DEEPSEEK_V3, "topk_method": "greedy"}, r"\['topk_method'\]='greedy' must be 'noaux_tc'; make"),
-        ({"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 0.1}, r"\['moe_norm_min'\]=0\.1 must be 1e-12"),
+        (
+            {"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 0.1},
+            r"\['moe_norm_min'\]=0\.1 must be 1e-12",
+        ),
         ({"model_type": ["qwen3_moe"]}, r"config\['model_type'\]=\['qwen3_moe'\] must be one of"),
         ({**QWEN3, "hidden_act": ["silu"]}, r"config\['hidden_act'\]=\['silu'\] must be one of"),
         ({**QWEN3, "quantization_config": "fp8"}, r"config\['quantization_config'\]='fp8' must be an object"),

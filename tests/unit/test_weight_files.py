@@ -190,8 +190,11 @@ def test_without_a_mesh_weights_stay_on_the_host(folders):
     cfg = jm.MoEConfig.from_hf(folders["qwen2_moe"])
     one = load(folders["qwen2_moe"], layers=np.int64(2))
     assert_same(one, from_hf(block_of(folders["qwen2_moe"], "qwen2_moe", 2), "qwen2_moe", cfg))
-    turned = load(folders["qwen2_moe"], layers=[2, 1])
-    np.testing.assert_array_equal(turned.w1, params.w1[::-1])
+    for number in (np.array(2), jnp.array(2)):
+        assert_same(load(folders["qwen2_moe"], layers=number), one)
+    for several in ([2, 1], np.array([2, 1]), jnp.array([2, 1])):
+        np.testing.assert_array_equal(load(folders["qwen2_moe"], layers=several).w1, params.w1[::-1])
+    assert load(folders["qwen2_moe"], layers=jnp.array([2])).w1.shape == (1, 5, 8, 8)
 
 
 def test_a_cpu_takes_large_weights_where_they_were_read(tmp_path):
@@ -423,7 +426,9 @@ def test_half_a_block_is_no_dense_layer(tmp_path, folders, model, part):
     prefix = f"model.layers.{layer}.{BLOCK.get(model, 'mlp')}."
     lost = tuple(
         prefix + name
-        for name in (layout.router_names if part == "router" else ("experts.", "input_linear.", "output_linear."))
+        for name in (
+            layout.router_names if part == "router" else ("experts.", "input_linear.", "output_linear.")
+        )
     )
     tensors = {k: v for k, v in tensors_of(folders[model]).items() if not k.startswith(lost)}
     (tmp_path / "config.json").write_bytes((folders[model] / "config.json").read_bytes())
@@ -447,7 +452,7 @@ def test_an_attention_may_have_a_gate_and_a_layer_behind_the_last_half_a_block(t
 def test_lost_layers(tmp_path):
     norms = [NORM.format(0), NORM.format(1)]
     write_names(tmp_path, [*block_names(1), *norms], num_hidden_layers=3)
-    with pytest.raises(jm.ConfigError, match=r"must have tensors of layer 2, .* num_hidden_layers=3; download"):
+    with pytest.raises(jm.ConfigError, match=r"must have tensors of layer 2, .* num_hidden_layers=3;"):
         moe_layers(tmp_path)
     # A dense layer has its norm, and a folder of MoE blocks alone has nothing of dense layers.
     for names in ([*block_names(1), *norms, NORM.format(2)], block_names(1)):
@@ -480,9 +485,13 @@ def test_layers_of_other_dtypes_are_loaded_apart(tmp_path):
         (0, r"layers=0 must be of layers with a MoE block, which are 1 to 2 here; leave out dense layers"),
         ([1, 7], r"layers=7 must be of layers"),
         ([], r"layers=\[\] must name at least one of 1 to 2"),
-        (["1"], r"layers='1' must be of layers"),
-        (True, r"layers=True must be of layers"),
-        (1.5, r"layers=1\.5 must be of layers"),
+        (["1"], r"layers='1' must be an integer"),
+        (True, r"layers=True must be an integer or several; leave out"),
+        (1.5, r"layers=1\.5 must be an integer"),
+        (1.0, r"layers=1\.0 must be an integer"),
+        ([1.0], r"layers=1\.0 must be an integer"),
+        ([[1]], r"layers=\[1\] must be an integer"),
+        (np.array(1.0), r"layers=array\(1\.\) must be an integer"),
     ],
 )
 def test_layers_that_are_not_there(folders, layers, text):
@@ -595,6 +604,12 @@ def test_arguments_of_another_kind(folders):
     for error, arguments, text in (
         (jm.ConfigError, {"cfg": {"num_experts": 5}}, r"cfg='dict' must be a jm\.MoEConfig"),
         (jm.ConfigError, {"family": "mistral"}, r"family='mistral' must be one of"),
+        (jm.ConfigError, {"family": ["mixtral"]}, r"family=\['mixtral'\] must be one of"),
+        (
+            jm.ShardingError,
+            {"mesh": mesh_of(2), "tp_axis": "ep"},
+            r"tp_axis='ep' must differ from ep_axis",
+        ),
         (jm.ConfigError, {"dtype": jnp.int8}, r"dtype=.*int8.* must be a floating dtype of 16 bits"),
         (jm.ConfigError, {"dtype": "half a float"}, r"dtype='half a float' must be a floating dtype"),
         (jm.ShardingError, {"mesh": 4}, r"mesh='int' must be a jax\.sharding\.Mesh"),
