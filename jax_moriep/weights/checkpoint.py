@@ -54,6 +54,7 @@ def load(
       ep_axis: the mesh's expert-parallel axis.
       tp_axis: its tensor-parallel axis, if any.
       dtype: of weights that are floating; None keeps each as it is stored. score_bias and scales are float32.
+        float64 goes to a mesh under ``jax_enable_x64`` only.
       dequantize: give experts that are stored in float8 or int8 in bfloat16 (or ``dtype``).
       family: of ``jm.weights.from_hf``, for a config.json of a model_type that the package does not know.
 
@@ -62,8 +63,9 @@ def load(
       ``jax.lax.scan``.
 
     Raises:
-      ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, or a
-        layer has no MoE block; or all layers are asked for and one is lost or has half a block.
+      ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, a layer
+        has no MoE block, or jax has no such dtype; or all layers are asked for, and one is lost or has half
+        a block.
       ShardingError: the mesh is none, lacks an axis, or ``tp_axis`` does not divide the sizes.
 
     Example:
@@ -260,8 +262,7 @@ def _check_whole(
 def _chosen(blocks: dict[int, str], layers: int | Iterable[int]) -> list[str]:
     """The prefixes of the layers that are asked for."""
     # An array of one number without a dimension is an Iterable, too, by its type.
-    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
-    wanted = list(layers) if several else [layers]
+    wanted = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
     there = f"{min(blocks)} to {max(blocks)}"
     if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
         there = ", ".join(map(str, blocks))

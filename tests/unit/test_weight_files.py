@@ -289,9 +289,15 @@ def test_floating_dtypes(tmp_path, dtype):
     cfg = jm.MoEConfig.from_hf(tmp_path)
     for layer, block in blocks.items():
         assert_same(load(tmp_path, layers=layer), from_hf(block, "qwen3_moe", cfg))
-    if dtype != np.float64:  # which jax has only when it is told so
+    if dtype == np.float64:  # which jax has only when it is told so
+        with pytest.raises(jm.ConfigError, match=r"params\.w1\.dtype='float64' must be one that jax has"):
+            load(tmp_path, layers=1, mesh=mesh_of(3))
+        assert load(tmp_path, layers=1, mesh=mesh_of(3), dtype=np.float32).w1.dtype == np.float32
+        with jax.enable_x64(True):
+            on_mesh = load(tmp_path, layers=1, mesh=mesh_of(3))
+    else:
         on_mesh = load(tmp_path, layers=1, mesh=mesh_of(3))
-        assert_same(on_mesh, from_hf(blocks[1], "qwen3_moe", cfg))
+    assert_same(on_mesh, from_hf(blocks[1], "qwen3_moe", cfg))
 
 
 @pytest.mark.parametrize("scheme", CODES)
