@@ -179,9 +179,9 @@ class _Keys:
             raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
         return _ACTIVATIONS[name]
 
-    def shared(self, count: str, width: str, default: int = 0) -> int | None:
-        """The width of a shared expert that is so many times as wide as a routed one."""
-        return self.get(count, default=default) * self.get(width) or None
+    def shared(self, count: str, width: str, default: int) -> int | None:
+        """The width of a shared expert that is so many times as wide as a routed one; null is none."""
+        return (self._config.get(count, default) or 0) * self.get(width) or None
 
 
 def _mixtral(keys: _Keys) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
 def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
     fields = {
         "intermediate_size": keys.get("moe_intermediate_size"),
-        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", 2),
         "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
         "router": "deepseek_v2",
         # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
@@ -266,7 +266,7 @@ def _ernie45(keys: _Keys) -> dict[str, Any]:
     keys.check("moe_norm_min", 1e-12)
     return {
         "intermediate_size": keys.get("moe_intermediate_size"),
-        "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size", 2),
         "router": "ernie45",
         "score_bias": True,
     }

@@ -181,6 +181,18 @@ def test_what_stands_for_missing_keys_is_the_models_own(
     assert (cfg.shared_intermediate_size, cfg.norm_topk) == (shared, norm_topk)
 
 
+@pytest.mark.parametrize(
+    "given", [ERNIE, {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "greedy"}]
+)
+def test_two_shared_experts_stand_for_a_missing_number_and_none_for_null(given):
+    """The defaults of DeepseekV2Config and Ernie4_5_MoeConfig of transformers."""
+    config = {"model_type": "ernie4_5_moe", **given}
+    count = "n_shared_experts" if "n_shared_experts" in config else "moe_num_shared_experts"
+    assert MoEConfig.from_hf({**config, count: None}).shared_intermediate_size is None
+    del config[count]
+    assert MoEConfig.from_hf(config).shared_intermediate_size == 2 * config["moe_intermediate_size"]
+
+
 def test_a_path_a_folder_an_object_and_changes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
 
