@@ -20,6 +20,7 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where a model of several kinds of input keeps its language model's config."""
 _NUM_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_experts", "num_local_experts")
 _TOP_K = ("num_experts_per_tok", "moe_k")
+_NUM_LAYERS = "num_hidden_layers"
 _REQUIRED = object()
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
 
@@ -31,14 +32,11 @@ class Described(NamedTuple):
       model_type: of the language model.
       family: of ``jm.weights``.
       fields: the arguments of MoEConfig.
-      num_layers: how many decoder layers the model runs, where the config says so. Files may hold more, such
-        as the layer of DeepSeek-V3 that predicts two tokens ahead.
     """
 
     model_type: str
     family: str
     fields: dict[str, Any]
-    num_layers: int | None
 
 
 def describe(config: Any) -> Described:
@@ -69,10 +67,31 @@ def describe(config: Any) -> Described:
         "top_k": keys.get(*_TOP_K),
         "hidden_size": keys.get("hidden_size"),
         "activation": keys.activation(),
-        "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config") or {}),
+        "expert_quant": _scheme(part.get("quantization_config") or whole.get("quantization_config")),
         **fields_of(keys),
     }
-    return Described(model_type, family, fields, part.get("num_hidden_layers"))
+    return Described(model_type, family, fields)
+
+
+def num_layers(config: Any) -> int | None:
+    """How many decoder layers a model runs, of whatever model_type; None where the config does not say.
+
+    Files may hold more, such as the layer of DeepSeek-V3 that predicts two tokens ahead.
+
+    Args:
+      config: as for ``describe``.
+
+    Raises:
+      ConfigError: it is no config, or the number is none.
+    """
+    whole = to_dict(config)
+    part = _language_part(whole) or _part_with(whole, _NUM_LAYERS) or {}
+    found = part.get(_NUM_LAYERS)
+    if found is not None and type(found) is not int:
+        raise ConfigError(
+            rule(f"config[{_NUM_LAYERS!r}]", found, "be an integer", f"pass the model's own {FILE}")
+        )
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -106,10 +125,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _language_part(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config itself or the part of it that is of a known model."""
-    if config.get("model_type") in MODELS:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MODELS:
         return dict(config)
-    parts = [config[name] for name in _TEXT_PARTS if isinstance(config.get(name), Mapping)]
-    return next((found for part in parts if (found := _language_part(part)) is not None), None)
+    return next((found for part in _parts(config) if (found := _language_part(part)) is not None), None)
+
+
+def _part_with(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """The config itself or the first part of it that has a key."""
+    if config.get(key) is not None:
+        return config
+    return next((found for part in _parts(config) if (found := _part_with(part, key)) is not None), None)
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config[name] for name in _TEXT_PARTS if isinstance(config.get(name), Mapping)]
 
 
 class _Keys:
@@ -131,16 +161,27 @@ class _Keys:
             )
         return default
 
+    def unless_null(self, name: str, default: Any) -> Any:
+        """The value, or what stands for a missing one. A null is refused: no model runs with it."""
+        return self.get(name) if name in self._config else default
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuses another value than the one that the router computes with."""
+        found = self.get(name, default=value)
+        if found != value:
+            cure = "make the MoEConfig by hand, with a callable as router"
+            raise ConfigError(rule(f"config[{name!r}]", found, f"be {value!r}", cure))
+
     def activation(self) -> str:
         name = self.get("hidden_act", default="silu")
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             cure = "make the MoEConfig by hand if one of these is the same"
             raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
         return _ACTIVATIONS[name]
 
-    def shared(self, count: str, width: str) -> int | None:
-        """The width of a shared expert that is so many times as wide as a routed one."""
-        return self.get(count, default=0) * self.get(width) or None
+    def shared(self, count: str, width: str, default: int) -> int | None:
+        """The width of a shared expert that is so many times as wide as a routed one; null is none."""
+        return (self._config.get(count, default) or 0) * self.get(width) or None
 
 
 def _mixtral(keys: _Keys) -> dict[str, Any]:
@@ -167,17 +208,15 @@ def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
     return {**_qwen3_moe(keys), **shared}
 
 
-def _deepseek(keys: _Keys) -> dict[str, Any]:
-    return {
-        "intermediate_size": keys.get("moe_intermediate_size"),
-        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size"),
-        "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
-    }
-
-
 def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
-    # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
-    fields = {**_deepseek(keys), "router": "deepseek_v2", "norm_topk": False}
+    fields = {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", 2),
+        "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
+        "router": "deepseek_v2",
+        # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
+        "norm_topk": False,
+    }
     method = keys.get("topk_method", default="greedy")
     if method == "greedy":
         return fields
@@ -193,26 +232,41 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
     return {**fields, "num_groups": keys.get("n_group"), "top_groups": keys.get("topk_group")}
 
 
-def _deepseek_v3(norm_topk: bool) -> Callable[[_Keys], dict[str, Any]]:
-    """``norm_topk``: what stands for a missing norm_topk_prob."""
+def _like_deepseek_v3(
+    keys: _Keys, *, groups: int = 1, top_groups: int = 1, scaling: float = 1.0, shared: int, norm_topk: bool
+) -> dict[str, Any]:
+    """The keywords are what stands for missing keys, in which the models differ."""
+    return {
+        "intermediate_size": keys.get("moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", shared),
+        "routed_scaling": keys.unless_null("routed_scaling_factor", scaling),
+        "router": "deepseek_v3",
+        "score_bias": True,
+        "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
+        "num_groups": keys.unless_null("n_group", groups),
+        "top_groups": keys.unless_null("topk_group", top_groups),
+    }
 
-    def fields(keys: _Keys) -> dict[str, Any]:
-        return {
-            **_deepseek(keys),
-            "router": "deepseek_v3",
-            "score_bias": True,
-            "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
-            "num_groups": keys.get("n_group", default=1),
-            "top_groups": keys.get("topk_group", default=1),
-        }
 
-    return fields
+def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
+    keys.check("scoring_func", "sigmoid")
+    keys.check("topk_method", "noaux_tc")
+    return _like_deepseek_v3(keys, groups=8, top_groups=4, scaling=2.5, shared=1, norm_topk=True)
+
+
+def _glm4_moe(keys: _Keys) -> dict[str, Any]:
+    return _like_deepseek_v3(keys, shared=1, norm_topk=True)
+
+
+def _dots1(keys: _Keys) -> dict[str, Any]:
+    return _like_deepseek_v3(keys, shared=0, norm_topk=False)
 
 
 def _ernie45(keys: _Keys) -> dict[str, Any]:
+    keys.check("moe_norm_min", 1e-12)
     return {
         "intermediate_size": keys.get("moe_intermediate_size"),
-        "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size"),
+        "shared_intermediate_size": keys.shared("moe_num_shared_experts", "moe_intermediate_size", 2),
         "router": "ernie45",
         "score_bias": True,
     }
@@ -246,9 +300,9 @@ MODELS: dict[str, tuple[str, Callable[[_Keys], dict[str, Any]]]] = {
     "olmoe": ("olmoe", _olmoe),
     "qwen2_moe": ("qwen2_moe", _qwen2_moe),
     "deepseek_v2": ("deepseek_v2", _deepseek_v2),
-    "deepseek_v3": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
-    "glm4_moe": ("deepseek_v3", _deepseek_v3(norm_topk=True)),
-    "dots1": ("deepseek_v3", _deepseek_v3(norm_topk=False)),
+    "deepseek_v3": ("deepseek_v3", _deepseek_v3),
+    "glm4_moe": ("deepseek_v3", _glm4_moe),
+    "dots1": ("deepseek_v3", _dots1),
     "ernie4_5_moe": ("ernie45", _ernie45),
     "granitemoe": ("granite", _granite),
     "gpt_oss": ("gpt_oss", _gpt_oss),
@@ -257,9 +311,10 @@ MODELS: dict[str, tuple[str, Callable[[_Keys], dict[str, Any]]]] = {
 """By model_type: the family of the weights, and how the rest of MoEConfig is read."""
 
 
-def _scheme(quantization: Mapping[str, Any]) -> str | None:
+def _scheme(given: Any) -> str | None:
     """The scheme of the experts by a quantization_config; None for one that the package has not."""
-    kept = [*(quantization.get("ignore") or ()), *(quantization.get("modules_to_not_convert") or ())]
+    quantization = _mapping("config['quantization_config']", given)
+    kept = [*_names(quantization, "ignore"), *_names(quantization, "modules_to_not_convert")]
     if any(re.search(r"(?<!shared_)experts", str(name)) for name in kept):
         return None
     method = quantization.get("quant_method")
@@ -268,9 +323,32 @@ def _scheme(quantization: Mapping[str, Any]) -> str | None:
         return "fp8_token" if size is None else _of_blocks(size)
     if method != "compressed-tensors":
         return None
-    groups = (quantization.get("config_groups") or {}).values()
-    found = {_scheme_of_group((group or {}).get("weights") or {}) for group in groups}
+    groups = _mapping("config['quantization_config']['config_groups']", quantization.get("config_groups"))
+    found = set()
+    for name, group in groups.items():
+        path = f"config['quantization_config']['config_groups'][{name!r}]"
+        weights = _mapping(f"{path}['weights']", _mapping(path, group).get("weights"))
+        found.add(_scheme_of_group(weights))
     return found.pop() if len(found) == 1 else None
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(rule(name, value, "be an object", f"pass the model's own {FILE}"))
+    return value
+
+
+def _names(quantization: Mapping[str, Any], key: str) -> list[Any]:
+    """The names of modules below a key; one may stand there without a list."""
+    value = quantization.get(key)
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    if not isinstance(value, (list, tuple, set)):
+        must, cure = "be a list of names", f"pass the model's own {FILE}"
+        raise ConfigError(rule(f"config['quantization_config'][{key!r}]", value, must, cure))
+    return list(value)
 
 
 def _scheme_of_group(weights: Mapping[str, Any]) -> str | None:

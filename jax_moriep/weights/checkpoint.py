@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import numbers
+import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from jax_moriep.runtime.group import check_axis
 from jax_moriep.weights.block import Block
 from jax_moriep.weights.families import FAMILIES, Family, check_config, family_of
 from jax_moriep.weights.files import Checkpoint, Tensor
-from jax_moriep.weights.reader import prefixes_of
+from jax_moriep.weights.reader import prefixes_of, with_experts, with_router
 from jax_moriep.weights.shards import Shards
 
 _OF_EXPERTS = ("experts.", "input_linear.", "output_linear.")
@@ -54,6 +54,7 @@ def load(
       ep_axis: the mesh's expert-parallel axis.
       tp_axis: its tensor-parallel axis, if any.
       dtype: of weights that are floating; None keeps each as it is stored. score_bias and scales are float32.
+        float64 goes to a mesh under ``jax_enable_x64`` only.
       dequantize: give experts that are stored in float8 or int8 in bfloat16 (or ``dtype``).
       family: of ``jm.weights.from_hf``, for a config.json of a model_type that the package does not know.
 
@@ -62,8 +63,9 @@ def load(
       ``jax.lax.scan``.
 
     Raises:
-      ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, or a
-        layer has no MoE block.
+      ConfigError: the folder holds no such checkpoint, a file of it is damaged, it does not fit cfg, a layer
+        has no MoE block, or jax has no such dtype; or all layers are asked for, and one is lost or has half
+        a block.
       ShardingError: the mesh is none, lacks an axis, or ``tp_axis`` does not divide the sizes.
 
     Example:
@@ -86,11 +88,15 @@ def load(
         for argument, axis in (("ep_axis", ep_axis), ("tp_axis", tp_axis)):
             if axis is not None:
                 check_axis(mesh, axis, argument)
+        if tp_axis == ep_axis:
+            raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
         if not mesh.local_devices:
             cure = "call load in the processes whose devices are in the mesh"
             raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
     with Checkpoint(folder) as files:
-        prefixes = _chosen(_blocks(files, layout, folder), layers, _num_layers(folder))
+        blocks = _blocks(files, layout, folder)
+        wanted = _run_by_the_model(files, layout, blocks, folder) if layers is None else layers
+        prefixes = _chosen(blocks, wanted)
         shards = Shards(cfg, len(prefixes), mesh, ep_axis, tp_axis, _floating(dtype))
         names = _names_below(files, prefixes)
         for i, prefix in enumerate(prefixes):
@@ -98,7 +104,7 @@ def load(
                 _read_layer(i, _Layer(files, prefix, names[prefix]), str(name), cfg, dequantize, shards)
             except ConfigError as e:
                 raise ConfigError(f"below {prefix!r}: {e}") from None
-    return shards.params(stacked=not isinstance(layers, numbers.Integral))
+    return shards.params(stacked=_number(layers) is None)
 
 
 def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> tuple[int, ...]:
@@ -112,11 +118,11 @@ def moe_layers(folder: str | os.PathLike[str], *, family: str | None = None) -> 
       family: as for ``load``.
 
     Raises:
-      ConfigError: the folder holds no checkpoint of a known model.
+      ConfigError: the folder holds no checkpoint of a known model, or a part of one only.
     """
     layout = family_of(hf_config.describe(folder).family if family is None else family)
     with Checkpoint(folder) as files:
-        return tuple(_run_by_the_model(_blocks(files, layout, folder), _num_layers(folder)))
+        return tuple(_run_by_the_model(files, layout, _blocks(files, layout, folder), folder))
 
 
 class _Layer(Mapping[str, Any]):
@@ -197,35 +203,89 @@ def _blocks(files: Checkpoint, layout: Family, folder: str | os.PathLike[str]) -
 
 
 def _num_layers(folder: str | os.PathLike[str]) -> int | None:
-    """How many layers the model runs, if its config.json can tell."""
-    try:
-        return hf_config.describe(folder).num_layers
-    except ConfigError:
-        return None
+    """How many layers the model runs, if it has a config.json that can tell."""
+    return hf_config.num_layers(folder) if os.path.exists(os.path.join(folder, hf_config.FILE)) else None
 
 
-def _run_by_the_model(blocks: dict[int, str], num_layers: int | None) -> list[int]:
+def _run_by_the_model(
+    files: Checkpoint, layout: Family, blocks: dict[int, str], folder: str | os.PathLike[str]
+) -> list[int]:
+    """The layers with a MoE block that the model runs, of which none may be there in part only."""
+    num_layers = _num_layers(folder)
+    _check_whole(files, layout, blocks, folder, num_layers)
     return [number for number in blocks if num_layers is None or number < num_layers]
 
 
-def _chosen(blocks: dict[int, str], layers: int | Iterable[int] | None, num_layers: int | None) -> list[str]:
+def _check_whole(
+    files: Checkpoint,
+    layout: Family,
+    blocks: dict[int, str],
+    folder: str | os.PathLike[str],
+    num_layers: int | None,
+) -> None:
+    """Refuses a checkpoint that lacks a layer or half of its block, for it would be left out without a word.
+
+    Where no layer has a tensor outside its MoE block, the folder is one of MoE blocks alone; then a layer
+    that has none cannot be told from a lost one.
+    """
+    roots = {prefix.rsplit(".", 3)[0] + "." for prefix in blocks.values()}
+    names_of_blocks = {prefix.split(".")[-2] for prefix in blocks.values()}
+    cure = "download it again, or load the layers that are whole with layers="
+
+    def number_in(name: str) -> int | None:
+        """The decoder layer that a name is of."""
+        found = [name.removeprefix(root).partition(".")[0] for root in roots if name.startswith(root)]
+        return next((int(part) for part in found if part.isdigit()), None)
+
+    experts, routers = with_experts(files), with_router(files, layout.router_names)
+    for prefix in sorted(experts ^ routers):
+        number, block = number_in(prefix), prefix.split(".")[-2:]
+        # What else has the name of a router, such as an attention's gate, is of another part of the layer.
+        known = prefix in experts or block[0] in names_of_blocks
+        of_block = block[1:] == [""] and prefix.count(".") in {p.count(".") for p in blocks.values()}
+        if number is None or not of_block or not known or (num_layers is not None and number >= num_layers):
+            continue
+        has, lacks = ("experts", "a router") if prefix in experts else ("a router", "experts")
+        raise ConfigError(
+            rule("folder", os.fspath(folder), f"have {lacks} below {prefix!r}, where it has {has}", cure)
+        )
+    numbers = {name: number for name in files if (number := number_in(name)) is not None}
+    if all(number in blocks and name.startswith(blocks[number]) for name, number in numbers.items()):
+        return
+    there = set(numbers.values())
+    lost = next((number for number in range(num_layers or 0) if number not in there), None)
+    if lost is not None:
+        must = f"have tensors of layer {lost}, for its {hf_config.FILE} has num_hidden_layers={num_layers}"
+        raise ConfigError(rule("folder", os.fspath(folder), must, cure))
+
+
+def _chosen(blocks: dict[int, str], layers: int | Iterable[int]) -> list[str]:
     """The prefixes of the layers that are asked for."""
-    if layers is None:
-        wanted = _run_by_the_model(blocks, num_layers)
-    elif isinstance(layers, Iterable):
-        wanted = list(layers)
-    else:
-        wanted = [layers]
+    # An array of one number without a dimension is an Iterable, too, by its type.
+    wanted = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
     there = f"{min(blocks)} to {max(blocks)}"
     if list(blocks) != list(range(min(blocks), max(blocks) + 1)):
         there = ", ".join(map(str, blocks))
     if not wanted:
         raise ConfigError(rule("layers", wanted, f"name at least one of {there}", "pass None for all"))
-    for number in wanted:
-        if isinstance(number, bool) or number not in blocks:
+    found = []
+    for given in wanted:
+        number = _number(given)
+        if number is None or number not in blocks:
             must = f"be of layers with a MoE block, which are {there} here"
-            raise ConfigError(rule("layers", number, must, "leave out dense layers, or pass None for all"))
-    return [blocks[number] for number in wanted]
+            if number is None:
+                must = "be an integer or several"
+            raise ConfigError(rule("layers", given, must, "leave out dense layers, or pass None for all"))
+        found.append(blocks[number])
+    return found
+
+
+def _number(value: Any) -> int | None:
+    """An integer of any kind, also as an array of one, or None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _names_below(files: Checkpoint, prefixes: list[str]) -> dict[str, list[str]]:

@@ -205,7 +205,7 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(name: Any) -> Family:
     """The family of that name, or a ConfigError with those that there are."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(rule("family", name, f"be one of {tuple(FAMILIES)}", "pick the one of this layout"))
     return FAMILIES[name]
 

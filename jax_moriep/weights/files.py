@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -228,7 +229,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _of_files(self) -> dict[str, str]:
         file_of: dict[str, str] = {}
-        for path in sorted(self._folder.glob("*.safetensors")):
+        paths = sorted(self._folder.glob("*.safetensors"))
+        self._check_parts({path.name for path in paths})
+        for path in paths:
             for name in self._file(path.name).names():
                 if name in file_of:
                     raise ConfigError(
@@ -246,6 +249,18 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
             )
         return file_of
+
+    def _check_parts(self, names: set[str]) -> None:
+        """Refuses some of the files that by their names are parts of a whole."""
+        for name in sorted(names):
+            part = re.fullmatch(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)", name)
+            if part is None:
+                continue
+            whole = (f"{part[1]}{i:05}{part[3]}" for i in range(1, int(part[4]) + 1))
+            lost = next((other for other in whole if other not in names), None)
+            if lost is not None:
+                must = f"have {lost!r}, as it has {name!r}"
+                raise ConfigError(rule("folder", str(self._folder), must, "download it again"))
 
     def _file(self, name: str) -> _File:
         if name not in self._files:

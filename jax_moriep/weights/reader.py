@@ -100,13 +100,17 @@ def check_names(family: str, state_dict: Mapping[str, Any]) -> None:
 
 def prefixes_of(names: Iterable[str], routers: tuple[str, ...]) -> list[str]:
     """What stands before the router's name of each MoE block, in the order of the layers' numbers."""
-    found = {name.removesuffix(router) for name in names for router in routers if name.endswith("." + router)}
     # An attention may have a gate, too; it has no experts.
-    blocks = _with_experts(names) & found
+    blocks = with_experts(names) & with_router(names, routers)
     return sorted(blocks, key=lambda p: [(len(part) if part.isdigit() else 0, part) for part in p.split(".")])
 
 
-def _with_experts(names: Iterable[str]) -> set[str]:
+def with_router(names: Iterable[str], routers: tuple[str, ...]) -> set[str]:
+    """What stands before a router's name."""
+    return {name.removesuffix(router) for name in names for router in routers if name.endswith("." + router)}
+
+
+def with_experts(names: Iterable[str]) -> set[str]:
     """What stands before the names of experts."""
     parts = ("experts.", "input_linear.")
     return {name[: name.find(part)] for name in names for part in parts if part in name}

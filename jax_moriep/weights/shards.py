@@ -165,6 +165,10 @@ class Shards:
     def _values(self, field: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """The array of a part for all layers, made when the first of them comes."""
         part, wanted = self._parts[field][index], self._wanted(field, dtype)
+        if self._mesh is not None and jax.dtypes.canonicalize_dtype(wanted) != wanted:
+            must = "be one that jax has on a mesh as it is set"
+            cure = "pass dtype=jnp.float32, or switch jax_enable_x64 on before"
+            raise ConfigError(rule(f"params.{field}.dtype", wanted.name, must, cure))
         if part.values is None:
             part.values = _zeros((self._layers, *self._shape(index)), wanted)
         elif part.values.dtype != wanted:

@@ -17,6 +17,8 @@ CONFIG = {
     "hidden_size": H,
     "moe_intermediate_size": INTER,
     "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
     "num_hidden_layers": 3,
 }
 EXPERT_BYTES = 3 * H * INTER * 4

@@ -43,6 +43,13 @@ LLAMA4_TEXT = {
     "num_experts_per_tok": 1,
     "num_local_experts": 16,
 }
+ERNIE = {
+    "hidden_size": 2560,
+    "moe_intermediate_size": 1536,
+    "moe_k": 6,
+    "moe_num_experts": 64,
+    "moe_num_shared_experts": 0,
+}
 GPT_OSS = {
     "model_type": "gpt_oss",
     "hidden_act": "silu",
@@ -59,7 +66,7 @@ GPT_OSS = {
     ("config", "want"),
     [
         (
-            DEEPSEEK_V3,
+            {**DEEPSEEK_V3, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
             MoEConfig(
                 256,
                 8,
@@ -134,14 +141,7 @@ GPT_OSS = {
             ),
         ),
         (
-            {
-                "model_type": "ernie4_5_moe",
-                "hidden_size": 2560,
-                "moe_intermediate_size": 1536,
-                "moe_k": 6,
-                "moe_num_experts": 64,
-                "moe_num_shared_experts": 0,
-            },
+            {"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 1e-12},
             MoEConfig(64, 6, 2560, 1536, router="ernie45", score_bias=True),
         ),
         (
@@ -160,6 +160,37 @@ GPT_OSS = {
 )
 def test_published_configs(config, want):
     assert MoEConfig.from_hf(config) == want
+
+
+@pytest.mark.parametrize(
+    ("model_type", "groups", "top_groups", "scaling", "shared", "norm_topk"),
+    [
+        ("deepseek_v3", 8, 4, 2.5, 2048, True),
+        ("glm4_moe", 1, 1, 1.0, 2048, True),
+        ("dots1", 1, 1, 1.0, None, False),
+    ],
+)
+def test_what_stands_for_missing_keys_is_the_models_own(
+    model_type, groups, top_groups, scaling, shared, norm_topk
+):
+    """The defaults of DeepseekV3Config, Glm4MoeConfig and Dots1Config of transformers."""
+    missing = ("n_group", "topk_group", "routed_scaling_factor", "n_shared_experts", "norm_topk_prob")
+    config = {k: v for k, v in DEEPSEEK_V3.items() if k not in missing} | {"model_type": model_type}
+    cfg = MoEConfig.from_hf(config)
+    assert (cfg.num_groups, cfg.top_groups, cfg.routed_scaling) == (groups, top_groups, scaling)
+    assert (cfg.shared_intermediate_size, cfg.norm_topk) == (shared, norm_topk)
+
+
+@pytest.mark.parametrize(
+    "given", [ERNIE, {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "greedy"}]
+)
+def test_two_shared_experts_stand_for_a_missing_number_and_none_for_null(given):
+    """The defaults of DeepseekV2Config and Ernie4_5_MoeConfig of transformers."""
+    config = {"model_type": "ernie4_5_moe", **given}
+    count = "n_shared_experts" if "n_shared_experts" in config else "moe_num_shared_experts"
+    assert MoEConfig.from_hf({**config, count: None}).shared_intermediate_size is None
+    del config[count]
+    assert MoEConfig.from_hf(config).shared_intermediate_size == 2 * config["moe_intermediate_size"]
 
 
 def test_a_path_a_folder_an_object_and_changes(tmp_path):
@@ -195,6 +226,9 @@ FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
             {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.mlp.shared_experts"]},
             "fp8_token",
         ),
+        ({"quant_method": "fp8", "modules_to_not_convert": "model.layers.0.mlp.experts"}, None),
+        ({"quant_method": "fp8", "modules_to_not_convert": "lm_head"}, "fp8_token"),
+        (compressed(FLOAT8, ignore="re:.*mlp.experts.*"), None),
         (compressed(FLOAT8), "fp8_token"),
         (compressed({**FLOAT8, "strategy": "tensor"}), "fp8_token"),
         (compressed({**FLOAT8, "strategy": "block", "block_structure": [128, 128]}), "fp8_block"),
@@ -234,6 +268,25 @@ def test_schemes(quantization, scheme):
             {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "noaux_tc"},
             r"config\['topk_method'\]='noaux_tc' must be",
         ),
+        ({**DEEPSEEK_V3, "n_group": None}, "config of model_type='deepseek_v3' lacks 'n_group'"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, r"\['scoring_func'\]='softmax' must be 'sigmoid'; make"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, r"\['topk_method'\]='greedy' must be 'noaux_tc'; make"),
+        (
+            {"model_type": "ernie4_5_moe", **ERNIE, "moe_norm_min": 0.1},
+            r"\['moe_norm_min'\]=0\.1 must be 1e-12",
+        ),
+        ({"model_type": ["qwen3_moe"]}, r"config\['model_type'\]=\['qwen3_moe'\] must be one of"),
+        ({**QWEN3, "hidden_act": ["silu"]}, r"config\['hidden_act'\]=\['silu'\] must be one of"),
+        ({**QWEN3, "quantization_config": "fp8"}, r"config\['quantization_config'\]='fp8' must be an object"),
+        (
+            {**QWEN3, "quantization_config": {"modules_to_not_convert": 3}},
+            r"\['modules_to_not_convert'\]=3 must be a list of names; pass",
+        ),
+        (
+            {**QWEN3, "quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
+            r"\['config_groups'\]=\[1\] must be an object; pass",
+        ),
+        ({**QWEN3, "quantization_config": compressed(8)}, r"\['group_0'\]\['weights'\]=8 must be an object"),
         (3, "config='int' must be a config object of transformers, a dict or a path"),
         ("/no/such/folder", r"config='/no/such/folder' must have a config\.json that can be read"),
     ],

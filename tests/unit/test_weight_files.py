@@ -190,8 +190,11 @@ def test_without_a_mesh_weights_stay_on_the_host(folders):
     cfg = jm.MoEConfig.from_hf(folders["qwen2_moe"])
     one = load(folders["qwen2_moe"], layers=np.int64(2))
     assert_same(one, from_hf(block_of(folders["qwen2_moe"], "qwen2_moe", 2), "qwen2_moe", cfg))
-    turned = load(folders["qwen2_moe"], layers=[2, 1])
-    np.testing.assert_array_equal(turned.w1, params.w1[::-1])
+    for number in (np.array(2), jnp.array(2)):
+        assert_same(load(folders["qwen2_moe"], layers=number), one)
+    for several in ([2, 1], np.array([2, 1]), jnp.array([2, 1])):
+        np.testing.assert_array_equal(load(folders["qwen2_moe"], layers=several).w1, params.w1[::-1])
+    assert load(folders["qwen2_moe"], layers=jnp.array([2])).w1.shape == (1, 5, 8, 8)
 
 
 def test_a_cpu_takes_large_weights_where_they_were_read(tmp_path):
@@ -286,9 +289,15 @@ def test_floating_dtypes(tmp_path, dtype):
     cfg = jm.MoEConfig.from_hf(tmp_path)
     for layer, block in blocks.items():
         assert_same(load(tmp_path, layers=layer), from_hf(block, "qwen3_moe", cfg))
-    if dtype != np.float64:  # which jax has only when it is told so
+    if dtype == np.float64:  # which jax has only when it is told so
+        with pytest.raises(jm.ConfigError, match=r"params\.w1\.dtype='float64' must be one that jax has"):
+            load(tmp_path, layers=1, mesh=mesh_of(3))
+        assert load(tmp_path, layers=1, mesh=mesh_of(3), dtype=np.float32).w1.dtype == np.float32
+        with jax.enable_x64(True):
+            on_mesh = load(tmp_path, layers=1, mesh=mesh_of(3))
+    else:
         on_mesh = load(tmp_path, layers=1, mesh=mesh_of(3))
-        assert_same(on_mesh, from_hf(blocks[1], "qwen3_moe", cfg))
+    assert_same(on_mesh, from_hf(blocks[1], "qwen3_moe", cfg))
 
 
 @pytest.mark.parametrize("scheme", CODES)
@@ -388,6 +397,85 @@ def test_layers_behind_the_last_are_read_only_when_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_behind_the_last_of_a_model_that_the_package_does_not_know(tmp_path, nested):
+    config = {"model_type": "another", "num_hidden_layers": 2}
+    write_names(tmp_path, [name for layer in range(3) for name in block_names(layer)])
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    assert moe_layers(tmp_path, family="qwen3_moe") == (0, 1)
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": "2"}))
+    with pytest.raises(jm.ConfigError, match=r"config\['num_hidden_layers'\]='2' must be an integer"):
+        moe_layers(tmp_path, family="qwen3_moe")
+    (tmp_path / "config.json").unlink()
+    assert moe_layers(tmp_path, family="qwen3_moe") == (0, 1, 2)
+
+
+NORM = "model.layers.{}.input_layernorm.weight"
+
+
+def write_names(folder, names, **more):
+    """A checkpoint of which only the names matter."""
+    (folder / "config.json").write_text(json.dumps({**QWEN, **more}))
+    safetensors.numpy.save_file(
+        {name: np.ones(1, np.float32) for name in names}, folder / "model.safetensors"
+    )
+
+
+def block_names(layer, block="mlp", router="gate.weight", expert="experts.0.up_proj.weight"):
+    return [f"model.layers.{layer}.{block}.{name}" for name in (router, expert)]
+
+
+@pytest.mark.parametrize("model", CHECKPOINTS)
+@pytest.mark.parametrize("part", ["router", "experts"])
+def test_half_a_block_is_no_dense_layer(tmp_path, folders, model, part):
+    layer, layout = layers_of(model)[-1], FAMILIES[family_of(model)]
+    prefix = f"model.layers.{layer}.{BLOCK.get(model, 'mlp')}."
+    lost = tuple(
+        prefix + name
+        for name in (
+            layout.router_names if part == "router" else ("experts.", "input_linear.", "output_linear.")
+        )
+    )
+    tensors = {k: v for k, v in tensors_of(folders[model]).items() if not k.startswith(lost)}
+    (tmp_path / "config.json").write_bytes((folders[model] / "config.json").read_bytes())
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    text = f"have {'a router' if part == 'router' else 'experts'} below '{prefix}'"
+    for function in (load, moe_layers):
+        with pytest.raises(jm.ConfigError, match=text):
+            function(tmp_path)
+    if len(layers_of(model)) > 1:
+        load(tmp_path, layers=layers_of(model)[0])
+    with pytest.raises(jm.ConfigError, match=f"layers={layer} must be of layers"):
+        load(tmp_path, layers=layer)
+
+
+def test_an_attention_may_have_a_gate_and_a_layer_behind_the_last_half_a_block(tmp_path):
+    names = [*block_names(0), *block_names(1), "model.layers.0.self_attn.gate.weight", block_names(2)[1]]
+    write_names(tmp_path, [*names, NORM.format(0), NORM.format(1)], num_hidden_layers=2)
+    assert moe_layers(tmp_path) == (0, 1)
+
+
+def test_lost_layers(tmp_path):
+    norms = [NORM.format(0), NORM.format(1)]
+    write_names(tmp_path, [*block_names(1), *norms], num_hidden_layers=3)
+    with pytest.raises(jm.ConfigError, match=r"must have tensors of layer 2, .* num_hidden_layers=3;"):
+        moe_layers(tmp_path)
+    # A dense layer has its norm, and a folder of MoE blocks alone has nothing of dense layers.
+    for names in ([*block_names(1), *norms, NORM.format(2)], block_names(1)):
+        write_names(tmp_path, names, num_hidden_layers=3)
+        assert moe_layers(tmp_path) == (1,)
+
+
+def test_lost_files_without_an_index(tmp_path, folders):
+    for name in ("config.json", "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"):
+        (tmp_path / name).write_bytes((folders["mixtral"] / name).read_bytes())
+    with pytest.raises(jm.ConfigError, match=r"must have 'model-00002-of-00003\.safetensors', as it has"):
+        load(tmp_path)
+    name = "model-00002-of-00003.safetensors"
+    (tmp_path / name).write_bytes((folders["mixtral"] / name).read_bytes())
+    assert_same(load(tmp_path), load(folders["mixtral"]))
+
+
 def test_layers_of_other_dtypes_are_loaded_apart(tmp_path):
     rng = np.random.default_rng(4)
     write_model(tmp_path, QWEN, {0: qwen_block(rng), 1: qwen_block(rng, jnp.bfloat16)})
@@ -403,9 +491,13 @@ def test_layers_of_other_dtypes_are_loaded_apart(tmp_path):
         (0, r"layers=0 must be of layers with a MoE block, which are 1 to 2 here; leave out dense layers"),
         ([1, 7], r"layers=7 must be of layers"),
         ([], r"layers=\[\] must name at least one of 1 to 2"),
-        (["1"], r"layers='1' must be of layers"),
-        (True, r"layers=True must be of layers"),
-        (1.5, r"layers=1\.5 must be of layers"),
+        (["1"], r"layers='1' must be an integer"),
+        (True, r"layers=True must be an integer or several; leave out"),
+        (1.5, r"layers=1\.5 must be an integer"),
+        (1.0, r"layers=1\.0 must be an integer"),
+        ([1.0], r"layers=1\.0 must be an integer"),
+        ([[1]], r"layers=\[1\] must be an integer"),
+        (np.array(1.0), r"layers=array\(1\.\) must be an integer"),
     ],
 )
 def test_layers_that_are_not_there(folders, layers, text):
@@ -518,6 +610,12 @@ def test_arguments_of_another_kind(folders):
     for error, arguments, text in (
         (jm.ConfigError, {"cfg": {"num_experts": 5}}, r"cfg='dict' must be a jm\.MoEConfig"),
         (jm.ConfigError, {"family": "mistral"}, r"family='mistral' must be one of"),
+        (jm.ConfigError, {"family": ["mixtral"]}, r"family=\['mixtral'\] must be one of"),
+        (
+            jm.ShardingError,
+            {"mesh": mesh_of(2), "tp_axis": "ep"},
+            r"tp_axis='ep' must differ from ep_axis",
+        ),
         (jm.ConfigError, {"dtype": jnp.int8}, r"dtype=.*int8.* must be a floating dtype of 16 bits"),
         (jm.ConfigError, {"dtype": "half a float"}, r"dtype='half a float' must be a floating dtype"),
         (jm.ShardingError, {"mesh": 4}, r"mesh='int' must be a jax\.sharding\.Mesh"),
