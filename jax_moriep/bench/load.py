@@ -129,12 +129,9 @@ def _run(
             platform="cpu",
             module=True,
         )
-        if ended.returncode:
-            process = next((i for i, code in enumerate(ended.codes) if code == ended.returncode), 0)
-            last = "\n".join(ended.outputs[process].splitlines()[-30:])
-            raise MoriepError(
-                f"process {process} of the bench ended with code {ended.returncode}; it said:\n{last}"
-            )
+        said = runner.failure(ended, [text.splitlines() for text in ended.outputs])
+        if said is not None:
+            raise MoriepError(said)
         return [json.loads(Path(folder, f"{i}.json").read_text()) for i in range(processes)]
 
 
@@ -156,7 +153,7 @@ def as_text(result: dict[str, Any]) -> str:
             f"{total / call['p50'] / 1e9:>8.2f}{call['p50'] / theirs['p50']:>24.2f}"
             f"{peak(result, call['name']) / own:>32.2f}"
         )
-    wrong = failed_checks(result)
+    wrong = runner.failed_checks(result)
     count = len(result["checks"])
     if not wrong:
         return "\n".join([*lines, f"all {count} comparisons of the bits are right"])
@@ -168,8 +165,3 @@ def as_text(result: dict[str, Any]) -> str:
 def peak(result: dict[str, Any], name: str) -> int:
     """The most bytes that became resident in a process while it loaded."""
     return max(seen["peak"] - seen["idle"] for seen in result["memory"][name])
-
-
-def failed_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The comparisons that found something wrong."""
-    return [check for check in result["checks"] if not check["ok"]]

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_moriep.hf_config import FILE
+from jax_moriep.weights.files import INDEX
+
 PREFIX = "model.layers.{}.mlp."
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 _ROUTER = "gate.weight"
@@ -71,14 +74,14 @@ class Model:
 
     def write(self, folder: Path) -> None:
         """Writes the checkpoint."""
-        (folder / "config.json").write_text(json.dumps(self.config))
+        (folder / FILE).write_text(json.dumps(self.config))
         weight_map: dict[str, str] = {}
         for first in range(0, self.num_layers, self.layers_per_file):
             layers = range(first, min(first + self.layers_per_file, self.num_layers))
             file = f"model-{first:05}.safetensors"
             weight_map |= dict.fromkeys(_write_file(folder / file, [*self._tensors(layers)]), file)
         index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / INDEX).write_text(json.dumps(index))
 
     def _tensors(self, layers: range) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         """The name, the shape, and a function that gives the bits, of each tensor of some layers."""

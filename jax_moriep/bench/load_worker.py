@@ -5,7 +5,6 @@ FOLDER has ``job.json`` and the barrier; each process writes what it saw to ``PR
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import sys
@@ -19,9 +18,10 @@ import numpy as np
 from jax_moriep import weights
 from jax_moriep.bench import memory
 from jax_moriep.bench.load_files import MATRICES, Model
-from jax_moriep.bench.timing import Call, Check, interleave
+from jax_moriep.bench.timing import Call, Check, measured
 from jax_moriep.bench.world import World
 from jax_moriep.config import MoEConfig
+from jax_moriep.weights.files import INDEX
 
 OURS, THEIRS = "jm.weights.load", "safetensors"
 BARRIER = "barrier"
@@ -41,15 +41,7 @@ def main(folder: str) -> None:
     ]
     # The turn that warms up, in a process that has loaded nothing yet, tells of memory.
     peaks = {call.name: _memory(call.run, world) for call in calls}
-    spans, checks = interleave(calls, job["rounds"], 0, lambda: _barrier(world))
-    seen = {
-        "calls": [
-            {"name": call.name, "operation": call.operation, "repeats": 1, "spans": of_call}
-            for call, of_call in zip(calls, spans, strict=True)
-        ],
-        "checks": [{**dataclasses.asdict(check), "ok": check.ok} for check in checks],
-        "memory": peaks,
-    }
+    seen = {**measured(calls, job["rounds"], 0, lambda: _barrier(world)), "memory": peaks}
     (place / f"{jax.process_index()}.json").write_text(json.dumps(seen))
     world.barrier()
 
@@ -84,7 +76,7 @@ def _theirs(checkpoint: Path, model: Model, world: World) -> dict[str, np.ndarra
     import safetensors
 
     mine = experts_of(model, world)
-    file_of = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    file_of = json.loads((checkpoint / INDEX).read_text())["weight_map"]
     read = {}
     for file in sorted(set(file_of.values())):
         with safetensors.safe_open(checkpoint / file, framework="np") as opened:

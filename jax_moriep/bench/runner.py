@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax_moriep import quant
 from jax_moriep.bench import exchange, worker
 from jax_moriep.bench.cases import FP8, GPU_PLATFORMS, ITERATIONS, Case, is_baseline
 from jax_moriep.bench.timing import percentile, slowest
-from jax_moriep.cli.launch import launch
+from jax_moriep.cli.launch import LaunchResult, launch
 from jax_moriep.errors import MoriepError
 from jax_moriep.mori import limits
 from jax_moriep.version import __version__
@@ -187,12 +187,16 @@ def run_set(
             module=True,
             on_line=on_line,
         )
-        said = None
-        if ended.returncode:
-            process = next((i for i, code in enumerate(ended.codes) if code == ended.returncode), 0)
-            shown = "\n".join(lines[process][-_SHOWN_LINES:])
-            said = f"process {process} of the bench ended with code {ended.returncode}; it said:\n{shown}"
-        return found_in(folder), worker.begun(Path(folder)), said
+        return found_in(folder), worker.begun(Path(folder)), failure(ended, lines)
+
+
+def failure(ended: LaunchResult, lines: Sequence[Sequence[str]]) -> str | None:
+    """How a set of processes failed, with the last lines of the one that failed first; None if it did not."""
+    if not ended.returncode:
+        return None
+    process = next((i for i, code in enumerate(ended.codes) if code == ended.returncode), 0)
+    shown = "\n".join(lines[process][-_SHOWN_LINES:])
+    return f"process {process} of the bench ended with code {ended.returncode}; it said:\n{shown}"
 
 
 def _run(cases: list[Case], timeout: float | None, platform_name: str | None) -> list[list[dict[str, Any]]]:

@@ -104,6 +104,18 @@ def interleave(
     return spans, checks
 
 
+def measured(calls: Sequence[Call], iters: int, warmup: int, barrier: Callable[[], None]) -> dict[str, Any]:
+    """What ``interleave`` saw in this process, as its file has it: "calls" and "checks"."""
+    spans, checks = interleave(calls, iters, warmup, barrier)
+    return {
+        "calls": [
+            {"name": call.name, "operation": call.operation, "repeats": call.repeats, "spans": of_call}
+            for call, of_call in zip(calls, spans, strict=True)
+        ],
+        "checks": [{**dataclasses.asdict(check), "ok": check.ok} for check in checks],
+    }
+
+
 def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
     """fn(*operands) many times in one program, so that the host's part of a call is paid once for all.
 

@@ -21,7 +21,7 @@ import jax
 from jax_moriep import transports
 from jax_moriep.bench import compiled, memory
 from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import Call, interleave
+from jax_moriep.bench.timing import Call, measured
 from jax_moriep.bench.world import AXIS, Barrier, World
 from jax_moriep.errors import TransportError
 from jax_moriep.runtime import group
@@ -135,14 +135,7 @@ def _times(case: Case, world: World) -> dict[str, Any]:
 
 
 def _measured(calls: list[Call], case: Case, world: World) -> dict[str, Any]:
-    spans, checks = interleave(calls, case.iters, case.warmup, world.barrier)
-    return {
-        "calls": [
-            {"name": call.name, "operation": call.operation, "repeats": call.repeats, "spans": of_call}
-            for call, of_call in zip(calls, spans, strict=True)
-        ],
-        "checks": [{**dataclasses.asdict(check), "ok": check.ok} for check in checks],
-    }
+    return measured(calls, case.iters, case.warmup, world.barrier)
 
 
 def _leniently(case: Case, world: World, until: float | None) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _run_load(args: argparse.Namespace, command: str) -> int:
     print(load.as_text(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if load.failed_checks(result) else 0
+    return 1 if runner.failed_checks(result) else 0
 
 
 def run(args: argparse.Namespace) -> int:
