@@ -73,9 +73,7 @@ def ep_moe(
     """
     mesh = _resolve_mesh(mesh)
     layout = Layout.of(mesh, ep_axis, token_axes, tp_axis)
-    _check_operands(x, params, cfg, layout, token_mask)
-    if route is not None:
-        routing.check_route(route, x.shape[:-1], cfg)
+    _check_operands(x, params, cfg, layout, token_mask, route)
     x, params, token_mask, route = reverse_only((x, params, token_mask, route), "ep_moe")
     x, params, token_mask, route = unbatched((x, params, token_mask, route), _VMAP_CURE)
     params = (
@@ -252,7 +250,12 @@ def _resolve_mesh(mesh: Any) -> Mesh | AbstractMesh:
 
 
 def _check_operands(
-    x: jax.Array, params: MoEParams, cfg: MoEConfig, layout: Layout, token_mask: jax.Array | None
+    x: jax.Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    layout: Layout,
+    token_mask: jax.Array | None,
+    route: routing.Route | None,
 ) -> None:
     if not isinstance(cfg, MoEConfig):
         raise ConfigError(rule("cfg", type(cfg).__name__, "be a jm.MoEConfig", "make one"))
@@ -278,6 +281,8 @@ def _check_operands(
     parameters.check_params(params, cfg, layout.num_ranks)
     if layout.tp_axis is not None:
         _check_split(params, cfg, layout.tp_axis, layout.mesh_shape[layout.tp_axis])
+    if route is not None:
+        routing.check_route(route, x.shape[:-1], cfg)
 
 
 def _check_split(params: MoEParams, cfg: MoEConfig, tp_axis: str, size: int) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_moriep as jm
+from jax_moriep.bench.cases import DTYPES
 from jax_moriep.flax import EpMoE
 
 
@@ -48,8 +49,8 @@ class ModelConfig:
 
     @property
     def compute_dtype(self) -> Any:
-        """Of x between the layers and of the products; routing, norms and logits are in float32."""
-        return {"f32": jnp.float32, "bf16": jnp.bfloat16}[self.dtype]
+        """Of x between the layers and of the products; routing and norms compute in float32."""
+        return DTYPES[self.dtype]
 
 
 class Block(nnx.Module):

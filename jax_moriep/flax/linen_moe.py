@@ -101,8 +101,7 @@ class LinenEpMoE(nn.Module):
 
         Args:
           params: floating, or quantised (``jm.quantize_params``, ``jm.prepare_params``,
-          ``jm.weights.from_hf``);
-            what is laid out for AITER's kernels stays so.
+            ``jm.weights.from_hf``); what is laid out for AITER's kernels stays so.
 
         Returns:
           "params", and as the weights have them "score_bias" and "quantised" ("quantised_aiter" in AITER's

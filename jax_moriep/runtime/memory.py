@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 2**31 - 1
 """The largest value that mallopt takes: buffers from 2 GiB on still go back to the system."""
 _OLD_MMAP_THRESHOLD = 2**25
-"""The largest that glibc before 2.35 takes."""
+"""32 MiB, for a glibc that refuses more."""
 _USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
