@@ -38,15 +38,7 @@ FAMILIES = {
         "mlp_activations_limit": 0.7,
     },
 }
-DEEPSEEK = MIXTRAL | {
-    "model_name": "deepseek3-tiny",
-    "decoder_block": "deepseek",
-    "num_experts": 12,
-    "num_experts_per_tok": 3,
-    "n_routing_groups": 4,
-    "topk_routing_group": 2,
-    "routed_bias_update_rate": 0.01,
-}
+DEEPSEEK = MIXTRAL | training.DEEPSEEK
 
 
 @functools.cache

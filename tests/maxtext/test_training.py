@@ -25,22 +25,19 @@ MIXTRAL = {
     "ici_data_parallelism": 2,
     "ici_expert_parallelism": 4,
 }
-# Sigmoid scores, a routing bias that moves in every step, groups of experts, a shared expert, a dense layer.
-DEEPSEEK = MIXTRAL | {
-    "model_name": "deepseek3-tiny",
-    "decoder_block": "deepseek",
-    "num_experts": 12,
-    "num_experts_per_tok": 3,
-    "n_routing_groups": 4,
-    "topk_routing_group": 2,
-    "routed_bias_update_rate": 0.01,
-    "moe_use_megatron_seq_aux_loss": True,
-    "first_num_dense_layers": 1,
-    "base_num_decoder_layers": 3,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
+# With a shared expert, and a dense layer as the first of three.
+DEEPSEEK = (
+    MIXTRAL
+    | training.DEEPSEEK
+    | {
+        "moe_use_megatron_seq_aux_loss": True,
+        "first_num_dense_layers": 1,
+        "base_num_decoder_layers": 3,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+)
 # Six experts, an odd number of tokens in a sequence, weights split by fsdp and by tensor parallelism as well.
 THREE_AXES = MIXTRAL | {
     "num_experts": 6,

@@ -51,6 +51,17 @@ _TINY = {
     "ici_fsdp_parallelism": 1,
 }
 
+# Sigmoid scores, a routing bias that moves in every step, and groups of experts.
+DEEPSEEK = {
+    "model_name": "deepseek3-tiny",
+    "decoder_block": "deepseek",
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_routing_groups": 4,
+    "topk_routing_group": 2,
+    "routed_bias_update_rate": 0.01,
+}
+
 
 @dataclasses.dataclass
 class Trained:
