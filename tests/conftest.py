@@ -8,7 +8,8 @@ import os
 
 # What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level a third
 # of the contract suite's time is LLVM's optimiser's. What users meet first, the examples and the wheel, is
-# compiled at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py).
+# compiled at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py);
+# not so examples/train.py, whose six processes would spend most of their time there.
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 
 platform = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")
