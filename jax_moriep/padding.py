@@ -157,7 +157,7 @@ class _Tree:
                 experts[index] = axis
                 whole.setdefault(name, set()).add(_Place(tuple(leaves[index].shape), axis))
             if experts.keys() & group.indices:
-                routers |= group.routers
+                routers |= group.router_shapes
         if not experts:
             raise ConfigError(
                 f"{argument} must hold weights of a layer of this cfg: router, w1 and w2 side by side, w1 of "
@@ -168,7 +168,7 @@ class _Tree:
             of_layer = {name: [place.shape for place in whole.get(name, ())] for name in group.leading}
             # A layer of another config has a router of its own, whatever its padded experts look like.
             of_layer |= {"router": list(routers)} if "router" in group.named else {}
-            of_other = group.is_apart and group.routers and not group.routers & routers
+            of_other = group.is_apart and group.routers and not group.router_shapes & routers
             if (
                 experts.keys() & group.indices
                 or of_other
@@ -179,7 +179,7 @@ class _Tree:
                 axis = _axis_of_reduced(leaves[index], whole.get(name, ()), cfg, names[index])
                 if axis is not None:
                     experts[index] = axis
-        of_layers = [group.indices for group in groups if experts.keys() & group.indices]
+        of_layers = [{*group.indices, *group.routers} for group in groups if experts.keys() & group.indices]
         beside = sorted(set().union(*of_layers) - experts.keys())
         return cls(paths, leaves, structure, experts, beside)
 
@@ -194,14 +194,18 @@ class _Group:
 
     named: dict[str, int]
     """Name to index."""
-    routers: set[tuple[int, ...]]
-    """The shape of the router among them; else those of the routers that are nearest to them."""
+    routers: dict[int, tuple[int, ...]]
+    """Index and shape of the router among them; else of the routers that are nearest to them."""
     is_apart: bool
     """Whether no router with a shape is among them."""
 
     @property
     def indices(self) -> set[int]:
         return set(self.named.values())
+
+    @property
+    def router_shapes(self) -> set[tuple[int, ...]]:
+        return set(self.routers.values())
 
     @property
     def leading(self) -> tuple[str, ...]:
@@ -218,35 +222,39 @@ def _groups(paths: Sequence[Any], leaves: Sequence[Any], cfg: MoEConfig) -> list
             keys.pop()
         if keys and keys[-1] in WEIGHT_NAMES:
             found.setdefault(tuple(keys[:-1]), {})[keys[-1]] = index
-    own = {
-        where: tuple(shape)
-        for where, named in found.items()
-        if (shape := getattr(leaves[named["router"]] if "router" in named else None, "shape", None))
-        is not None
-    }
+    own: dict[tuple[str, ...], dict[int, tuple[int, ...]]] = {}
+    for where, named in found.items():
+        if "router" in named and (shape := getattr(leaves[named["router"]], "shape", None)) is not None:
+            own[where] = {named["router"]: tuple(shape)}
     # Not those that an optimizer has reduced.
-    whole = {where: shape for where, shape in own.items() if shape[-2:-1] == (cfg.hidden_size,)}
+    whole = {
+        where: router
+        for where, router in own.items()
+        if all(shape[-2:-1] == (cfg.hidden_size,) for shape in router.values())
+    }
     groups = []
     for where, named in found.items():
         if not any(of_layer <= named.keys() for of_layer in _SIDE_BY_SIDE):
             continue
         if where in own:
-            groups.append(_Group(named, {own[where]}, is_apart=False))
+            groups.append(_Group(named, own[where], is_apart=False))
             continue
         # Codes have a router without experts; where an optimizer keeps nothing for one, it may be any.
-        other = {at: shape for at, shape in whole.items() if "router" in named or "w1" not in found[at]}
+        other = {at: router for at, router in whole.items() if "router" in named or "w1" not in found[at]}
         groups.append(_Group(named, _nearest(where, other), is_apart=True))
     return groups
 
 
-def _nearest(where: tuple[str, ...], routers: dict[tuple[str, ...], tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """The shapes of the routers whose paths end as this one does as far as any, and of those begin so."""
+def _nearest(
+    where: tuple[str, ...], routers: dict[tuple[str, ...], dict[int, tuple[int, ...]]]
+) -> dict[int, tuple[int, ...]]:
+    """The routers whose paths end as this one does as far as any, and of those begin so."""
 
     def nearness(at: tuple[str, ...]) -> tuple[int, int]:
         return _num_alike(at[::-1], where[::-1]), _num_alike(at, where)
 
     most = max(map(nearness, routers), default=None)
-    return {shape for at, shape in routers.items() if nearness(at) == most}
+    return {index: shape for at in routers if nearness(at) == most for index, shape in routers[at].items()}
 
 
 def _num_alike(one: Sequence[str], other: Sequence[str]) -> int:
@@ -275,9 +283,9 @@ def _experts_of(
         return
     (lead,) = leads
     axis, (first, count) = len(lead), next(iter(counts.items()))
-    if group.routers and (*lead, hidden, experts) not in group.routers:
+    if group.routers and (*lead, hidden, experts) not in group.router_shapes:
         return
-    if count > experts and len(group.routers) != 1:
+    if count > experts and len(group.router_shapes) != 1:
         where = group.named[first]
         must = f"not leave open how many of its {count} experts are padding, for no router is beside it"
         cure = "pass the whole state, with the router of the same layer"

@@ -331,6 +331,16 @@ def test_codes_apart_from_their_router_are_cut_by_it(of):
         assert jax.tree.map(lambda w: w.shape, back) == jax.tree.map(lambda w: w.shape, tree)
 
 
+def test_codes_that_are_put_back_come_with_the_same_router():
+    like = in_collections(weights(12, quantised=True))
+    codes = in_collections(with_experts(12))
+    for name in ("b1", "b2", "router_bias"):
+        codes["params"].pop(name, None)
+        del like["params"][name]
+    with pytest.raises(jm.ConfigError, match=r"params\['params'\]\['router'\].shape=\(128, 12\) must be"):
+        jm.pad_like(codes, like, STACKED)
+
+
 def test_moments_of_biases_without_experts_beside_them_are_cut():
     """As an nnx optimizer has them, which does not see codes."""
     held = in_collections(weights(12, quantised=True))["params"]

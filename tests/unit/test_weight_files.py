@@ -1,6 +1,7 @@
 """load and to_hf: what transformers saved and computed, every dtype, meshes, layers, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import mmap
 import struct
@@ -692,6 +693,12 @@ def test_traced_weights_have_no_values(folders):
             jm.ConfigError, match=r"must be an array with values; call this outside of jax\.jit"
         ):
             call()
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: functools.partial(jax.eval_shape, f)])
+def test_loading_to_a_mesh_is_not_traced(folders, transform):
+    with pytest.raises(jm.ConfigError, match=r"load must not be traced, .*; call load outside of jax\.jit"):
+        transform(lambda: load(folders["mixtral"], mesh=mesh_of(2)))()
 
 
 def as_codes(params, dtype):
