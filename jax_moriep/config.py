@@ -155,7 +155,8 @@ class MoEConfig:
           **changes: fields that the config does not decide, or that shall be others.
 
         Raises:
-          ConfigError: the config is not of a model in the table in README.md, or lacks a key.
+          ConfigError: the config is not of a model in the table in README.md, lacks a key, or has a null with
+            which no model runs.
 
         Example:
           >>> cfg = jm.MoEConfig.from_hf("Qwen3-30B-A3B", capacity_factor=1.5)

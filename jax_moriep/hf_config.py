@@ -165,6 +165,12 @@ class _Keys:
         """The value, or what stands for a missing one. A null is refused: no model runs with it."""
         return self.get(name) if name in self._config else default
 
+    def or_null_as_false(self, name: str, default: bool) -> Any:
+        """The same where models run with a null: their code asks whether the value is true."""
+        return (
+            False if name in self._config and self._config[name] is None else self.unless_null(name, default)
+        )
+
     def check(self, name: str, value: Any) -> None:
         """Refuses another value than the one that the router computes with."""
         found = self.get(name, default=value)
@@ -173,7 +179,7 @@ class _Keys:
             raise ConfigError(rule(f"config[{name!r}]", found, f"be {value!r}", cure))
 
     def activation(self) -> str:
-        name = self.get("hidden_act", default="silu")
+        name = self.unless_null("hidden_act", "silu")
         if not isinstance(name, str) or name not in _ACTIVATIONS:
             cure = "make the MoEConfig by hand if one of these is the same"
             raise ConfigError(rule("config['hidden_act']", name, f"be one of {tuple(_ACTIVATIONS)}", cure))
@@ -193,13 +199,13 @@ def _minimax_m2(keys: _Keys) -> dict[str, Any]:
 
 
 def _olmoe(keys: _Keys) -> dict[str, Any]:
-    return {**_mixtral(keys), "norm_topk": keys.get("norm_topk_prob", default=False)}
+    return {**_mixtral(keys), "norm_topk": keys.unless_null("norm_topk_prob", False)}
 
 
 def _qwen3_moe(keys: _Keys) -> dict[str, Any]:
     return {
         "intermediate_size": keys.get("moe_intermediate_size"),
-        "norm_topk": keys.get("norm_topk_prob", default=False),
+        "norm_topk": keys.unless_null("norm_topk_prob", False),
     }
 
 
@@ -212,12 +218,12 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
     fields = {
         "intermediate_size": keys.get("moe_intermediate_size"),
         "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", 2),
-        "routed_scaling": keys.get("routed_scaling_factor", default=1.0),
+        "routed_scaling": keys.unless_null("routed_scaling_factor", 1.0),
         "router": "deepseek_v2",
         # transformers' code of this model never divides by the sum, whatever norm_topk_prob says.
         "norm_topk": False,
     }
-    method = keys.get("topk_method", default="greedy")
+    method = keys.unless_null("topk_method", "greedy")
     if method == "greedy":
         return fields
     if method != "group_limited_greedy":
@@ -235,14 +241,14 @@ def _deepseek_v2(keys: _Keys) -> dict[str, Any]:
 def _like_deepseek_v3(
     keys: _Keys, *, groups: int = 1, top_groups: int = 1, scaling: float = 1.0, shared: int, norm_topk: bool
 ) -> dict[str, Any]:
-    """The keywords are what stands for missing keys, in which the models differ."""
+    """The keywords are what the models differ in: ``norm_topk`` itself, and what stands for missing keys."""
     return {
         "intermediate_size": keys.get("moe_intermediate_size"),
         "shared_intermediate_size": keys.shared("n_shared_experts", "moe_intermediate_size", shared),
         "routed_scaling": keys.unless_null("routed_scaling_factor", scaling),
         "router": "deepseek_v3",
         "score_bias": True,
-        "norm_topk": keys.get("norm_topk_prob", default=norm_topk),
+        "norm_topk": norm_topk,
         "num_groups": keys.unless_null("n_group", groups),
         "top_groups": keys.unless_null("topk_group", top_groups),
     }
@@ -251,15 +257,16 @@ def _like_deepseek_v3(
 def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
     keys.check("scoring_func", "sigmoid")
     keys.check("topk_method", "noaux_tc")
-    return _like_deepseek_v3(keys, groups=8, top_groups=4, scaling=2.5, shared=1, norm_topk=True)
+    norm_topk = keys.or_null_as_false("norm_topk_prob", True)
+    return _like_deepseek_v3(keys, groups=8, top_groups=4, scaling=2.5, shared=1, norm_topk=norm_topk)
 
 
 def _glm4_moe(keys: _Keys) -> dict[str, Any]:
-    return _like_deepseek_v3(keys, shared=1, norm_topk=True)
+    return _like_deepseek_v3(keys, shared=1, norm_topk=keys.unless_null("norm_topk_prob", True))
 
 
 def _dots1(keys: _Keys) -> dict[str, Any]:
-    return _like_deepseek_v3(keys, shared=0, norm_topk=False)
+    return _like_deepseek_v3(keys, shared=0, norm_topk=keys.or_null_as_false("norm_topk_prob", False))
 
 
 def _ernie45(keys: _Keys) -> dict[str, Any]:
@@ -283,8 +290,8 @@ def _gpt_oss(keys: _Keys) -> dict[str, Any]:
         "router_bias": True,
         "expert_bias": True,
         "activation": "swiglu_clamped",
-        "activation_limit": keys.get("swiglu_limit", default=7.0),
-        "activation_alpha": keys.get("swiglu_alpha", default=1.702),
+        "activation_limit": keys.unless_null("swiglu_limit", 7.0),
+        "activation_alpha": keys.unless_null("swiglu_alpha", 1.702),
     }
 
 

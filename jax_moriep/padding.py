@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,12 @@ from jax_moriep.runtime import compat
 
 # Where Flax's variables and boxes keep their array.
 _BOX = "value"
+# What tells a layer. Codes may stand apart from the router, with their scales; the biases stay beside it.
+_SIDE_BY_SIDE = (
+    {"router", "w1", "w2"},
+    {"w1", "w2", "w1_scale", "w2_scale"},
+    {"router", "b1", "b2"},
+)
 
 
 def unpad_params(params: Any, cfg: MoEConfig) -> Any:
@@ -35,7 +42,9 @@ def unpad_params(params: Any, cfg: MoEConfig) -> Any:
     and its optimizer, of Flax's nnx or linen too. Weights are found by their names in MoEParams, side by
     side, and by the shapes that ``cfg`` gives them, behind leading axes of stacked layers or none; so are
     moments, which mirror them. What has some of a weight's axes only, as a factored second moment has, is
-    found where the weights are in the same tree. A tree with layers of several configs takes a call for each.
+    found where the weights are in the same tree. Codes with their scales may stand apart from the router, and
+    an optimizer may keep nothing for it; then the router that is nearest by its path says whose they are. A
+    tree with layers of several configs takes a call for each.
 
     What comes out is evenly sharded. Where the mesh axes of the experts do not divide E, they move to another
     dimension that they divide, so no device gets more than its share; where there is none, each gets all.
@@ -49,7 +58,7 @@ def unpad_params(params: Any, cfg: MoEConfig) -> Any:
 
     Raises:
       ConfigError: ``cfg`` is no config, the tree holds no weights of such a layer, or it cannot be told which
-        axis of a leaf is the experts'.
+        axis of a leaf is the experts' or, without a router, how many of them are padding.
 
     Example::
 
@@ -71,7 +80,8 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     What it adds are zeros; the padding of weights and of moments never holds anything else.
 
     Args:
-      params: what was restored, without padding or with any, on devices or on the host.
+      params: what was restored, without padding, or with any where ``like`` has some, on devices or on the
+        host.
       like: a tree of the same structure: the state of the run that is to go on, of arrays, or of
         ``jax.ShapeDtypeStruct`` with shardings.
       cfg: the layer.
@@ -81,7 +91,8 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
       objects.
 
     Raises:
-      ConfigError: the trees or their shapes differ otherwise, or as for ``unpad_params``.
+      ConfigError: the trees or their shapes differ otherwise, ``params`` is padded and ``like`` is not, as
+        when they are swapped, or as for ``unpad_params``.
 
     Example::
 
@@ -93,6 +104,8 @@ def pad_like(params: Any, like: Any, cfg: MoEConfig) -> Any:
     given = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
     _check_same_paths([path for path, _ in given], tree.paths)
     leaves = [leaf for _, leaf in given]
+    for index, axis in tree.experts.items():
+        _check_not_swapped(leaves[index], tree.leaves[index], axis, tree.paths[index], cfg)
     for index in tree.beside:
         there, here = (getattr(leaf, "shape", None) for leaf in (tree.leaves[index], leaves[index]))
         if there != here:
@@ -134,16 +147,17 @@ class _Tree:
         # What is empty, as optax has it where a mask leaves a weight out, stays: its name is there.
         flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
         paths, leaves = [path for path, _ in flat], [leaf for _, leaf in flat]
-        groups = _groups(paths)
+        names = [f"{argument}{jax.tree_util.keystr(path)}" for path in paths]
+        groups = _groups(paths, leaves, cfg)
         experts: dict[int, int] = {}
         whole: dict[str, set[_Place]] = {}
         routers: set[tuple[int, ...]] = set()
         for group in groups:
-            for name, index, axis in _experts_of(group, leaves, paths, cfg):
+            for name, index, axis in _experts_of(group, leaves, names, cfg):
                 experts[index] = axis
                 whole.setdefault(name, set()).add(_Place(tuple(leaves[index].shape), axis))
-            if "router" in group and {group["w1"], group["w2"]} & experts.keys():
-                routers.add(tuple(getattr(leaves[group["router"]], "shape", ())))
+            if experts.keys() & group.indices:
+                routers |= group.router_shapes
         if not experts:
             raise ConfigError(
                 f"{argument} must hold weights of a layer of this cfg: router, w1 and w2 side by side, w1 of "
@@ -151,19 +165,22 @@ class _Tree:
                 "pass the layer's own cfg, and the state with its weights"
             )
         for group in groups:
-            shapes = {name: [place.shape for place in whole.get(name, ())] for name in ("w1", "w2")}
+            of_layer = {name: [place.shape for place in whole.get(name, ())] for name in group.leading}
             # A layer of another config has a router of its own, whatever its padded experts look like.
-            shapes |= {"router": list(routers)} if "router" in group else {}
-            if group["w1"] in experts or not all(
-                _is_reduced(leaves[group[name]], of_layer) for name, of_layer in shapes.items()
+            of_layer |= {"router": list(routers)} if "router" in group.named else {}
+            of_other = group.is_apart and group.routers and not group.router_shapes & routers
+            if (
+                experts.keys() & group.indices
+                or of_other
+                or not all(_is_reduced(leaves[group.named[n]], shapes) for n, shapes in of_layer.items())
             ):
                 continue
-            for name, index in group.items():
-                axis = _axis_of_reduced(leaves[index], whole.get(name, ()), cfg, paths[index])
+            for name, index in group.named.items():
+                axis = _axis_of_reduced(leaves[index], whole.get(name, ()), cfg, names[index])
                 if axis is not None:
                     experts[index] = axis
-        of_layer = [group.values() for group in groups if experts.keys() & set(group.values())]
-        beside = sorted(set().union(*of_layer) - experts.keys())
+        of_layers = [{*group.indices, *group.routers} for group in groups if experts.keys() & group.indices]
+        beside = sorted(set().union(*of_layers) - experts.keys())
         return cls(paths, leaves, structure, experts, beside)
 
 
@@ -171,8 +188,33 @@ def _is_empty(node: Any) -> bool:
     return not jax.tree.leaves(node)
 
 
-def _groups(paths: Sequence[Any]) -> list[dict[str, int]]:
-    """Leaves with names of MoEParams, by what they stand in: name to index."""
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Leaves with names of MoEParams that stand side by side."""
+
+    named: dict[str, int]
+    """Name to index."""
+    routers: dict[int, tuple[int, ...]]
+    """Index and shape of the router among them; else of the routers that are nearest to them."""
+    is_apart: bool
+    """Whether no router with a shape is among them."""
+
+    @property
+    def indices(self) -> set[int]:
+        return set(self.named.values())
+
+    @property
+    def router_shapes(self) -> set[tuple[int, ...]]:
+        return set(self.routers.values())
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The names that tell how many experts there are; where codes stand apart, biases do."""
+        names = ("w1", "w2") if "w1" in self.named else ("b1", "b2")
+        return tuple(name for name in names if name in self.named)
+
+
+def _groups(paths: Sequence[Any], leaves: Sequence[Any], cfg: MoEConfig) -> list[_Group]:
     found: dict[tuple[str, ...], dict[str, int]] = {}
     for index, path in enumerate(paths):
         keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
@@ -180,48 +222,82 @@ def _groups(paths: Sequence[Any]) -> list[dict[str, int]]:
             keys.pop()
         if keys and keys[-1] in WEIGHT_NAMES:
             found.setdefault(tuple(keys[:-1]), {})[keys[-1]] = index
-    # Codes may stand apart from the router, but not from their scales.
-    return [
-        group
-        for group in found.values()
-        if {"w1", "w2"} <= group.keys() and ("router" in group or {"w1_scale", "w2_scale"} <= group.keys())
-    ]
+    own: dict[tuple[str, ...], dict[int, tuple[int, ...]]] = {}
+    for where, named in found.items():
+        if "router" in named and (shape := getattr(leaves[named["router"]], "shape", None)) is not None:
+            own[where] = {named["router"]: tuple(shape)}
+    # Not those that an optimizer has reduced.
+    whole = {
+        where: router
+        for where, router in own.items()
+        if all(shape[-2:-1] == (cfg.hidden_size,) for shape in router.values())
+    }
+    groups = []
+    for where, named in found.items():
+        if not any(of_layer <= named.keys() for of_layer in _SIDE_BY_SIDE):
+            continue
+        if where in own:
+            groups.append(_Group(named, own[where], is_apart=False))
+            continue
+        # Codes have a router without experts; where an optimizer keeps nothing for one, it may be any.
+        other = {at: router for at, router in whole.items() if "router" in named or "w1" not in found[at]}
+        groups.append(_Group(named, _nearest(where, other), is_apart=True))
+    return groups
+
+
+def _nearest(
+    where: tuple[str, ...], routers: dict[tuple[str, ...], dict[int, tuple[int, ...]]]
+) -> dict[int, tuple[int, ...]]:
+    """The routers whose paths end as this one does as far as any, and of those begin so."""
+
+    def nearness(at: tuple[str, ...]) -> tuple[int, int]:
+        return _num_alike(at[::-1], where[::-1]), _num_alike(at, where)
+
+    most = max(map(nearness, routers), default=None)
+    return {index: shape for at in routers if nearness(at) == most for index, shape in routers[at].items()}
+
+
+def _num_alike(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many keys are the same before the first that differs."""
+    alike = (a == b for a, b in zip(one, other, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
 def _experts_of(
-    group: dict[str, int], leaves: Sequence[Any], paths: Sequence[Any], cfg: MoEConfig
+    group: _Group, leaves: Sequence[Any], names: Sequence[str], cfg: MoEConfig
 ) -> Iterator[tuple[str, int, int]]:
     """(name, index, axis) of the experts' leaves, if these are weights of the layer, or mirror them."""
     experts, hidden, inner = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-    ends = {"w1": (2 * inner, hidden), "w2": (hidden, inner)}
-    shapes = {name: getattr(leaves[index], "shape", None) for name, index in group.items()}
+    ends = {"w1": (2 * inner, hidden), "w2": (hidden, inner), "b1": (2 * inner,), "b2": (hidden,)}
+    shapes = {name: getattr(leaves[index], "shape", None) for name, index in group.named.items()}
     leads, counts = set(), {}
-    for name, end in ends.items():
-        shape = shapes[name]
+    for name in group.leading:
+        shape, axis = shapes[name], -len(ends[name]) - 1
         if shape is None:
             continue
-        if len(shape) < 3 or tuple(shape[-2:]) != end or shape[-3] < experts:
+        if len(shape) < -axis or tuple(shape[axis + 1 :]) != ends[name] or shape[axis] < experts:
             return
-        leads.add(tuple(shape[:-3]))
-        counts[name] = shape[-3]
-    router = shapes.get("router")
-    if router is not None:
-        if tuple(router[-2:]) != (hidden, experts):
-            return
-        leads.add(tuple(router[:-2]))
+        leads.add(tuple(shape[:axis]))
+        counts[name] = shape[axis]
     if not counts or len(leads) != 1:
         return
     (lead,) = leads
-    axis, count = len(lead), next(iter(counts.values()))
+    axis, (first, count) = len(lead), next(iter(counts.items()))
+    if group.routers and (*lead, hidden, experts) not in group.router_shapes:
+        return
+    if count > experts and len(group.router_shapes) != 1:
+        where = group.named[first]
+        must = f"not leave open how many of its {count} experts are padding, for no router is beside it"
+        cure = "pass the whole state, with the router of the same layer"
+        raise ConfigError(rule(f"{names[where]}.shape", tuple(leaves[where].shape), must, cure))
     for name in PER_EXPERT:
         shape = shapes.get(name)
         if shape is None:
             continue
         if tuple(shape[: axis + 1]) != (*lead, count):
-            where = jax.tree_util.keystr(paths[group[name]])
-            must = f"have {count} experts along axis {axis}, as w1 or w2 beside it"
-            raise ConfigError(rule(f"params{where}.shape", tuple(shape), must, "pad them alike"))
-        yield name, group[name], axis
+            must = f"have {count} experts along axis {axis}, as {first} beside it"
+            raise ConfigError(rule(f"{names[group.named[name]]}.shape", tuple(shape), must, "pad them alike"))
+        yield name, group.named[name], axis
 
 
 def _is_reduced(leaf: Any, whole: Iterable[tuple[int, ...]]) -> bool:
@@ -230,7 +306,7 @@ def _is_reduced(leaf: Any, whole: Iterable[tuple[int, ...]]) -> bool:
     return math.prod(shape) <= 1 or any(_is_subsequence(shape, of_weight) for of_weight in whole)
 
 
-def _axis_of_reduced(leaf: Any, whole: Iterable[_Place], cfg: MoEConfig, path: Any) -> int | None:
+def _axis_of_reduced(leaf: Any, whole: Iterable[_Place], cfg: MoEConfig, leaf_name: str) -> int | None:
     """The experts' axis of what has some or all axes of a padded weight; None if it has none."""
     shape = tuple(getattr(leaf, "shape", ()))
     for place in whole:
@@ -241,10 +317,9 @@ def _axis_of_reduced(leaf: Any, whole: Iterable[_Place], cfg: MoEConfig, path: A
             return place.axis
         axes = [i for i, size in enumerate(shape) if size == count]
         if axes and place.shape.count(count) > 1:
-            where = jax.tree_util.keystr(path)
             raise ConfigError(
                 rule(
-                    f"params{where}.shape",
+                    f"{leaf_name}.shape",
                     shape,
                     f"not leave open which axis is that of {count} padded experts in weights {place.shape}",
                     "leave it out of the checkpoint, or choose a number of ranks that divides E",
@@ -270,6 +345,17 @@ def _check_same_paths(given: Sequence[Any], wanted: Sequence[Any]) -> None:
                 f"params has {here} where like has {there}, and must have the same structure; restore into "
                 "jm.unpad_params(like, cfg)"
             )
+
+
+def _check_not_swapped(leaf: Any, wanted: Any, axis: int, path: Any, cfg: MoEConfig) -> None:
+    """Refuses to take padding away: what has it may be the state that runs, not what was restored."""
+    shape = tuple(getattr(leaf, "shape", ()))
+    rest = (*shape[:axis], cfg.num_experts, *shape[axis + 1 :])
+    if len(shape) > axis and shape[axis] > cfg.num_experts and rest == tuple(wanted.shape):
+        name = f"params{jax.tree_util.keystr(path)}.shape"
+        must = f"be {rest}, for like has no padding"
+        cure = "swap params and like if params is the fresh state, else pass jm.unpad_params(params, cfg)"
+        raise ConfigError(rule(name, shape, must, cure))
 
 
 def _check_alive(leaf: Any, path: Any) -> None:

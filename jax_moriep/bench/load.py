@@ -78,14 +78,19 @@ def measure(
       saw, in bytes.
 
     Raises:
-      ConfigError: safetensors is not installed.
+      ConfigError: safetensors is not installed, or the checkpoint cannot be made in ``folder``.
       MoriepError: a process failed; the text has its last lines.
     """
     if importlib.util.find_spec("safetensors") is None:
         raise ConfigError(
             "bench load compares with the package safetensors, which is not installed; pip install it"
         )
-    with tempfile.TemporaryDirectory(prefix="jax-moriep-load-", dir=folder) as made:
+    try:
+        place = tempfile.TemporaryDirectory(prefix="jax-moriep-load-", dir=folder)
+    except OSError as e:
+        must = f"be an existing folder that can be written to ({e.strerror})"
+        raise ConfigError(rule("--folder", str(folder), must, "make the folder first")) from None
+    with place as made:
         checkpoint = Path(made)
         model.write(checkpoint)
         found = _run(model, checkpoint, processes, rounds, timeout)

@@ -128,6 +128,7 @@ class Block:
             raise ConfigError(
                 rule(f"state_dict[{name!r}].dtype", dtype, must, "dequantise the checkpoint first")
             )
+        codes.check_has_values(f"state_dict[{name!r}]", self._tensors[name])
         value = codes.to_numpy(self._tensors[name])
         if value.shape != shape:
             raise ConfigError(

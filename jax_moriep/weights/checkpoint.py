@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax_moriep import hf_config
 from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.runtime import compat
 from jax_moriep.runtime.group import check_axis
 from jax_moriep.weights.block import Block
 from jax_moriep.weights.families import FAMILIES, Family, check_config, family_of
@@ -93,6 +94,9 @@ def load(
         if not mesh.local_devices:
             cure = "call load in the processes whose devices are in the mesh"
             raise ShardingError(rule("mesh", dict(mesh.shape), "have a device of this process", cure))
+        if compat.is_tracer(jnp.zeros(())):
+            cure = "call load outside of jax.jit and jax.eval_shape, or without a mesh"
+            raise ConfigError(f"load must not be traced, for what it puts on a mesh are arrays; {cure}")
     with Checkpoint(folder) as files:
         blocks = _blocks(files, layout, folder)
         wanted = _run_by_the_model(files, layout, blocks, folder) if layers is None else layers

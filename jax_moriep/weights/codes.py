@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.quant import GROUP, num_groups
+from jax_moriep.runtime import compat
 from jax_moriep.weights.files import Tensor
 
 BLOCK, ROW = "block", "row"
@@ -51,6 +53,13 @@ class Stored(NamedTuple):
 def dtype_name(value: Any) -> str:
     """The dtype of a NumPy, JAX or torch array by its NumPy name; of other things, their type's name."""
     return str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+
+
+def check_has_values(name: str, value: Any) -> None:
+    """Refuses what only stands for an array while jax traces a function, or describes one."""
+    if compat.is_tracer(value) or isinstance(value, jax.ShapeDtypeStruct):
+        cure = "call this outside of jax.jit, jax.grad and jax.eval_shape"
+        raise ConfigError(rule(name, type(value).__name__, "be an array with values", cure))
 
 
 def to_numpy(value: Any) -> np.ndarray | Tensor:

@@ -11,6 +11,7 @@ from jax_moriep.config import PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, ch
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.params import check_params
 from jax_moriep.schemes import FORMATS, is_codes
+from jax_moriep.weights import codes
 from jax_moriep.weights.families import DISK, FAMILIES, SPELLINGS, check_config, family_of
 
 
@@ -26,15 +27,16 @@ def to_hf(
       cfg: the layer.
       spelling: "disk", as checkpoints have it (mostly a tensor for each expert), or "memory", as the modules
         of transformers have it (one for all). They differ for all families but gpt_oss and llama4.
-      prefix: what to put before every name, such as "model.layers.3.mlp.".
+      prefix: what to put before every name, such as "model.layers.3.mlp.", with its final dot.
 
     Returns:
       Contiguous NumPy arrays by their names, in the dtypes that they have. Codes and scales are named as
       checkpoints have them: ``weight_scale_inv`` with "fp8_block", ``weight_scale`` with the other schemes.
 
     Raises:
-      ConfigError: the family is unknown or contradicts cfg, the weights do not fit cfg or are laid out for
-        kernels, or they are codes in a form that the family's checkpoints do not have.
+      ConfigError: the family is unknown or contradicts cfg, the prefix has no final dot, the weights do not
+        fit cfg, are laid out for kernels or are traced by ``jax.jit``, or they are codes in a form that the
+        family's checkpoints do not have.
       ShardingError: some of the weights are in other processes.
 
     Example:
@@ -47,6 +49,11 @@ def to_hf(
     check_config(family, cfg)
     if spelling not in SPELLINGS:
         raise ConfigError(rule("spelling", spelling, f"be one of {SPELLINGS}", "pick one"))
+    if not isinstance(prefix, str) or prefix and not prefix.endswith("."):
+        must = "be empty or end with '.', which names of tensors have behind a module's"
+        raise ConfigError(rule("prefix", prefix, must, f"pass {str(prefix) + '.'!r}"))
+    for name in WEIGHT_NAMES:
+        codes.check_has_values(f"params.{name}", getattr(params, name))
     if params.layout != "plain":
         cure = "pass the weights from before jm.prepare_params"
         raise ConfigError(rule("params.layout", params.layout, "be 'plain'", cure))

@@ -296,6 +296,83 @@ def test_a_layer_with_as_many_experts_as_another_is_padded_to_is_left_alone():
         assert_same(jm.pad_like(cut, tree, STACKED), tree)
 
 
+CODES = ("w1", "w2", "w1_scale", "w2_scale")
+
+
+def in_collections(params):
+    """As ``LinenEpMoE.variables_of`` has quantised weights."""
+    held = {name: getattr(params, name) for name in WEIGHT_NAMES if getattr(params, name) is not None}
+    codes = {name: held.pop(name) for name in CODES}
+    return {"params": held, "quantised": codes}
+
+
+def with_experts(num_experts):
+    """Another layer's codes, none of them padding, with its router."""
+    params = weights(num_experts, quantised=True)
+    return dataclasses.replace(params, router=np.ones((128, num_experts), np.float32), router_bias=None)
+
+
+@pytest.mark.parametrize("of", [lambda tree: tree, abstract], ids=["arrays", "abstract"])
+def test_codes_apart_from_their_router_are_cut_by_it(of):
+    """To 10 where the router has 10 columns, and not where it has 12; biases stay beside the router."""
+    padded, other = weights(12, quantised=True), with_experts(12)
+    for make in (
+        lambda ours, theirs: {"enc": in_collections(ours), "dec": in_collections(theirs)},
+        lambda ours, theirs: {
+            name: {"enc": in_collections(ours)[name], "dec": in_collections(theirs)[name]}
+            for name in ("params", "quantised")
+        },
+    ):
+        tree = of(jax.tree.map(jnp.asarray, make(padded, other)))
+        cut = jm.unpad_params(tree, STACKED)
+        wanted = make(weights(10, quantised=True), other)
+        assert jax.tree.map(lambda w: w.shape, cut) == jax.tree.map(lambda w: w.shape, wanted)
+        back = jm.pad_like(cut, tree, STACKED)
+        assert jax.tree.map(lambda w: w.shape, back) == jax.tree.map(lambda w: w.shape, tree)
+
+
+def test_codes_that_are_put_back_come_with_the_same_router():
+    like = in_collections(weights(12, quantised=True))
+    codes = in_collections(with_experts(12))
+    for name in ("b1", "b2", "router_bias"):
+        codes["params"].pop(name, None)
+        del like["params"][name]
+    with pytest.raises(jm.ConfigError, match=r"params\['params'\]\['router'\].shape=\(128, 12\) must be"):
+        jm.pad_like(codes, like, STACKED)
+
+
+def test_moments_of_biases_without_experts_beside_them_are_cut():
+    """As an nnx optimizer has them, which does not see codes."""
+    held = in_collections(weights(12, quantised=True))["params"]
+    state = (weights(12, quantised=True), optax.adam(0.1).init(jax.tree.map(jnp.asarray, held)))
+    moments = jm.unpad_params(state, STACKED)[1][0]
+    assert {name: w.shape[0] for name, w in moments.mu.items()} == {
+        "router": 128,
+        "router_bias": 10,
+        "b1": 10,
+        "b2": 10,
+    }
+
+
+def test_moments_of_another_layer_without_its_router_are_left_alone():
+    ours = weights(12)
+    other = dataclasses.replace(weights(12), router=np.ones((128, 12), np.float32), router_bias=None)
+    params = {"a": ours, "b": other}
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: "router" not in str(path), params)
+    state = (params, optax.masked(optax.scale_by_adam(), mask).init(params))
+    moments = jm.unpad_params(state, STACKED)[1].inner_state.mu
+    assert (moments["a"].w1.shape[0], moments["b"].w1.shape[0]) == (10, 12)
+
+
+def test_what_was_saved_with_padding_goes_on_without_by_two_calls():
+    """The one call is refused, for with its arguments swapped it would give the fresh state back."""
+    like = (weights(10), optax.adafactor(0.1, min_dim_size_to_factor=64).init(weights(10)))
+    padded = (weights(12), optax.adafactor(0.1, min_dim_size_to_factor=64).init(weights(12)))
+    with pytest.raises(jm.ConfigError, match=r"params\[0\].w1.shape=.* for like has no padding; swap params"):
+        jm.pad_like(padded, like, STACKED)
+    assert_same(jm.pad_like(jm.unpad_params(padded, STACKED), like, STACKED), like)
+
+
 def test_arrays_that_jax_may_move_stay_so():
     w = jax.tree.map(jnp.asarray, weights(12))
     cut = jm.unpad_params(w, STACKED)
@@ -334,6 +411,19 @@ def test_a_donated_array_is_refused():
         (
             lambda p: jm.pad_like(dataclasses.replace(p, w1=p.w1[:9]), p, STACKED),
             r"params.w1.shape=\(9, 128, 128\) must be \(12, 128, 128\), with 10 or more along axis 0; pass",
+        ),
+        (
+            lambda p: jm.pad_like(p, weights(10), STACKED),
+            r"params.w1.shape=\(12, .*\) must be \(10, 128, 128\), for like has no padding; swap .* else",
+        ),
+        (
+            lambda p: jm.unpad_params({"codes": in_collections(weights(12, True))["quantised"]}, STACKED),
+            r"params\['codes'\]\['w1'\].shape=\(12, .*\) must not leave open how many of its 12 experts are "
+            "padding.*; pass the whole state",
+        ),
+        (
+            lambda p: jm.pad_like(p, {"moe": dataclasses.replace(p, w2=p.w2[:10])}, STACKED),
+            r"like\['moe'\].w2.shape=\(10, 128, 64\) must have 12 experts",
         ),
         (
             lambda p: jm.pad_like({"moe": p}, {"moe": p, "step": 3}, STACKED),

@@ -93,6 +93,20 @@ def test_an_error_of_ours_is_one_line_and_exit_code_1(capsys, monkeypatch):
     assert capsys.readouterr().err == "jax-moriep doctor: no such thing; install it\n"
 
 
+@pytest.mark.parametrize("folder", ["missing", "a/file", "/proc"])
+def test_a_checkpoint_of_bench_load_that_has_no_place_is_one_line(folder, tmp_path, capsys):
+    place = tmp_path / folder
+    if folder == "a/file":
+        place.parent.mkdir()
+        place.write_text("")
+    assert cli.main(["bench", "load", "--folder", str(place)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"jax-moriep bench: --folder={str(place)!r} must be an existing folder that can be"
+    )
+    assert line.endswith("; make the folder first")
+
+
 def test_the_module_runs_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "jax_moriep", "launch", "-n", "0", __file__], capture_output=True, text=True

@@ -193,6 +193,33 @@ def test_two_shared_experts_stand_for_a_missing_number_and_none_for_null(given):
     assert MoEConfig.from_hf(config).shared_intermediate_size == 2 * config["moe_intermediate_size"]
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "dots1"])
+def test_norm_topk_prob_of_null_divides_by_nothing(model_type):
+    """DeepseekV3Config and Dots1Config of transformers take a null, which is false where their code asks."""
+    config = {**DEEPSEEK_V3, "model_type": model_type}
+    assert MoEConfig.from_hf({**config, "norm_topk_prob": True}).norm_topk
+    assert not MoEConfig.from_hf({**config, "norm_topk_prob": None}).norm_topk
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        *(({**QWEN3, "model_type": name}, "norm_topk_prob") for name in ("olmoe", "qwen2_moe", "qwen3_moe")),
+        ({**DEEPSEEK_V3, "model_type": "glm4_moe"}, "norm_topk_prob"),
+        ({**DEEPSEEK_V3, "model_type": "deepseek_v2"}, "routed_scaling_factor"),
+        ({**DEEPSEEK_V3, "model_type": "deepseek_v2"}, "topk_method"),
+        (GPT_OSS, "swiglu_limit"),
+        (GPT_OSS, "swiglu_alpha"),
+        (QWEN3, "hidden_act"),
+    ],
+)
+def test_a_null_with_which_no_model_runs_is_refused(config, key):
+    """The configs of transformers refuse each of these; of topk_method its model does."""
+    filled = {"intermediate_size": 64, "shared_expert_intermediate_size": 64, **config}
+    with pytest.raises(ConfigError, match=f"lacks '{key}'; pass the model's own"):
+        MoEConfig.from_hf({**filled, key: None})
+
+
 def test_a_path_a_folder_an_object_and_changes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
 

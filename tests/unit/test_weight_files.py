@@ -1,6 +1,7 @@
 """load and to_hf: what transformers saved and computed, every dtype, meshes, layers, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import mmap
 import struct
@@ -646,6 +647,8 @@ def test_a_model_that_the_package_does_not_know_is_read_as_a_family(tmp_path, fo
     ("changes", "text"),
     [
         ({"spelling": "torch"}, r"spelling='torch' must be one of \('memory', 'disk'\)"),
+        ({"prefix": "model.layers.3.mlp"}, r"prefix='.*mlp' must .* end with '\.'.*; pass 'model.*mlp\.'"),
+        ({"prefix": None}, r"prefix=None must be empty or end with '\.'"),
         ({"family": "mistral"}, r"family='mistral' must be one of"),
         ({"family": "deepseek_v3"}, r"router='softmax_topk' must be 'deepseek_v3'"),
         ({"params": 3}, r"params='int' must be a jm\.MoEParams"),
@@ -671,9 +674,31 @@ def test_weights_that_have_no_names(folders, changes, text):
         "family": changes.get("family", "mixtral"),
         "cfg": dataclasses.replace(cfg, **changes.get("cfg", {})),
     }
-    more = {"spelling": changes["spelling"]} if "spelling" in changes else {}
+    more = {name: changes[name] for name in ("spelling", "prefix") if name in changes}
     with pytest.raises(jm.ConfigError, match=text):
         to_hf(**arguments, **more)
+
+
+def test_traced_weights_have_no_values(folders):
+    """from_hf and to_hf say so, where NumPy would, or would make objects of shapes."""
+    params, cfg = load(folders["mixtral"], layers=0), jm.MoEConfig.from_hf(folders["mixtral"])
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), params)
+    state = to_hf(params, "mixtral", cfg)
+    for call in (
+        lambda: jax.jit(lambda params: to_hf(params, "mixtral", cfg))(params),
+        lambda: to_hf(shapes, "mixtral", cfg),
+        lambda: jax.jit(lambda state: from_hf(state, "mixtral", cfg))(state),
+    ):
+        with pytest.raises(
+            jm.ConfigError, match=r"must be an array with values; call this outside of jax\.jit"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: functools.partial(jax.eval_shape, f)])
+def test_loading_to_a_mesh_is_not_traced(folders, transform):
+    with pytest.raises(jm.ConfigError, match=r"load must not be traced, .*; call load outside of jax\.jit"):
+        transform(lambda: load(folders["mixtral"], mesh=mesh_of(2)))()
 
 
 def as_codes(params, dtype):
