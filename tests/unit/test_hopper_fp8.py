@@ -21,7 +21,7 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.triton import hopper, hopper_fp8, hopper_quantised, quantise
+from jax_moriep.experts.triton import hopper, hopper_few, hopper_fp8, hopper_quantised, quantise
 
 BLOCK, H, INNER, L = 128, 256, 128, 4
 F8 = jnp.float8_e4m3fn
@@ -122,6 +122,101 @@ def test_gate_up(races, by_block, saved_rows):
         if kept:
             last = min(at.stop, saved_rows)
             assert_close(kept[0][at.start : last], pre[: max(0, last - at.start)])
+
+
+FEW_BLOCK = 8
+FEW_SIZES = np.array([70, 5, 0, 33], np.int32)
+FEW_STARTS = np.asarray(run_starts(jnp.asarray(FEW_SIZES), FEW_BLOCK))
+FEW_CAPACITY = 120
+
+
+def few_tiles():
+    return row_tiles(jnp.asarray(FEW_SIZES), FEW_BLOCK, FEW_CAPACITY, hopper_few.ROWS)
+
+
+def in_tiles(values):
+    """Of each tile its rows' values: [n, C] to [n, tiles * ROWS]; what lies behind row C is NaN."""
+    tiles = few_tiles()
+    first = np.asarray(tiles.table)[1, : tiles.max_tiles]
+    padded = np.pad(np.asarray(values), ((0, 0), (0, FEW_CAPACITY)), constant_values=np.nan)
+    return np.concatenate([padded[:, start : start + hopper_few.ROWS] for start in first], axis=1)
+
+
+def few_runs():
+    for expert, (start, size) in enumerate(zip(FEW_STARTS, FEW_SIZES, strict=True)):
+        yield expert, slice(start, start + size)
+
+
+@pytest.mark.parametrize(("by_block", "cols"), [(True, 256), (True, 128), (False, 256)])
+def test_product_of_few_rows(races, by_block, cols):
+    """Tiles reach into the next run, and behind the last row."""
+    rng = drawn(5)
+    rows, of = codes(rng, FEW_CAPACITY, INNER), scales(rng, INNER // 128, FEW_CAPACITY)
+    w = codes(rng, L, cols, INNER)
+    w_scale = scales(rng, L, *((cols // 128, INNER // 128) if by_block else (cols,)))
+    out = hopper_few.product(rows, jnp.asarray(in_tiles(of)), w, w_scale, few_tiles(), jnp.bfloat16)
+    for expert, at in few_runs():
+        assert_close(out[at], of_rows(rows[at], of[:, at]) @ of_weights(w[expert], w_scale[expert]).T)
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_gate_up_of_few_rows(races, by_block):
+    rng = drawn(6)
+    rows = codes(rng, FEW_CAPACITY, H)
+    of = scales(rng, H // 128 if by_block else 1, FEW_CAPACITY)
+    w = codes(rng, L, 2 * INNER, H)
+    w_scale = scales(rng, L, *((2 * INNER // 128, H // 128) if by_block else (2 * INNER,))) / 16
+    factors = np.zeros(FEW_CAPACITY, np.float32)
+    for _, at in few_runs():
+        factors[at] = rng.uniform(0.5, 1, at.stop - at.start)
+    operands = (rows, of, w, w_scale, jnp.asarray(factors), few_tiles(), SPEC)
+    act, act_scales = hopper_few.gate_up(*operands)
+    spread = of if by_block else jnp.repeat(of, H // 128, 0)
+    # Every tile's own scales must be those of its rows; of rows that two tiles have the first one counts.
+    by_row = np.full((INNER // 128, FEW_CAPACITY + hopper_few.ROWS), np.nan, np.float32)
+    first, stop = np.asarray(few_tiles().table)[[1, 2], : few_tiles().max_tiles]
+    for tile, (start, end) in enumerate(zip(first, stop, strict=True)):
+        real = min(hopper_few.ROWS, end - start)
+        at = tile * hopper_few.ROWS
+        by_row[:, start : start + real] = np.asarray(act_scales)[:, at : at + real]
+    for expert, at in few_runs():
+        pre = of_rows(rows[at], spread[:, at]) @ of_weights(w[expert], w_scale[expert]).T
+        gate, up = np.split(pre, 2, axis=1)
+        h = gate / (1 + np.exp(-gate)) * up
+        want = oracle.rounded_columns(h, 128, "e4m3fn") * f64(factors)[at, None]
+        assert_close(of_rows(act[at], by_row[:, at]), want)
+        padding = slice(at.stop, at.start + -(-(at.stop - at.start) // FEW_BLOCK) * FEW_BLOCK)
+        assert not f64(act[padding]).any()
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_token"])
+def test_forward_of_few_rows(races, scheme):
+    rng = drawn(7)
+    real = np.zeros(FEW_CAPACITY, bool)
+    for _, at in few_runs():
+        real[at] = True
+    x = f64(jnp.asarray(rng.normal(size=(FEW_CAPACITY, H)), jnp.bfloat16))
+    q = np.abs(f64(jnp.asarray(rng.normal(size=FEW_CAPACITY), jnp.float32)))
+    q1, q2 = (
+        schemes.quantise_weights(
+            jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32), scheme, jnp.dtype(F8), parts=p
+        )
+        for shape, p in (((L, 2 * INNER, H), 2), ((L, H, INNER), 1))
+    )
+    given = ExpertWeights(q1.codes, q2.codes, None, None, q1.scales, q2.scales)
+    v1, v2 = (f64(schemes.dequantise_weights(*w, scheme, parts=p)) for w, p in ((q1, 2), (q2, 1)))
+    spec = ExpertSpec("silu", 7.0, 1.702, False, FEW_BLOCK, None, scheme)
+    rows = jnp.asarray(np.where(real[:, None], x, np.nan), jnp.bfloat16)
+    factors = jnp.asarray(np.where(real, q, np.nan), jnp.float32)
+    assert hopper_quantised.covers_few(spec, rows, given)
+    (out,) = hopper_quantised.few_rows(spec, True, rows, factors, jnp.asarray(FEW_SIZES), given)
+    none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
+    nothing = np.zeros((FEW_CAPACITY, H))
+    want = oracle.experts(
+        silu, x, q, FEW_SIZES, FEW_STARTS, v1, v2, none, nothing, scheme, "e4m3fn", frozen=True
+    )[0]
+    assert not f64(out)[~real].any()
+    assert_close(out, want)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

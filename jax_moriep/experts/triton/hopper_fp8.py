@@ -69,7 +69,7 @@ def product(
                 for n, total in enumerate(sums):
                     at_cols = pl.ds(first_col + n * _WIDTH, _WIDTH)
                     if not by_block:
-                        total = total * _along_cols(scales_ref.at[expert, at_cols], total.shape)
+                        total = total * along_cols(scales_ref.at[expert, at_cols], total.shape)
                     parts.append((total, out_ref.at[at_rows, at_cols].at[own]))
                 lanes.leave(parts)
 
@@ -82,7 +82,7 @@ def product(
                 ),
                 ((_HEIGHT, _WIDTH),) * halves,
                 multiply,
-                lambda operands: _of_rows(operands[2].at[own]),
+                lambda operands: of_rows(operands[2].at[own]),
                 (lambda n, k: scales_ref[expert, col_tile * halves + n, k]) if by_block else None,
                 finish,
             )
@@ -162,12 +162,12 @@ def gate_up(
             def finish(sums: Any) -> None:
                 gate, up = sums
                 if not by_block:
-                    of_row = lax.broadcast_in_dim(_of_rows(rows_ref.at[0, mine]), gate.shape, (0,))
+                    of_row = lax.broadcast_in_dim(of_rows(rows_ref.at[0, mine]), gate.shape, (0,))
                     gate, up = (
-                        total * of_row * _along_cols(scales_ref.at[expert, at], total.shape)
+                        total * of_row * along_cols(scales_ref.at[expert, at], total.shape)
                         for total, at in zip(sums, at_cols, strict=True)
                     )
-                factor = _of_rows(factors_ref.at[mine])
+                factor = of_rows(factors_ref.at[mine])
                 h = activation.value(gate, up, spec)
                 scale, inverse = quantise.power_scales(jnp.max(quantise.magnitudes(h), axis=1), codes.dtype)
                 used = factor != 0
@@ -193,7 +193,7 @@ def gate_up(
                 (*sources, rows_ref.at[:, at_rows]) if by_block else sources,
                 ((_HEIGHT, _WIDTH),) * 2,
                 multiply,
-                (lambda operands: _of_rows(operands[3].at[own])) if by_block else None,
+                (lambda operands: of_rows(operands[3].at[own])) if by_block else None,
                 (lambda n, k: scales_ref[expert, n * (cols // _WIDTH) + col_tile, k]) if by_block else None,
                 finish,
             )
@@ -217,12 +217,12 @@ def gate_up(
     return hopper._call(body, operands, shapes)
 
 
-def _of_rows(ref: Any) -> Any:
+def of_rows(ref: Any) -> Any:
     """A value for each row of a warpgroup's sums."""
     return mg.load(ref, layout=mg.Layout.WGMMA.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]
 
 
-def _along_cols(ref: Any, shape: tuple[int, ...]) -> Any:
+def along_cols(ref: Any, shape: tuple[int, ...]) -> Any:
     """A value for each column, for all rows."""
     values = mg.load(ref, layout=mg.Layout.WGMMA.reduce(0), optimized=False)  # pyright: ignore[reportCallIssue]
     return lax.broadcast_in_dim(values, shape, (1,))

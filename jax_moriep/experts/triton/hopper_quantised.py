@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import hopper, hopper_fp8, quantise, rowwise
+from jax_moriep.experts.triton import hopper, hopper_few, hopper_fp8, quantise, rowwise
 from jax_moriep.experts.triton.quantised_passes import codes_of
 from jax_moriep.experts.triton.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.plan import run_starts
@@ -26,12 +26,30 @@ def covers(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
     """Whether the kernels here can run a call: float8 codes, 16-bit rows, no biases, output weights, even
     sizes."""
     return (
+        _even(spec, rows, weights)
+        and spec.block % hopper.ROWS == 0
+        and rows.shape[0] % hopper.ROWS == 0
+    )
+
+
+def covers_few(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
+    """Whether ``few_rows`` can run a call: as ``covers`` says, but for short runs, and frozen weights."""
+    return (
+        _even(spec, rows, weights)
+        and weights.frozen
+        and spec.block % 8 == 0
+        and hopper_few.ROWS % spec.block == 0
+        and rows.shape[0] % spec.block == 0
+    )
+
+
+def _even(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
+    """What all kernels here ask for, whatever the runs are."""
+    return (
         spec.code_dtype(weights) == _FORMAT
         and rows.dtype.itemsize == 2
         and weights.b1 is None
         and not spec.weight_input
-        and spec.block % hopper.ROWS == 0
-        and rows.shape[0] % hopper.ROWS == 0
         and all(size % quantise.GROUP == 0 for size in (rows.shape[1], weights.w2.shape[2]))
     )
 
@@ -84,6 +102,24 @@ def forward(
     )
     out = hopper_fp8.product(act, act_scales, coded.w2, coded.w2_scale, tiles, rows.dtype)
     return (rowwise.zeroed_behind(out, tiles, interpret=interpret), *saved, *transposed)
+
+
+def few_rows(
+    spec: ExpertSpec,
+    interpret: bool,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    weights: ExpertWeights,
+) -> tuple[jax.Array]:
+    """See ``passes.forward``, for short runs; nothing is kept for a backward pass."""
+    assert weights.w1_scale is not None and weights.w2_scale is not None
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper_few.ROWS)
+    factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
+    codes, scales = _quantised_rows(rows, spec, tiles, interpret)
+    act, act_scales = hopper_few.gate_up(codes, scales, weights.w1, weights.w1_scale, factors, tiles, spec)
+    out = hopper_few.product(act, act_scales, weights.w2, weights.w2_scale, tiles, rows.dtype)
+    return (rowwise.zeroed_behind(out, tiles, interpret=interpret),)
 
 
 def backward(
@@ -162,9 +198,16 @@ def quantised_rows(
     rows: jax.Array, spec: ExpertSpec, group_sizes: jax.Array, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Codes [C, H] and scales f32[H/128, C] or f32[1, C]."""
+    slices = row_tiles(group_sizes, spec.block, rows.shape[0], rowwise.SLICE)
+    return _quantised_rows(rows, spec, slices, interpret)
+
+
+def _quantised_rows(
+    rows: jax.Array, spec: ExpertSpec, tiles: RowTiles, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """As ``quantised_rows``, by the tiles of another kernel."""
     if spec.scheme == "fp8_block":
-        slices: RowTiles = row_tiles(group_sizes, spec.block, rows.shape[0], rowwise.SLICE)
-        return quantise.rows(rows, slices, _FORMAT, interpret=interpret)
+        return quantise.rows(rows, tiles, _FORMAT, interpret=interpret)
     assert spec.scheme is not None
     codes, scales = schemes.quantise_rows(rows, spec.scheme, _FORMAT)
     return codes, scales.T

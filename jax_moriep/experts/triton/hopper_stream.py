@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 SLOTS = 4
 """Steps of the stream that have a place in shared memory at the same time."""
 PIECE = 64
-"""Rows that leave a warpgroup's registers at a time, as many columns as 128 bytes hold."""
+"""Rows that leave a warpgroup's registers at a time, mostly as many columns as 128 bytes hold."""
 PIECES = 2
 """How many of them have a place in shared memory; with ``SLOTS`` steps that is all there is."""
 _MULTIPLIERS = 2
@@ -83,10 +83,10 @@ class Work:
     finish: Callable[[tuple[Any, ...]], None]
 
 
-def _swizzled(dtype: Any) -> tuple[Any, ...]:
+def _swizzled(dtype: Any, wide: int = 128) -> tuple[Any, ...]:
     """How an operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
-    elements = 128 // jnp.dtype(dtype).itemsize
-    return mg.TilingTransform((8, elements)), mg.SwizzleTransform(128)
+    elements = wide // jnp.dtype(dtype).itemsize
+    return mg.TilingTransform((8, elements)), mg.SwizzleTransform(wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,21 @@ class Lanes:
     Attributes:
       me: its number; those that multiply have 0 and 1.
       pieces: places in shared memory for each dtype of results.
+      scratch: what ``run`` was asked for besides.
     """
 
     me: Any
     pieces: dict[jnp.dtype, Any]
+    scratch: tuple[Any, ...]
 
-    def leave(self, parts: list[tuple[Any, Any]]) -> None:
-        """Stores each (values, target) through shared memory, by turns; the copies run on."""
+    def leave(self, parts: list[tuple[Any, Any]], used: Any = None, strip: int = PIECE) -> None:
+        """Stores each (values, target) through shared memory, by turns; the copies run on.
+
+        Args:
+          parts: what to store, and where.
+          used: store so many rows, a multiple of ``strip``; None for all.
+          strip: a multiple of 8 that divides ``PIECE``.
+        """
         mg.wait_smem_to_gmem(0, wait_read_only=True)
         turn = 0
         for values, target in parts:
@@ -117,8 +125,22 @@ class Lanes:
                     place = pieces.at[self.me, turn % count]
                     place[...] = values[at]
                     mg.commit_smem()
-                    mg.copy_smem_to_gmem(place, target.at[at])
+                    if used is None:
+                        mg.copy_smem_to_gmem(place, target.at[at])
+                    else:
+                        _leave_strips(place, target.at[at], used - row, strip)
                     turn += 1
+
+
+def _leave_strips(place: Any, target: Any, used: Any, strip: int) -> None:
+    """Stores the first ``used`` rows of a piece, as one group of copies."""
+    for first in range(0, PIECE, strip):
+        at = pl.ds(first, strip)
+        copy = functools.partial(
+            mg.copy_smem_to_gmem, place.at[at], target.at[at], commit_group=False
+        )
+        pl.when(first < used)(copy)
+    mg.commit_smem_to_gmem_group()
 
 
 def run(
@@ -129,6 +151,8 @@ def run(
     results: tuple[Any, ...] = (),
     multiply: Callable[..., None] | None = None,
     copier_registers: int = COPIER_REGISTERS,
+    piece_bytes: int = 128,
+    scratch: tuple[Any, ...] = (),
 ) -> None:
     """Does all turns of a program.
 
@@ -141,13 +165,15 @@ def run(
       multiply: what the warpgroups that multiply do; ``_multiply``, or another that takes the same and knows
         what ``work`` gives.
       copier_registers: of each of the copier's threads; at most ``COPIER_REGISTERS``.
+      piece_bytes: how wide the pieces are in which results leave.
+      scratch: shared memory and barriers that ``work`` finds in its ``Lanes``.
     """
     results = tuple(dict.fromkeys(jnp.dtype(result) for result in results or (dtype,)))
     count = max(1, PIECES // len(results))
 
-    def scoped(slots: Any, produced: Any, consumed: Any, pieces: Any) -> None:
+    def scoped(slots: Any, produced: Any, consumed: Any, pieces: Any, scratch: Any) -> None:
         me = lax.axis_index("wg")
-        lanes = Lanes(me, dict(zip(results, pieces, strict=True)))
+        lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch)
         pl.when(me == _COPIER)(
             functools.partial(_copy, copier_registers, blocks, turns, work, lanes, slots, produced, consumed)
         )
@@ -163,10 +189,13 @@ def run(
         consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=SLOTS),
         pieces=tuple(
             mg.SMEM(
-                (_MULTIPLIERS, count, PIECE, 128 // result.itemsize), result, transforms=_swizzled(result)
+                (_MULTIPLIERS, count, PIECE, piece_bytes // result.itemsize),
+                result,
+                transforms=_swizzled(result, piece_bytes),
             )
             for result in results
         ),
+        scratch=scratch,
         collective_axes="wg",
     )
 

@@ -109,6 +109,9 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         )
         covered = hopper_quantised.covers(spec, rows, weights)
         by_hopper = functools.partial(getattr(hopper_quantised, name), spec, kept, False)
+        if name == "forward" and not kept and hopper_quantised.covers_few(spec, rows, weights):
+            covered = True
+            by_hopper = functools.partial(hopper_quantised.few_rows, spec, False)
     on_rocm, on_cuda = by_triton("rocm"), by_triton("cuda")
     if covered and compat.has_hopper_kernels():
         on_cuda = by_hopper

@@ -24,6 +24,7 @@ from jax_moriep.experts.triton.launch import (
     dot,
     load,
     load_pairs,
+    load_rows,
     load_vector,
     power_of_two,
     span,
@@ -207,7 +208,8 @@ def rows_times_weights(
 
             def step(k: Any, sums: jax.Array) -> jax.Array:
                 deep = span(k * tile.depth, tile.depth, depth)
-                x = load(rows_ref, read, deep)
+                # Rows of other runs may be among them: those of the sums are not stored.
+                x = load_rows(rows_ref, first, tile.rows, deep) if tiles.overrun else load(rows_ref, read, deep)
                 if paired:
                     w = load_pairs(weights_ref, expert, at.cols, cols, deep)
                 elif by_column:

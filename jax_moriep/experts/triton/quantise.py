@@ -28,7 +28,7 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
 
     Args:
       x: [C, D]; 128 divides D.
-      tiles: tiles of ``SLICE`` rows; rows in none give anything.
+      tiles: small tiles of rows; rows in none give anything.
       format: the float8.
       interpret: see ``launch.call``.
 
@@ -41,7 +41,7 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
     def kernel(table_ref: Any, x_ref: Any, codes_ref: Any, scales_ref: Any) -> None:
         def one(turn: Any) -> None:
             row_tile, group = lax.div(turn, groups), lax.rem(turn, groups)
-            own = Span(table_ref[rows_of.FIRST, row_tile], SLICE, table_ref[rows_of.END, row_tile])
+            own = Span(table_ref[rows_of.FIRST, row_tile], tiles.size, table_ref[rows_of.END, row_tile])
             cols = Span(group * GROUP, GROUP)
             values = load(x_ref, own, cols).astype(jnp.float32)
             store_rows(codes_ref, scales_ref, own, cols, values, group)

@@ -37,6 +37,7 @@ class RowTiles:
       size: rows per tile, a power of two.
       max_tiles: the most tiles that any ``group_sizes`` can need.
       capacity: C.
+      block: every run starts at a multiple of it and is as long as some of them.
       overrun: whether a tile can reach behind its run's blocks, into another run or behind row C.
     """
 
@@ -44,6 +45,7 @@ class RowTiles:
     size: int
     max_tiles: int
     capacity: int
+    block: int
     overrun: bool
 
 
@@ -98,7 +100,7 @@ def row_tiles(
     left_out = jnp.sum(jnp.clip((first_row - starts) // size, 0, counts), dtype=jnp.int32)
     last = jnp.stack([ends[-1], (starts + aligned)[-1], left_out, *[jnp.zeros_like(left_out)] * 3])
     table = jnp.concatenate([jnp.stack(lines), last[:, None]], axis=1).astype(jnp.int32)
-    return RowTiles(table, size, most, capacity, block % size != 0)
+    return RowTiles(table, size, most, capacity, block, block % size != 0)
 
 
 def position(table: Any, turn: Any, first_tile: Any, col_tiles: int) -> tuple[Any, Any]:
