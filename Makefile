@@ -34,7 +34,7 @@ bench: build
 # longest files do not come last, where a worker would be left with one while the others have nothing to do.
 ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py
 FIRST := tests/packaging tests/multiprocess tests/unit
-PARALLEL := $(FIRST) $(filter-out $(FIRST) tests/rocm,$(patsubst %/,%,$(wildcard tests/*/)))
+PARALLEL := $(FIRST) $(filter-out $(FIRST) tests/rocm tests/maxtext %__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 test: build test-cpp test-newest
 	$(BIN)/pytest $(ALONE)
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore %) $(PARALLEL)
