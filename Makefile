@@ -13,10 +13,14 @@ ARGS ?=
 BIN := .venv/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what it imports, which is little of what is installed.
+export PIP_COMPILE := 0
+# Options of pip that leave the GPUs' libraries out; CUDA's takes minutes where there is an nvcc.
+CPU_ONLY := -C cmake.define.MORIEP_BUILD_CUDA=OFF -C cmake.define.MORIEP_BUILD_ROCM=OFF
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint build wheel clean
+.PHONY: demo bench test test-cpp build-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint build wheel clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -26,20 +30,28 @@ bench: build
 	$(BIN)/jax-moriep bench $(or $(ARGS),layer)
 
 # These count seconds until a process that is gone is missed, so they do not share the machine. The parallel part
-# comes last, so that the output ends with its summary. The tests of a file share what they compile or build.
+# comes last, so that the output ends with its summary. The tests of a file share what they compile or build; the
+# longest files do not come last, where a worker would be left with one while the others have nothing to do.
 ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py
+FIRST := tests/packaging tests/multiprocess tests/unit
+PARALLEL := $(FIRST) $(filter-out $(FIRST) tests/rocm tests/maxtext %__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 test: build test-cpp test-newest
 	$(BIN)/pytest $(ALONE)
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ALONE:%=--ignore %) --ignore tests/rocm
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore %) $(PARALLEL)
 
 # The C++ tests as they ship, then with every memory access and every data race checked.
-test-cpp: .venv/.ready
-	@for sanitizer in none address thread; do \
+SANITIZERS := none address thread
+test-cpp: build-cpp
+	@for sanitizer in $(SANITIZERS); do \
+	  $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
+	done
+
+build-cpp: .venv/.ready
+	@for sanitizer in $(SANITIZERS); do \
 	  $(BIN)/cmake -S . -B build/test-$$sanitizer -G Ninja --log-level=WARNING -DMORIEP_BUILD_LIBRARY=OFF \
 	    -DMORIEP_BUILD_TESTS=ON -DMORIEP_BUILD_CUDA=OFF -DMORIEP_SANITIZER=$$sanitizer \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  && $(BIN)/cmake --build build/test-$$sanitizer \
-	  && $(BIN)/ctest --test-dir build/test-$$sanitizer --output-on-failure --no-tests=error || exit 1; \
+	  && $(BIN)/cmake --build build/test-$$sanitizer || exit 1; \
 	done
 
 # What needs a GPU and its compiler, and so is no part of `make test`. GPU=rocm is for AMD's, with MORI in jobs of one
@@ -73,7 +85,7 @@ test-newest:
 	@echo "skipped: the tests with the newest jax, for there is no Python >= 3.12 on this machine"
 else
 test-newest: .venv-newest/.ready
-	$(BIN)/pip wheel -qq --no-deps --no-build-isolation -w build/newest-wheel .
+	$(BIN)/pip wheel -qq --no-deps --no-build-isolation $(CPU_ONLY) -w build/newest-wheel .
 	.venv-newest/bin/pip install -qq --no-deps --force-reinstall build/newest-wheel/jax_moriep-*.whl
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest

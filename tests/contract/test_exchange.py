@@ -290,8 +290,10 @@ def check_fp8_wire(transport, num_ranks, dtype):
     np.testing.assert_array_equal(rows, want)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+# The ranks do not see the type, so one type stands for all where there are three of them.
+@pytest.mark.parametrize(
+    ("dtype", "num_ranks"), [("float32", 2), ("bfloat16", 2), ("float16", 2), ("float32", 3)]
+)
 def test_fp8_wire_does_not_depend_on_the_way(transport, dtype, num_ranks):
     if (transport, dtype) == ("mori", "float16"):
         pytest.skip("MORI has no kernels for float16")

@@ -1,5 +1,7 @@
 """Quantisation in NumPy float64, by the definitions of the number formats alone; shares no code."""
 
+import functools
+
 import numpy as np
 
 MOST = {"e4m3fn": 448.0, "e4m3fnuz": 240.0}
@@ -16,10 +18,16 @@ def value_of(code, name):
     return -magnitude if code & 0x80 else magnitude
 
 
+@functools.cache
+def positive_values(name):
+    """All up to the largest, in the order of their codes."""
+    table = np.array([value_of(c, name) for c in range(0x80)])
+    return table[: np.flatnonzero(table == MOST[name])[0] + 1]
+
+
 def round_float8(values, name):
     """To the nearest value of the format, of two the one with an even code."""
-    table = np.array([value_of(c, name) for c in range(0x80)])
-    table = table[: np.flatnonzero(table == MOST[name])[0] + 1]
+    table = positive_values(name)
     above = np.clip(np.searchsorted(table, np.abs(values)), 1, len(table) - 1)
     below = above - 1
     to_below, to_above = np.abs(values) - table[below], table[above] - np.abs(values)

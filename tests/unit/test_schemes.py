@@ -1,6 +1,7 @@
 """The schemes' numbers, and the experts under each scheme, against loops in float64."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -137,6 +138,7 @@ def silu(gate, up):
     return gate * s * up, (s + gate * s * (1 - s)) * up, gate * s
 
 
+@functools.cache
 def operands(scheme, name, frozen):
     """rows, row weights, w1, w2, b1, b2, d_out in f64; NaN in padding; and the arrays that the layer gets."""
     rng = np.random.default_rng(3)
@@ -170,6 +172,14 @@ def operands(scheme, name, frozen):
     return (x, q, d_out, v1, v2, b1, b2), given
 
 
+@functools.cache
+def wanted(scheme, name, frozen):
+    """The oracle's answer: what comes out and the gradients of what goes in."""
+    (x, q, d_out, w1, w2, b1, b2), _ = operands(scheme, name, frozen)
+    x, q, d_out = (np.nan_to_num(a) for a in (x, q, d_out))
+    return oracle.experts(silu, x, q, SIZES, STARTS, w1, w2, (b1, b2), d_out, scheme, name, frozen=frozen)
+
+
 def near(got, want, what):
     """But for values that lie on the border of two codes, which a sum's order may decide: few and small."""
     got = np.asarray(got, np.float64)
@@ -191,22 +201,23 @@ CASES = [
 @pytest.mark.parametrize(("implementation", "kind", "frozen"), CASES)
 def test_experts(implementation, kind, frozen):
     scheme, name = kind
-    (x, q, d_out, w1, w2, b1, b2), given = operands(scheme, name, frozen)
+    (x, q, d_out, *_), given = operands(scheme, name, frozen)
     real = ~np.isnan(x[:, 0])
     spec = ExpertSpec("silu", 0.0, 0.0, False, BLOCK, None, scheme, name if name != "int8" else "e4m3fn")
 
-    def fn(rows, weights, trained):
-        layer = IMPLEMENTATIONS[implementation].expert_mlp
-        return layer(rows, weights, jnp.asarray(SIZES), given._replace(**trained), spec)
+    @jax.jit
+    def passes(rows, weights, given, trained, d_out):
+        def fn(rows, weights, trained):
+            layer = IMPLEMENTATIONS[implementation].expert_mlp
+            return layer(rows, weights, jnp.asarray(SIZES), given._replace(**trained), spec)
+
+        out, pull = jax.vjp(fn, rows, weights, trained)
+        return out, *pull(d_out)
 
     trained = {"b1": given.b1, "b2": given.b2} | ({} if frozen else {"w1": given.w1, "w2": given.w2})
-    f32 = [jnp.asarray(a, jnp.float32) for a in (x, q, d_out)]
-    out, pull = jax.vjp(fn, f32[0], f32[1], trained)
-    d_rows, d_weights, d_trained = jax.jit(pull)(f32[2])
-    clean = [np.nan_to_num(a) for a in (x, q, d_out)]
-    want = oracle.experts(
-        silu, clean[0], clean[1], SIZES, STARTS, w1, w2, (b1, b2), clean[2], scheme, name, frozen=frozen
-    )
+    x, q, d_out = (a.astype(np.float32) for a in (x, q, d_out))
+    out, d_rows, d_weights, d_trained = passes(x, q, given, trained, d_out)
+    want = wanted(scheme, name, frozen)
     rows = {"out": out, "d_rows": d_rows, "d_weights": d_weights}
     for (what, got), expected in zip(rows.items(), want, strict=False):
         assert not np.asarray(got)[~real].any(), what
@@ -226,12 +237,13 @@ def test_a_weight_of_the_input_row(frozen):
     x, q, d_out = (jnp.asarray(a, jnp.float32) for a in (x, q, d_out))
     spec = ExpertSpec("silu", 0.0, 0.0, True, BLOCK, None, "fp8_block")
 
-    def passes(implementation):
+    @functools.partial(jax.jit, static_argnums=0)
+    def passes(implementation, x, q, d_out):
         layer = IMPLEMENTATIONS[implementation].expert_mlp
         out, pull = jax.vjp(lambda x, q: layer(x, q, jnp.asarray(SIZES), given, spec), x, q)
-        return out, *jax.jit(pull)(d_out)
+        return out, *pull(d_out)
 
-    for got, want in zip(passes("triton"), passes("blocked"), strict=True):
+    for got, want in zip(passes("triton", x, q, d_out), passes("blocked", x, q, d_out), strict=True):
         assert not np.asarray(got)[~real].any()
         near(got, np.asarray(want, np.float64), "triton")
 
@@ -242,6 +254,7 @@ def test_an_experts_output_is_linear_in_its_row_weight():
     x, q, d_out = (jnp.asarray(np.nan_to_num(a), jnp.float32) for a in (x, q, d_out))
     spec = ExpertSpec("silu", 0.0, 0.0, False, BLOCK, None, "fp8_block")
 
+    @jax.jit
     def loss(q):
         return jnp.vdot(IMPLEMENTATIONS["blocked"].expert_mlp(x, q, jnp.asarray(SIZES), given, spec), d_out)
 
@@ -255,8 +268,9 @@ def test_an_experts_output_is_linear_in_its_row_weight():
 CFG = jm.MoEConfig(5, 2, 160, 136, expert_quant="fp8_block", capacity_factor=4.0)
 
 
-def params_of(cfg, dtype=jnp.float32):
-    return jm.init_params(jax.random.key(0), cfg, dtype)
+@functools.cache
+def params_of(cfg):
+    return jm.init_params(jax.random.key(0), cfg, jnp.float32)
 
 
 def mesh_of(ranks):

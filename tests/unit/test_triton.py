@@ -15,8 +15,8 @@ from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.experts.triton.tiles import position, real_rows, row_tiles
 
 
-@pytest.mark.parametrize("saved_rows", [1, 128])
-@pytest.mark.parametrize("weight_input", [False, True])
+# Either number of rows is rounded to the same tiles.
+@pytest.mark.parametrize(("weight_input", "saved_rows"), [(False, 1), (True, 128)])
 def test_rows_that_are_computed_again(weight_input, saved_rows):
     spec = make_spec("gelu", weight_input, saved_rows=saved_rows)
     case = make_case(SIZES["full"], spec, biases=True)
