@@ -199,7 +199,10 @@ def test_forward_of_few_rows(races, scheme):
     q = np.abs(f64(jnp.asarray(rng.normal(size=FEW_CAPACITY), jnp.float32)))
     q1, q2 = (
         schemes.quantise_weights(
-            jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32), scheme, jnp.dtype(F8), parts=p
+            jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.float32),
+            scheme,
+            jnp.dtype(F8),
+            parts=p,
         )
         for shape, p in (((L, 2 * INNER, H), 2), ((L, H, INNER), 1))
     )

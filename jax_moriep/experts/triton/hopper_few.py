@@ -1,8 +1,8 @@
 """The products of quantised experts with few rows, on Hopper GPUs: what bounds them is reading weights once.
 
-A tile has 64 rows, the fewest of the matrix unit, whatever of them a run has; both warpgroups read all of them
-and part the tile's columns. So codes go from memory to the matrix unit, where Triton would convert them for
-every tile of rows on the way. Rows of a tile that are behind its run's blocks are other runs': they are
+A tile has 64 rows, the fewest of the matrix unit, whatever of them a run has; both warpgroups read all of
+them and part the tile's columns. So codes go from memory to the matrix unit, where Triton would convert them
+for every tile of rows on the way. Rows of a tile that are behind its run's blocks are other runs': they are
 multiplied, and not stored.
 """
 
@@ -174,7 +174,9 @@ def gate_up(
             )
 
         scratch = (mg.SMEM((2, ROWS), jnp.int32), mg.Barrier(num_arrivals=2))
-        _all_tiles(blocks, codes, table, tiles, cols // _GROUP, tile, codes.dtype, piece_bytes=width, scratch=scratch)
+        _all_tiles(
+            blocks, codes, table, tiles, cols // _GROUP, tile, codes.dtype, piece_bytes=width, scratch=scratch
+        )
 
     operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
     in_tiles = ((cols // _GROUP, tiles.max_tiles * ROWS), jnp.float32)

@@ -25,11 +25,7 @@ _FORMAT = jnp.dtype(jnp.float8_e4m3fn)
 def covers(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
     """Whether the kernels here can run a call: float8 codes, 16-bit rows, no biases, output weights, even
     sizes."""
-    return (
-        _even(spec, rows, weights)
-        and spec.block % hopper.ROWS == 0
-        and rows.shape[0] % hopper.ROWS == 0
-    )
+    return _even(spec, rows, weights) and spec.block % hopper.ROWS == 0 and rows.shape[0] % hopper.ROWS == 0
 
 
 def covers_few(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
@@ -113,7 +109,8 @@ def few_rows(
     weights: ExpertWeights,
 ) -> tuple[jax.Array]:
     """See ``passes.forward``, for short runs; nothing is kept for a backward pass."""
-    assert weights.w1_scale is not None and weights.w2_scale is not None
+    assert weights.w1_scale is not None
+    assert weights.w2_scale is not None
     tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper_few.ROWS)
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     codes, scales = _quantised_rows(rows, spec, tiles, interpret)

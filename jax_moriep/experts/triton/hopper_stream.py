@@ -136,9 +136,7 @@ def _leave_strips(place: Any, target: Any, used: Any, strip: int) -> None:
     """Stores the first ``used`` rows of a piece, as one group of copies."""
     for first in range(0, PIECE, strip):
         at = pl.ds(first, strip)
-        copy = functools.partial(
-            mg.copy_smem_to_gmem, place.at[at], target.at[at], commit_group=False
-        )
+        copy = functools.partial(mg.copy_smem_to_gmem, place.at[at], target.at[at], commit_group=False)
         pl.when(first < used)(copy)
     mg.commit_smem_to_gmem_group()
 

@@ -99,8 +99,8 @@ def load(ref: Any, a: Span, b: Span, *lead: Any) -> jax.Array:
 def load_rows(ref: Any, first: Any, size: int, depth: Span) -> jax.Array:
     """The [size, depth] tile of ``ref`` from a row on; behind the last row that one again, so without a mask.
 
-    With a mask for its rows, the product of a short pipelined loop came out wrong by some 5% on an H200, in tiles
-    of 128 x 256 (Pallas-Triton of jax 0.11.2; tests/gpu/test_quantised.py).
+    With a mask for its rows, products in tiles of 128 x 256 came out wrong by some 5% on an H200 where the
+    pipelined loop was short (Pallas-Triton of jax 0.11.2; tests/gpu/test_quantised.py).
     """
     rows = jnp.minimum(first + jnp.arange(size), ref.shape[0] - 1)
     cols = depth.first + jnp.arange(depth.size)

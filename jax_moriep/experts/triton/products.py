@@ -209,7 +209,11 @@ def rows_times_weights(
             def step(k: Any, sums: jax.Array) -> jax.Array:
                 deep = span(k * tile.depth, tile.depth, depth)
                 # Rows of other runs may be among them: those of the sums are not stored.
-                x = load_rows(rows_ref, first, tile.rows, deep) if tiles.overrun else load(rows_ref, read, deep)
+                x = (
+                    load_rows(rows_ref, first, tile.rows, deep)
+                    if tiles.overrun
+                    else load(rows_ref, read, deep)
+                )
                 if paired:
                     w = load_pairs(weights_ref, expert, at.cols, cols, deep)
                 elif by_column:
