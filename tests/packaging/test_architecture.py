@@ -23,7 +23,7 @@ LAYERS = [
     ["transports"],
     ["exchange", "experts", "routing"],
     ["fused"],
-    ["layout", "padding", "params", "stats", "weights", "explain"],
+    ["layout", "resize", "padding", "params", "stats", "weights", "explain"],
     ["layer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
