@@ -4,17 +4,13 @@
 and the contract suite, on as many GPUs as there are; no other tests fit there.
 """
 
-import importlib.metadata
 import os
 
-# What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level a
-# third of the contract suite's time is LLVM's optimiser's. Of what is left, half of a compilation is that of
-# the fusion emitters, which jaxlib 0.10 can do without. (Newer ones end at an unknown flag.) What users meet
-# first, the examples and the wheel, is compiled as users compile it (tests/multiprocess/test_examples.py,
-# tests/packaging/test_wheel.py); not so examples/train.py, whose six processes would do little else.
+# What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level a third
+# of the contract suite's time is LLVM's optimiser's. What users meet first, the examples and the wheel, is
+# compiled at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py);
+# not so examples/train.py, whose six processes would spend most of their time there.
 UNOPTIMISED = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 
 platform = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = platform
