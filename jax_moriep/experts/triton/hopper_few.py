@@ -155,7 +155,7 @@ def gate_up(
                 factor = of_rows(factors_ref.at[at_rows])
                 real = factor != 0
                 inverse = lax.broadcast_in_dim(jnp.where(real, inverse, 0.0), h.shape, (0,))
-                h = jnp.where(inverse != 0, h * inverse, 0.0)
+                h = quantise.scaled(h, inverse)
                 lanes.leave([(h, act_ref.at[at_rows, at_cols])], used, _strip(tiles))
 
                 @pl.when(lanes.me == 0)

@@ -172,7 +172,7 @@ def gate_up(
                 scale, inverse = quantise.power_scales(jnp.max(quantise.magnitudes(h), axis=1), codes.dtype)
                 used = factor != 0
                 inverse = lax.broadcast_in_dim(jnp.where(used, inverse, 0.0), h.shape, (0,))
-                h = jnp.where(inverse != 0, h * inverse, 0.0)
+                h = quantise.scaled(h, inverse)
                 act_scales_ref[col_tile, mine] = jnp.where(used, scale * factor, 0.0)
                 parts = [(h, act_ref.at[at_rows, at_cols[0]].at[own])]
                 if not saved_rows:

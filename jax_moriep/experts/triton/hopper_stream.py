@@ -84,7 +84,7 @@ class Work:
 
 
 def _swizzled(dtype: Any, wide: int = 128) -> tuple[Any, ...]:
-    """How an operand of the matrix unit lies in shared memory: rows of 128 bytes, swizzled."""
+    """How an operand of the matrix unit lies in shared memory: rows of so many bytes, swizzled."""
     elements = wide // jnp.dtype(dtype).itemsize
     return mg.TilingTransform((8, elements)), mg.SwizzleTransform(wide)
 
