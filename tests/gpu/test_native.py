@@ -91,7 +91,7 @@ def test_replayed_steps_give_the_same_bits(num_ranks):
     # The first calls are not recorded yet, and few steps are mostly those. With several devices XLA's buffers
     # move more between calls, and it records anew; on ROCm jax 0.10.2 then records nothing.
     if STEPS >= 1000 and (num_ranks == 1 or compat.gpu_backend() == "cuda"):
-        assert handled < num_ranks * calls * 20 * (0.2 if num_ranks == 1 else 0.9)
+        assert handled < num_ranks * calls * 20 * (0.1 if num_ranks == 1 else 0.9)
 
 
 @pytest.mark.parametrize("num_devices", RANKS)
