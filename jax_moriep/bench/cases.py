@@ -75,7 +75,7 @@ class Case:
 
     Args:
       kind: "exchange", "experts", "layer", "decode" (layers in a row, with few tokens), "link" (a copy to the
-        next rank) or "train" (the demo's step).
+        next rank) or "train" (a step of a small language model, whose ``hidden`` is a multiple of 8).
       ranks: R.
       processes: how many processes hold the ranks; divides R.
       tokens: T, per rank; of "decode", whose operations have their own, the most.
@@ -94,7 +94,7 @@ class Case:
       repeats: how often one program does the work; times are those of one.
       operations: which of the kind's operations; () for all.
       floors: some of ``FLOORS``.
-      layers: of "decode", how many one program has; times are those of one.
+      layers: of "decode", how many one program has, times being those of one; of "train", the model's.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -154,11 +154,15 @@ class Case:
                     "leave out --repeats; `bench kernels` repeats",
                 )
             )
-        if self.kind != "decode" and self.layers > 1:
+        if self.kind not in ("decode", "train") and self.layers > 1:
             raise ConfigError(
                 rule(
                     "layers", self.layers, "be 1 but for decoding", "add --phase decode or leave out --layers"
                 )
+            )
+        if self.kind == "train" and self.hidden % 8:
+            raise ConfigError(
+                rule("hidden", self.hidden, "be a multiple of 8 in training", "four heads of pairs need it")
             )
         if self.kind in ("layer", "decode") and self.hidden < self.experts:
             raise ConfigError(
@@ -231,8 +235,8 @@ class Case:
 
     def title(self) -> str:
         """One line that names the run."""
-        sizes = f"{self.layers} layers, " if self.kind == "decode" else f"T={self.tokens} "
-        sizes += f"H={self.hidden} "
+        sizes = f"{self.layers} layers, " if self.kind in ("decode", "train") else ""
+        sizes += f"H={self.hidden} " if self.kind == "decode" else f"T={self.tokens} H={self.hidden} "
         if self.kind != "exchange":
             sizes += f"I={self.intermediate} "
         return (

@@ -40,6 +40,10 @@ _LEAST_SECONDS = 30
 _FIRST_SHARE = 0.6
 """Of the time, for the set with the most ranks."""
 _CAPACITY_STEPS = 64
+_MODEL_ON_GPUS = {"hidden": 1024, "intermediate": 4096, "experts": 16, "layers": 8}
+"""Of the training step, which is not bound by its launches: 1.6e9 weights of experts."""
+_MODEL_ON_CPUS = {"hidden": 128, "intermediate": 128, "experts": 8, "layers": 4, "dtype": "f32"}
+"""The demo's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +162,8 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
     def case(kind: str, **fields: Any) -> Case:
         repeats = REPEATS_ON_GPUS[kind] if gpus else 2
         sizes = {"hidden": options.hidden, "intermediate": options.intermediate, "top_k": options.top_k}
-        made = Case(
-            kind, ranks=ranks, processes=processes, repeats=repeats, dtype="bf16", **{**sizes, **fields}
-        )
+        common = {"ranks": ranks, "processes": processes, "repeats": repeats, "dtype": "bf16", **sizes}
+        made = Case(kind, **{**common, **fields})
         return _fitted(made) if kind in ("exchange", "layer") else made
 
     of_exchange: list[Case] = []
@@ -194,8 +197,11 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
         compare=tuple(f"{name}+{'triton' if gpus else 'blocked'}" for name in ours),
         floors=(DENSE_COPY,) if ranks == 1 else (),
     )
-    train = {"hidden": 128, "intermediate": 128, "experts": 8, "top_k": 2, "iters": few, "warmup": 1}
-    whole = [layer, case("train", tokens=options.train_tokens, compare=tuple(names), **train)]
+    model = _MODEL_ON_GPUS if gpus else _MODEL_ON_CPUS
+    step = case(
+        "train", tokens=options.train_tokens, compare=tuple(names), iters=few, warmup=1, top_k=2, **model
+    )
+    whole = [layer, step]
     # The exchange of fewer ranks is the least telling of all.
     cases = [*of_exchange, *whole] if most else [*whole, *of_exchange]
     return [made for made in cases if made.kind in (*options.kinds, "link")]

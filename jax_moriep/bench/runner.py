@@ -124,8 +124,7 @@ def _mori_heap(cases: list[Case]) -> int:
             gpus_per_node=limits.gpus_per_node("IntraNode", case.ranks, 1),
             max_tokens=case.tokens,
             hidden=case.hidden,
-            # The demo trains in float32.
-            element_bytes=4 if case.kind == "train" else case.numpy_dtype.itemsize,
+            element_bytes=case.numpy_dtype.itemsize,
             experts_per_rank=case.shape.num_local_experts,
             top_k=case.top_k,
             scales=-(-case.hidden // quant.GROUP) if name.endswith(FP8) else 0,

@@ -1,4 +1,4 @@
-"""A training step of the demo's model, with as many windows a rank as its tokens fill.
+"""A training step of a model built as the demo's, with as many windows a rank as its tokens fill.
 
 Every transport begins with the same weights and sees the same text: the losses of its steps are compared with
 those of the first one, and the loss before the first step is known, for the model begins by saying nothing.
@@ -24,6 +24,8 @@ from jax_moriep.errors import MoriepError
 
 OPERATIONS = ("step",)
 _LEAST_STEPS = 3
+_HEAD_WIDTH = 64
+"""Of attention, where the model is wide enough for more than four heads."""
 _TOLERANCE = 2e-2
 """Of a loss in nats: transports agree to the bit, but XLA may cut their products differently."""
 
@@ -38,14 +40,14 @@ class Data:
 
 
 def make_data(case: Case, world: World) -> Data:
-    """Builds the demo's model on the mesh.
+    """Builds the model on the mesh.
 
     Raises:
       MoriepError: what the demo needs is not installed.
     """
     try:
         # Imported here: no other kind of run needs flax, optax and orbax.
-        from jax_moriep.cli import demo_data, demo_settings, demo_train
+        from jax_moriep.cli import demo_data, demo_model, demo_settings, demo_train
     except ImportError as e:
         raise MoriepError(
             f"the demo cannot be imported ({describe(e)}); pip install 'jax-moriep[flax]'"
@@ -68,8 +70,20 @@ def make_data(case: Case, world: World) -> Data:
             resume=False,
         )
         windows = max(1, case.tokens // settings.context) * case.ranks
-        settings = dataclasses.replace(settings, windows=windows)
-        trainers[name] = demo_train.Trainer(settings, world.mesh, corpus)
+        # Adam moves every weight as far, so a sum over more of them takes smaller steps.
+        rate = settings.learning_rate * demo_model.ModelConfig.width / max(case.hidden, 128)
+        settings = dataclasses.replace(settings, windows=windows, learning_rate=rate)
+        model = demo_model.ModelConfig(
+            case.experts,
+            name,
+            dtype=case.dtype,
+            width=case.hidden,
+            layers=case.layers,
+            heads=max(4, case.hidden // _HEAD_WIDTH),
+            top_k=case.top_k,
+            expert_width=case.intermediate,
+        )
+        trainers[name] = demo_train.Trainer(settings, world.mesh, corpus, model)
     states = {name: trainer.init() for name, trainer in trainers.items()}
     return Data(trainers, states, next(iter(trainers.values())).train_batch(0))
 

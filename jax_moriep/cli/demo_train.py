@@ -61,13 +61,22 @@ class Trainer:
       settings: what the user asked for.
       mesh: one axis "ep".
       corpus: the text.
+      model_config: the model's sizes; None for the demo's.
     """
 
-    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, corpus: demo_data.Corpus) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: jax.sharding.Mesh,
+        corpus: demo_data.Corpus,
+        model_config: ModelConfig | None = None,
+    ) -> None:
         self.settings, self.mesh, self.corpus = settings, mesh, corpus
         self.num_ranks = mesh.shape["ep"]
         self.windows_per_rank = -(-settings.windows // self.num_ranks)
-        self.model_config = ModelConfig(settings.experts, settings.transport, settings.quant, settings.dtype)
+        self.model_config = model_config or ModelConfig(
+            settings.experts, settings.transport, settings.quant, settings.dtype
+        )
         schedule = optax.warmup_cosine_decay_schedule(
             0.0,
             settings.learning_rate,
