@@ -38,6 +38,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, default=4, help="number of processes (default: 4)")
     parser.add_argument("--steps", type=int, default=360, help="steps of training (default: 360)")
     parser.add_argument("--experts", type=int, default=8, help="experts in each layer (default: 8)")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=Settings.windows,
+        help=f"windows of {Settings.context} bytes in a step, over all ranks (default: {Settings.windows})",
+    )
     parser.add_argument("--transport", choices=("auto", *TRANSPORTS), default="auto", help="default: auto")
     parser.add_argument(
         "--quant",
@@ -54,6 +60,12 @@ def add_parser(subparsers: Any) -> None:
         "--platform",
         default="cpu",
         help="value for JAX_PLATFORMS; on GPUs each process takes one (default: cpu)",
+    )
+    parser.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=Settings.sample_bytes,
+        help=f"length of the text that the trained model writes (default: {Settings.sample_bytes})",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", default="demo.png", help="the picture (default: demo.png)")
@@ -75,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep demo``; returns 0, or the exit code of the process that failed first."""
-    for name in ("ranks", "steps", "experts"):
+    for name in ("ranks", "steps", "experts", "windows", "sample_bytes"):
         if getattr(args, name) < 1:
             raise ConfigError(rule(name, getattr(args, name), "be at least 1", "pass a positive number"))
     if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -89,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         ranks=args.ranks,
         steps=args.steps,
         experts=args.experts,
+        windows=args.windows,
+        sample_bytes=args.sample_bytes,
         transport=args.transport,
         seed=args.seed,
         checkpoint_dir=str(folder),

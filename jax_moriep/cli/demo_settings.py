@@ -32,6 +32,8 @@ class Settings:
     windows: int = 24
     """Windows in a step, over all ranks; rounded up to a multiple of the ranks."""
     learning_rate: float = 8e-3
+    sample_bytes: int = 240
+    """Length of the text that the trained model writes."""
 
     def to_json(self) -> str:
         """The settings as one word of a command line."""

@@ -30,7 +30,6 @@ from jax_moriep.cli.demo_settings import EVENT_MARK, Settings
 from jax_moriep.flax import ScoreBias
 
 PROMPT = 'def read_lines(path):\n    """'
-SAMPLE_BYTES = 240
 TEMPERATURE = 0.7
 EVAL_BATCHES = 12
 SCORE_BIAS_RATE = 0.01
@@ -203,8 +202,9 @@ class Trainer:
             text = jax.lax.dynamic_update_slice_in_dim(text, drawn[:, None, None], i + length, axis=2)
             return jax.lax.with_sharding_constraint(text, self.split)
 
-        text = jnp.pad(text, ((0, 0), (0, 0), (0, SAMPLE_BYTES)))
-        return jax.lax.fori_loop(0, SAMPLE_BYTES, add, text)[..., length:]
+        count = self.settings.sample_bytes
+        text = jnp.pad(text, ((0, 0), (0, 0), (0, count)))
+        return jax.lax.fori_loop(0, count, add, text)[..., length:]
 
     def sample(self, state: TrainState) -> str:
         """A continuation of ``PROMPT``."""

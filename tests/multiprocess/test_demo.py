@@ -14,8 +14,8 @@ STEPS = 4
 def demo(folder, *options):
     """Runs a short demo in a folder of its own; returns what it printed."""
     ended = subprocess.run(
-        [sys.executable, "-m", "jax_moriep", "demo", "--ranks=2", "--experts=4", f"--steps={STEPS}"]
-        + ["--checkpoint-every=2", *options],
+        [sys.executable, "-m", "jax_moriep", "demo", "--ranks=2", "--experts=4", "--windows=4"]
+        + ["--sample-bytes=24", f"--steps={STEPS}", "--checkpoint-every=2", *options],
         cwd=folder,
         capture_output=True,
         text=True,
