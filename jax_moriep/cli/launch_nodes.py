@@ -312,16 +312,16 @@ def _join(nodes: Nodes, shape: dict[str, int]) -> tuple[_Wire, int]:
         wire.send(format=_FORMAT, node=nodes.index, **shape)
         try:
             said = wire.receive()
-            if "refused" in said:
-                raise ConfigError(f"node 0 refused node {nodes.index}: {said['refused']}")
-            return wire, int(said["service_port"])
+            if "refused" not in said:
+                return wire, int(said["service_port"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
             # Node 0's launcher was ended, or was none: it may come again.
             seen = error
             wire.close()
             time.sleep(_RETRY_SECONDS)
+            continue
+        wire.close()
+        raise ConfigError(f"node 0 refused node {nodes.index}: {said['refused']}")
     raise TransportError(
         f"node {nodes.index}: no launcher of node 0 with all its nodes at {nodes.coordinator} within "
         f"{nodes.join_timeout:g} s ({seen}); start `jax-moriep launch` on each, and let it reach that address"
