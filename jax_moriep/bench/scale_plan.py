@@ -156,7 +156,8 @@ def plan(
 
     Returns:
       A JSON-able dict. ``transports`` has for each the bytes of dispatch and combine (inside and between
-      nodes, out of and into a rank, mean and maximum over the ranks), the least ``seconds`` of each, the
+      nodes, out of and into a rank, mean and maximum over the ranks; ``spread`` where libraries may share
+      what crosses among the ranks of a node, so that the mean counts), the least ``seconds`` of each, the
       ``buffer_bytes`` of a rank and the exchanges' least ``share`` of the time of a layer with its experts,
       forward and in training; or the ``reason`` why it does not run there.
     """
@@ -318,6 +319,7 @@ def _moved(moved: scale.Moved, machine: Machine) -> dict[str, Any]:
     return {
         "inside": {"out": of(moved.inside_out), "in": of(moved.inside_in)},
         "between": {"out": of(moved.between_out), "in": of(moved.between_in)},
+        "spread": moved.spread,
         "seconds": moved.seconds(machine.inside, machine.between),
     }
 
@@ -337,12 +339,19 @@ def as_text(planned: dict[str, Any]) -> str:
         f"T={model['tokens']} of each rank, {model['dtype']}, routing {planned['routing']}",
         f"each rank, one way: {machine['inside'] / 1e9:g} GB/s inside a node, {machine['between'] / 1e9:g} "
         f"GB/s between nodes; {machine['flops'] / 1e12:g} TFLOP/s",
-        "MB are of one exchange of one layer into the rank that gets most; times are the least that these "
-        "speeds allow",
+        "MB are of one exchange of one layer, out of or into the rank that has most; times are the least "
+        "that these speeds allow",
     ]
     for of_ranks in planned["plans"]:
         lines += ["", *_plan_lines(of_ranks)]
     return "\n".join(lines)
+
+
+def _most(of: dict[str, Any]) -> tuple[float, float]:
+    """Bytes inside and between nodes of the rank with the most; of the mean one where they are spread."""
+    kind = "mean" if of["spread"] else "max"
+    inside, between = of["inside"], of["between"]
+    return max(way["max"] for way in inside.values()), max(way[kind] for way in between.values())
 
 
 def _plan_lines(of_ranks: dict[str, Any]) -> list[str]:
@@ -361,7 +370,7 @@ def _plan_lines(of_ranks: dict[str, Any]) -> list[str]:
             lines.append(f"  {name:11}{found['reason']}")
             continue
         operations = [found["dispatch"], found["combine"]]
-        megabytes = [of[where]["in"]["max"] / 1e6 for of in operations for where in ("inside", "between")]
+        megabytes = [value / 1e6 for of in operations for value in _most(of)]
         micros = [of["seconds"] * 1e6 for of in operations]
         share = found["share"]
         lines.append(

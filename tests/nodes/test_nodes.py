@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_moriep.bench import scale, scale_plan
 from tests.nodes import common, jobs
 from tests.nodes.machines import Machines, Unavailable
 
@@ -74,6 +75,26 @@ def test_a_layer_on_two_machines(machines, tmp_path, transport, rate):
     )
     assert told["reasons"][told["auto"]] is None
     assert told["auto"] == TRANSPORTS[-1]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_link_carries_what_bench_plan_computes(machines, tmp_path, transport):
+    steps, tokens, hidden = 8, 512, 512
+    sent = []
+    with jobs.launch(machines, "script_bytes.py", tmp_path, transport, steps, tokens, hidden) as job:
+        for name in ("warm", "counted"):
+            job.wait_for(name, 4, SECONDS)
+            time.sleep(0.3)  # what the meeting itself sends has arrived
+            sent.append([machines.sent_bytes(k) for k in range(2)])
+            (tmp_path / name).touch()
+        assert [ended.code for ended in job.wait(SECONDS)] == [0, 0], job.said()
+    cfg = common.config(transport, hidden)
+    sizes = scale_plan.sizes_of(scale_plan.Model(1, cfg), tokens, "float32", 4, 2)
+    exchange = scale.TRANSPORTS[transport](sizes, scale_plan.routing("uniform", cfg)(4, 2))
+    for machine in range(2):
+        both = exchange.dispatch.between_out + exchange.combine.between_out
+        planned = steps * both.reshape(2, 2)[machine].sum()
+        assert sent[1][machine] - sent[0][machine] == pytest.approx(planned, rel=0.01)
 
 
 def slurm(rank):
