@@ -237,7 +237,11 @@ def routing(kind: str, cfg: MoEConfig) -> Callable[[int, int], Destinations]:
     if cfg.num_groups is not None and cfg.top_groups is not None and cfg.top_groups < cfg.num_groups:
         two_best = cfg.router != "deepseek_v2"
         ids = scale_routes.sampled(popularity, cfg.top_k, cfg.num_groups, cfg.top_groups, two_best=two_best)
-        return functools.partial(_counted, ids, cfg)
+        if np.ptp(popularity) > 0:
+            return functools.partial(_counted, ids, cfg)
+        return lambda ranks, per_node: scale_routes.evened(
+            _counted(ids, cfg, ranks, per_node), cfg.num_experts
+        )
     chosen = scale_routes.chosen_from(popularity, cfg.top_k, np.arange(cfg.num_experts))
     return lambda ranks, per_node: scale_routes.of_popularity(popularity, cfg.top_k, ranks, per_node, chosen)
 

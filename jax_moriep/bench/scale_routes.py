@@ -135,6 +135,23 @@ def of_ids(ids: np.ndarray, num_experts: int, ranks: int, per_node: int, *, of_a
     return Destinations((by_rank > 0).mean(1), by_node.mean(1), by_rank.mean(1))
 
 
+def evened(to: Destinations, num_experts: int) -> Destinations:
+    """The same for experts that are equally popular: ranks and nodes with equally many get their mean.
+
+    Of sampled routes the rank with the most would else be the one that the sample favours.
+    """
+    local = -(-num_experts // to.ranks)
+    experts = np.arange(num_experts)
+
+    def even(of: np.ndarray, each: int) -> np.ndarray:
+        held = np.bincount(experts // each, minlength=of.shape[1])
+        return (np.bincount(held, of.mean(0))[held] / np.bincount(held)[held])[None]
+
+    return Destinations(
+        even(to.to_rank, local), even(to.to_node, local * to.per_node), even(to.routes, local)
+    )
+
+
 def chosen_from(popularity: np.ndarray, top_k: int, sets: np.ndarray, points: int = _NODES) -> np.ndarray:
     """The chance that a token chooses at least one expert of a set.
 

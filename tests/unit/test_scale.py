@@ -67,6 +67,16 @@ def test_grouped_routes_keep_to_their_groups():
     assert max(len(set(token)) for token in (ids[:500] // 8).tolist()) == 3
 
 
+def test_equal_experts_are_equally_loaded_also_in_a_sample():
+    """Ten experts on four ranks: three, three, three and one."""
+    to = scale_routes.of_ids(drawn(np.ones(10), 3, 3000), 10, 4, 2, of_all=False)
+    even = scale_routes.evened(to, 10)
+    np.testing.assert_allclose(even.routes[0, :3], to.routes[0, :3].mean())
+    np.testing.assert_allclose(even.to_rank[0, 3], to.to_rank[0, 3])
+    np.testing.assert_allclose(even.to_node, to.to_node)
+    assert even.routes.sum() == pytest.approx(3)
+
+
 SMALL = scale.Sizes(
     ranks=6, per_node=2, tokens=5, top_k=3, experts=10, hidden=16, inner=8, shared=0, layers=1, row_bytes=64,
     value_bytes=4, weight_bytes=4, capacity=64, words=7,
