@@ -127,12 +127,20 @@ def of_ids(ids: np.ndarray, num_experts: int, ranks: int, per_node: int, *, of_a
     sources = ranks if of_all else 1
     tokens = len(ids) // sources
     valid = (ids >= 0) & (ids < num_experts)
-    rank = np.where(valid, ids // local, ranks)
-    routes = np.zeros((len(ids), ranks + 1), np.int32)
+    # Of whole nodes that have experts: of many ranks few may.
+    nodes = -(-num_experts // (local * per_node))
+    used = nodes * per_node
+    rank = np.where(valid, ids // local, used)
+    routes = np.zeros((len(ids), used + 1), np.int32)
     np.add.at(routes, (np.arange(len(ids))[:, None], rank), 1)
-    by_rank = routes[:, :ranks].reshape(sources, tokens, ranks)
-    by_node = by_rank.reshape(sources, tokens, ranks // per_node, per_node).any(-1)
-    return Destinations((by_rank > 0).mean(1), by_node.mean(1), by_rank.mean(1))
+    by_rank = routes[:, :used].reshape(sources, tokens, used)
+    by_node = by_rank.reshape(sources, tokens, nodes, per_node).any(-1)
+    idle = ((0, 0), (0, ranks - used))
+    return Destinations(
+        np.pad((by_rank > 0).mean(1), idle),
+        np.pad(by_node.mean(1), ((0, 0), (0, ranks // per_node - nodes))),
+        np.pad(by_rank.mean(1), idle),
+    )
 
 
 def evened(to: Destinations, num_experts: int) -> Destinations:
