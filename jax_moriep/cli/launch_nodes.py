@@ -19,7 +19,7 @@ from typing import Any
 
 from jax_moriep.cli.launch_process import Event
 from jax_moriep.cli.launch_wait import describe, say
-from jax_moriep.errors import ConfigError, TransportError, rule
+from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
 
 _FORMAT = "jax-moriep launch 1"
 _RETRY_SECONDS = 0.5
@@ -171,31 +171,37 @@ class Party:
                 wire.send(alive=True)
 
     def _listen(self, node: int, wire: _Wire) -> None:
-        ended = False
-        while True:
+        over = False
+        while not over:
             try:
-                said = wire.receive()
-            except (OSError, ValueError) as error:
-                if not ended and not self._over.is_set():
+                over = self._heard(node, wire.receive())
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if not self._over.is_set():
                     self._events.put(self._lost(node, wire, error))
                 return
-            if "failed" in said:
-                process, code = int(said["failed"]), int(said["code"])
-                for other, to in self._wires.items():
-                    if other != node:
-                        to.send(**said)
-                self._events.put(Event(self.title(process), code, ends=0))
-            elif "ended" in said:
-                ended = True
-                self._events.put(Event(f"node {node}", 0))
-            elif "verdict" in said:
-                ended, code = True, int(said["verdict"])
-                says = f"has ended the job with {describe(code)}"
-                self._events.put(Event(f"node {node}'s launcher", code, verdict=True, says=says))
-            elif "left" in said and not ended:
-                ended, code = True, int(said["left"])
-                says = f"was ended, with {describe(code)}"
-                self._events.put(Event(f"node {node}'s launcher", code or _OWN_FAULT, says=says))
+
+    def _heard(self, node: int, said: dict[str, Any]) -> bool:
+        """Passes on what another launcher said; returns whether it was its last word."""
+        who = f"node {node}'s launcher"
+        if "failed" in said:
+            process, code = int(said["failed"]), int(said["code"])
+            for other, to in self._wires.items():
+                if other != node:
+                    to.send(failed=process, code=code)
+            self._events.put(Event(self.title(process), code, ends=0))
+        elif "ended" in said:
+            self._events.put(Event(f"node {node}", 0))
+            return True
+        elif "verdict" in said:
+            code = int(said["verdict"])
+            says = f"has ended the job with {describe(code)}"
+            self._events.put(Event(who, code, verdict=True, says=says))
+            return True
+        elif "left" in said:
+            code = int(said["left"])
+            self._events.put(Event(who, code or _OWN_FAULT, says=f"was ended, with {describe(code)}"))
+            return True
+        return False
 
     def _lost(self, node: int, wire: _Wire, error: Exception) -> Event:
         first = node * self._nprocs
@@ -232,7 +238,7 @@ def meet(
         _gather(nodes, shape, wires)
     except BaseException as error:
         for wire in wires.values():
-            wire.send(refused=str(error) or "its launcher was ended")
+            wire.send(refused=str(error) if isinstance(error, MoriepError) else "its launcher was ended")
             wire.close()
         raise
     for wire in wires.values():

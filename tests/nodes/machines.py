@@ -109,6 +109,11 @@ class Machines:
             errors="replace",
         )
 
+    def misname(self) -> None:
+        """Lets every machine's name mean itself, as Debian's installer has it, and no other's address."""
+        lines = [f"127.0.1.1 node{k}" for k in range(len(self.addresses))]
+        (Path(self._folder.name) / "hosts").write_text("\n".join(lines) + "\n")
+
     def plug(self, machine: int, *, into: bool) -> None:
         """Pulls a machine's cable out of the switch, or plugs it in again."""
         self._switch("ip", "link", "set", f"port{machine}", "up" if into else "down")

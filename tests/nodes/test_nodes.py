@@ -157,6 +157,14 @@ def test_a_script_that_fails_on_one_machine_ends_the_job_on_both(machines):
             assert machine.when - begin < 30
 
 
+def test_a_name_that_would_let_process_0_wait_for_ever_is_refused(machines):
+    machines.misname()
+    with jobs.launch(machines, "script_faults.py", "none", "collective") as job:
+        for k, machine in enumerate(job.wait(SECONDS)):
+            assert machine.code == 1
+            assert f"hostname='node{k}' must not be this machine's loopback 127.0.1.1" in machine.output
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_dead_link_is_told_with_the_node_and_where_each_process_waits(machines, transport):
     with started(machines, "none", transport, "--lost-after", "3", "--grace", "2") as job:

@@ -73,6 +73,15 @@ def test_a_silent_node_is_lost_and_one_that_leaves_is_not(address):
     second.close(1)
 
 
+def test_nonsense_is_a_loss(address):
+    (first, heard), (second, _) = (future.result() for future in meet_all(address, [(1, 1)] * 2))
+    second._wires[0].send(failed="a name", code=None)
+    lost = heard.get(timeout=20)
+    assert (lost.lost, lost.title) == (True, "node 1 (127.0.0.1, processes 1 to 1)")
+    first.close(1)
+    second.close(1)
+
+
 def test_nodes_that_were_started_differently_are_told_both_values(address):
     first, second = (future.exception() for future in meet_all(address, [(2, 1), (3, 1)]))
     assert isinstance(first, ConfigError)
