@@ -25,6 +25,26 @@ def timeout_seconds() -> float:
     return value
 
 
+def ranks_per_node() -> int | None:
+    """The most ranks that form a node of transport="two_level": ``JAX_MORIEP_RANKS_PER_NODE``.
+
+    Returns:
+      The number; None, which is the default, for as many as a machine has.
+
+    Raises:
+      TransportError: the variable is no whole number of at least 1.
+    """
+    text = os.environ.get("JAX_MORIEP_RANKS_PER_NODE")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        cure = "unset it or fix it"
+        raise TransportError(
+            rule("JAX_MORIEP_RANKS_PER_NODE", text, "be a whole number of at least 1", cure)
+        )
+    return int(text)
+
+
 def watchdog_enabled() -> bool:
     """Whether a process that waits for ever beside a failed exchange ends: ``JAX_MORIEP_WATCHDOG``, 1 or 0.
 

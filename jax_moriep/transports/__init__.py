@@ -18,7 +18,7 @@ from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import library
 from jax_moriep.runtime.place import Place
-from jax_moriep.transports import collective, mori, native, reference
+from jax_moriep.transports import collective, mori, native, reference, two_level
 from jax_moriep.transports.expand import expanded
 
 
@@ -126,6 +126,7 @@ def with_experts(name: str) -> RunsExperts | None:
 IMPLEMENTATIONS: dict[str, Transport] = {
     "native": native,
     "mori": expanded(mori),
+    "two_level": two_level,
     "collective": collective,
     "reference": reference,
 }

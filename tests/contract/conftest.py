@@ -63,6 +63,9 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     why = IMPLEMENTATIONS[request.param].unavailable_reason(_everywhere())
     if why is not None:
         pytest.skip(why)
+    if request.param == "two_level":
+        # Nodes out of devices that are on one machine: pairs, and where they do not come out even, single ranks.
+        monkeypatch.setenv("JAX_MORIEP_RANKS_PER_NODE", "2")
     return request.param
 
 
