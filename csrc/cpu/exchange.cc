@@ -72,7 +72,8 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
 }
 
 // Gives every route of the group that ends here its row, in the order local expert, node, source
-// rank, source token; and every (source, token) pair that ends here its place in the source's arena.
+// rank, source token; and every (source, token) pair that ends here its place in the source's
+// arena.
 void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
                  const std::vector<int32_t>& all_ids, int32_t* group_sizes, int32_t* routes,
                  int32_t* slots) {

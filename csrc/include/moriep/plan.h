@@ -54,17 +54,16 @@ inline Status check_shape(const Shape& shape) {
                     shape.num_experts <= kMaxExperts && shape.max_fanout() <= kMax &&
                     (shape.num_experts - 1) / shape.num_local_experts < shape.num_ranks;
   if (sane) return Status();
-  return Status(
-      Code::kInvalidArgument,
-      "num_experts=" + std::to_string(shape.num_experts) +
-          ", num_local_experts=" + std::to_string(shape.num_local_experts) +
-          ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
-          ", hidden_size=" + std::to_string(shape.hidden_size) +
-          ", capacity=" + std::to_string(shape.capacity) +
-          ", num_words=" + std::to_string(shape.num_words) + " and " +
-          std::to_string(shape.num_tokens) + " tokens per rank of " +
-          std::to_string(shape.num_nodes) + " nodes do not describe a layer over " +
-          std::to_string(shape.num_ranks) + " ranks");
+  return Status(Code::kInvalidArgument,
+                "num_experts=" + std::to_string(shape.num_experts) +
+                    ", num_local_experts=" + std::to_string(shape.num_local_experts) + ", block=" +
+                    std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
+                    ", hidden_size=" + std::to_string(shape.hidden_size) +
+                    ", capacity=" + std::to_string(shape.capacity) +
+                    ", num_words=" + std::to_string(shape.num_words) + " and " +
+                    std::to_string(shape.num_tokens) + " tokens per rank of " +
+                    std::to_string(shape.num_nodes) + " nodes do not describe a layer over " +
+                    std::to_string(shape.num_ranks) + " ranks");
 }
 
 // The rank that holds each expert, looked up instead of divided: a plan asks for every route of the
