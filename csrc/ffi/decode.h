@@ -48,9 +48,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::moriep::Attributes,
 
 namespace moriep {
 
-inline ffi::Error to_ffi(const Status& status) {
+// `where` comes before the text.
+inline ffi::Error to_ffi(const Status& status, const std::string& where = "") {
   if (status.ok()) return ffi::Error::Success();
-  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + status.text());
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + where + status.text());
 }
 
 inline Status bad_argument(const std::string& what) { return Status(Code::kInvalidArgument, what); }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import os
 import queue
 import random
@@ -25,7 +26,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.runtime import compat
+from jax_moriep.runtime import compat, settings
 
 TIMEOUT_CODE = 124
 """Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""
@@ -36,6 +37,7 @@ _SETTLE_SECONDS = 1.0
 kernel tells of it when all its memory is given back, and its peers may have ended before that."""
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+_COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_timeout_seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +273,9 @@ def _environment(env: Mapping[str, str] | None, platform: str | None, devices: i
         merged["JAX_PLATFORMS"] = platform
     # Only the CPU platform reads this flag, which may be the one that jax falls back to.
     flags = [f for f in merged.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
+    if not any(f.startswith(_COLLECTIVE_TIMEOUT_FLAG) for f in flags):
+        # Left alone, jax's collectives between CPUs wait half an hour for a rank that does not come.
+        flags.append(f"{_COLLECTIVE_TIMEOUT_FLAG}={math.ceil(settings.timeout_seconds(merged))}")
     merged["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={devices}"])
     return merged
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from jax_moriep.errors import TransportError, rule
 
 
-def timeout_seconds() -> float:
+def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
     """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
+
+    Args:
+      environment: where the variable is looked up.
 
     Raises:
       TransportError: the variable is no positive number.
     """
-    text = os.environ.get("JAX_MORIEP_TIMEOUT", "300")
+    text = environment.get("JAX_MORIEP_TIMEOUT", "300")
     try:
         value = float(text)
     except ValueError:
