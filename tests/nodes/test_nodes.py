@@ -18,8 +18,8 @@ import pytest
 from tests.nodes import common, jobs
 from tests.nodes.machines import Machines, Unavailable
 
-TRANSPORTS = ["collective"]
-"""Those that run on several machines, and whose faults are tested here."""
+TRANSPORTS = ["collective", "two_level"]
+"""Those that run on several machines, and whose faults are tested here; "auto" takes the last."""
 SECONDS = 120
 """Deadline of a job that ends by itself."""
 
@@ -69,11 +69,30 @@ def test_a_layer_on_two_machines(machines, tmp_path, transport, rate):
     told = check_shards(tmp_path, 4, 4)
     assert "it needs the ranks of a group on one machine" in told["native"]
     assert (
-        told["reasons"]["native"]
-        == "it needs the ranks of a group on one machine; use transport='collective'"
+        told["reasons"]["native"] == "it needs the ranks of a group on one machine; use transport='two_level'"
     )
     assert told["reasons"][told["auto"]] is None
     assert told["auto"] == TRANSPORTS[-1]
+
+
+def test_bytes_between_machines(machines):
+    """One copy of a token crosses to the other machine, and one row comes back; collective sends more."""
+    tokens, hidden, top_k, steps = 128, 256, 4, 4
+    sizes = (tokens, hidden, 32, top_k, steps)
+    with jobs.launch(machines, "script_exchange.py", "collective,two_level", *sizes) as job:
+        assert [ended.code for ended in job.wait(SECONDS)] == [0, 0], job.said()
+    lines = re.findall(r"\[(\d)\] (\{.*\})", job.said())
+    found = [(int(process), json.loads(text)) for process, text in lines]
+    assert len(found) == 2 * 4
+    assert all(of_process["error"] < 1e-5 for _, of_process in found)
+    sent = {
+        name: sum(of["sent"] for process, of in found if process in (0, 2) and of["transport"] == name)
+        for name in ("collective", "two_level")
+    }
+    # Of each of four ranks: tokens and routes to one other node, and sums of as many of its tokens back.
+    needed = steps * 4 * tokens * (2 * hidden * 4 + top_k * 8)
+    assert needed <= sent["two_level"] <= 1.1 * needed + 2e5
+    assert sent["two_level"] <= 0.62 * sent["collective"]
 
 
 def slurm(rank):
