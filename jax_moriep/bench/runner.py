@@ -114,7 +114,7 @@ def environment(cases: list[Case]) -> dict[str, str]:
 
 
 def _most_places(case: Case) -> int:
-    """Rows that a rank's arena has room for, for each of its tokens; those of other nodes count as its own."""
+    """Rows in a rank's arena for each of its tokens; two_level has those of other nodes there too."""
     return case.ranks if "two_level" in case.transports else min(case.top_k, case.ranks)
 
 

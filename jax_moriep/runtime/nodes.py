@@ -1,4 +1,4 @@
-"""Nodes: runs of adjacent ranks on one machine, all of one size, so that ranks at equal places form groups too.
+"""Nodes: runs of adjacent ranks on one machine, all of one size, so that each rank has a partner in each.
 
 A node need not be a whole machine. Where machines hold different numbers of a group's ranks, or ranks of one
 machine are not adjacent along the axis, nodes are as large as fits everywhere; in the worst case a rank each.

@@ -43,9 +43,7 @@ def ranks_per_node() -> int | None:
         return None
     if not text.isdecimal() or int(text) < 1:
         cure = "unset it or fix it"
-        raise TransportError(
-            rule("JAX_MORIEP_RANKS_PER_NODE", text, "be a whole number of at least 1", cure)
-        )
+        raise TransportError(rule("JAX_MORIEP_RANKS_PER_NODE", text, "be a whole number of at least 1", cure))
     return int(text)
 
 

@@ -175,6 +175,7 @@ def combine(
     # An empty operand stands for "no scalars", so that one target serves the forward and the backward pass.
     carried = row_scalars is not None
     scalars = row_scalars if carried else compat.zeros_like_varying((0,), jnp.float32, rows)
+    rank = targets.own_rank(link.axis_name, rows, shape.num_ranks)
     results = (
         compat.result_type(rows, (shape.num_tokens, rows.shape[1]), rows.dtype),
         compat.result_type(rows, (shape.num_tokens if carried else 0, shape.top_k), jnp.float32),
@@ -183,7 +184,7 @@ def combine(
     y, token_scalars, order = targets.call(
         targets.COMBINE,
         results,
-        *(rows, scalars, own.routes, own.places, ids, targets.own_rank(link.axis_name, rows, shape.num_ranks), order),
+        *(rows, scalars, own.routes, own.places, ids, rank, order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order

@@ -181,7 +181,7 @@ class _Nodes:
         return self.gathered(x).reshape(self.inside.shape.num_tokens, x.shape[1])
 
     def given_back(self, values: jax.Array) -> jax.Array:
-        """[N·T, ...], what this node has for each node's tokens -> [T, ...], added over the nodes in order."""
+        """[N·T, ...], this node's for the tokens of each -> [T, ...], added over the nodes in order."""
         if self.count == 1:
             return values
         by_node = values.reshape(self.count, len(values) // self.count, values.shape[1])

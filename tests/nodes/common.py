@@ -18,8 +18,8 @@ def mesh():
     return jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
 
 
-def config(transport):
-    return jm.MoEConfig(EXPERTS, TOP_K, HIDDEN, INNER, transport=transport)
+def config(transport, hidden=HIDDEN):
+    return jm.MoEConfig(EXPERTS, TOP_K, hidden, INNER, transport=transport)
 
 
 def case(num_ranks, hidden=HIDDEN, tokens=TOKENS):

@@ -1,4 +1,4 @@
-"""Run on every machine: dispatch and combine over some transports, timed, with the bytes that the machine sent.
+"""Run on every machine: dispatch and combine over some transports, their seconds, and what the machine sent.
 
     script_exchange.py TRANSPORTS TOKENS HIDDEN EXPERTS TOP_K STEPS
 
@@ -6,7 +6,6 @@ Each process prints a line of JSON for each transport.
 """
 
 import json
-import statistics
 import sys
 import time
 from pathlib import Path

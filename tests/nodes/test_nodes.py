@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.nodes import common, jobs
+from jax_moriep.bench import scale, scale_plan
+from tests.nodes import common, jobs, measure_exchange
 from tests.nodes.machines import Machines, Unavailable
 
 TRANSPORTS = ["collective", "two_level"]
@@ -75,24 +76,31 @@ def test_a_layer_on_two_machines(machines, tmp_path, transport, rate):
     assert told["auto"] == TRANSPORTS[-1]
 
 
-def test_bytes_between_machines(machines):
-    """One copy of a token crosses to the other machine, and one row comes back; collective sends more."""
-    tokens, hidden, top_k, steps = 128, 256, 4, 4
-    sizes = (tokens, hidden, 32, top_k, steps)
-    with jobs.launch(machines, "script_exchange.py", "collective,two_level", *sizes) as job:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_link_carries_what_bench_plan_computes(machines, tmp_path, transport):
+    steps, tokens, hidden = 8, 512, 512
+    sent = []
+    with jobs.launch(machines, "script_bytes.py", tmp_path, transport, steps, tokens, hidden) as job:
+        for name in ("warm", "counted"):
+            job.wait_for(name, 4, SECONDS)
+            time.sleep(0.3)  # what the meeting itself sends has arrived
+            sent.append([machines.sent_bytes(k) for k in range(2)])
+            (tmp_path / name).touch()
         assert [ended.code for ended in job.wait(SECONDS)] == [0, 0], job.said()
-    lines = re.findall(r"\[(\d)\] (\{.*\})", job.said())
-    found = [(int(process), json.loads(text)) for process, text in lines]
-    assert len(found) == 2 * 4
-    assert all(of_process["error"] < 1e-5 for _, of_process in found)
-    sent = {
-        name: sum(of["sent"] for process, of in found if process in (0, 2) and of["transport"] == name)
-        for name in ("collective", "two_level")
-    }
-    # Of each of four ranks: tokens and routes to one other node, and sums of as many of its tokens back.
-    needed = steps * 4 * tokens * (2 * hidden * 4 + top_k * 8)
-    assert needed <= sent["two_level"] <= 1.1 * needed + 2e5
-    assert sent["two_level"] <= 0.62 * sent["collective"]
+    cfg = common.config(transport, hidden)
+    sizes = scale_plan.sizes_of(scale_plan.Model(1, cfg), tokens, "float32", 4, 2)
+    exchange = scale.TRANSPORTS[transport](sizes, scale_plan.routing("uniform", cfg)(4, 2))
+    for machine in range(2):
+        both = exchange.dispatch.between_out + exchange.combine.between_out
+        planned = steps * both.reshape(2, 2)[machine].sum()
+        assert sent[1][machine] - sent[0][machine] == pytest.approx(planned, rel=0.01)
+
+
+def test_two_level_sends_six_tenths_of_what_collective_sends(machines):
+    sizes = {"tokens": 512, "hidden": 512, "experts": 32, "top_k": 4, "steps": 4}
+    found = measure_exchange.measure(machines, ["collective", "two_level"], deadline=SECONDS, **sizes)
+    assert all(of_name.error < 1e-5 for of_name in found.values())
+    assert found["two_level"].sent <= 0.6 * found["collective"].sent
 
 
 def slurm(rank):
