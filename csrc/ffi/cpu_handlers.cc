@@ -41,14 +41,14 @@ struct Cpu {
     ffi::Future future(promise);
     LocalRank* me = place.group->local(place.rank);
     me->submit([me, call, op] { return op(*me, call); },
-               [promise, group = place.group, call](const Status& status) mutable {
+               [promise, place, call](const Status& status) mutable {
                  // The token is the user's array: it may hold any number, and wraps as XLA's own
                  // integers do.
                  *call.order_out = static_cast<int32_t>(static_cast<uint32_t>(call.order) + 1);
                  if (status.ok()) {
                    promise.SetAvailable();
                  } else {
-                   promise.SetError(to_ffi(status));
+                   promise.SetError(to_ffi(status, place.node));
                  }
                });
     return future;

@@ -43,7 +43,7 @@ struct Gpu {
 
   template <typename Op>
   static Result run(const PlaceOf<Group>& place, const Call& call, Op op) {
-    return to_ffi(op(*place.group->local(place.rank), call));
+    return to_ffi(op(*place.group->local(place.rank), call), place.node);
   }
 
   static Result fail(const Status& status) { return to_ffi(status); }

@@ -16,6 +16,8 @@ template <typename Group>
 struct PlaceOf {
   std::shared_ptr<Group> group;
   int32_t rank = -1;
+  int32_t index = 0;  // of the group among those of its table
+  std::string node;   // what errors begin with where the group is one node of several
 };
 
 template <typename Group>
@@ -37,7 +39,18 @@ Status find_place(std::string_view name, int32_t device, PlaceOf<Group>* place) 
   }
   place->group = table->groups[static_cast<size_t>(found->second.first)];
   place->rank = found->second.second;
+  place->index = found->second.first;
   return Status();
+}
+
+// Names the node that a group is, where a table's groups are so many nodes each, in their order.
+template <typename Group>
+void name_node(int64_t num_nodes, PlaceOf<Group>* place) {
+  if (num_nodes < 2) return;
+  const int64_t node = place->index % num_nodes;
+  const int64_t first = node * place->group->num_ranks();
+  place->node = "node " + std::to_string(node) + " (ranks " + std::to_string(first) + " to " +
+                std::to_string(first + place->group->num_ranks() - 1) + ", here counted from 0), ";
 }
 
 // What is said where the program computes another rank than the group's table has.

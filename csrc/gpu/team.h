@@ -90,6 +90,7 @@ struct Sizes {
   int32_t capacity;
   int32_t fanout;  // pushed rows that each token has room for
   int32_t num_words;
+  int32_t num_nodes;
   int64_t row_bytes;
 };
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import os
 import queue
 import random
@@ -27,10 +28,11 @@ from jax_moriep.cli.launch_nodes import Nodes
 from jax_moriep.cli.launch_process import Event, Process
 from jax_moriep.cli.launch_wait import wait
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.runtime import compat
+from jax_moriep.runtime import compat, settings
 
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+_COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_timeout_seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,9 @@ def _environment(env: Mapping[str, str] | None, platform: str | None, devices: i
         merged["JAX_PLATFORMS"] = platform
     # Only the CPU platform reads this flag, which may be the one that jax falls back to.
     flags = [f for f in merged.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
+    if not any(f.startswith(_COLLECTIVE_TIMEOUT_FLAG) for f in flags):
+        # Left alone, jax's collectives between CPUs wait far longer for a rank that does not come.
+        flags.append(f"{_COLLECTIVE_TIMEOUT_FLAG}={math.ceil(settings.timeout_seconds(merged))}")
     merged["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={devices}"])
     return merged
 

@@ -1,4 +1,7 @@
-"""Run by the launcher: steps in a loop until one process misbehaves as the first argument names."""
+"""Run by the launcher: steps in a loop until one process misbehaves as the first argument names.
+
+The second argument is the process, the third the transport, native if not given.
+"""
 
 import os
 import signal
@@ -16,7 +19,8 @@ fault, culprit = sys.argv[1], int(sys.argv[2])
 me = jax.process_index()
 guilty = me == culprit
 mesh = common.mesh()
-cfg = common.config(capacity_factor=3.0 if fault == "config" and guilty else 2.0)
+transport = sys.argv[3] if len(sys.argv) > 3 else "native"
+cfg = common.config(transport, capacity_factor=3.0 if fault == "config" and guilty else 2.0)
 tokens = 4 if fault == "tokens" and guilty else 6
 layers = 3 if fault == "layers" and guilty else 2
 x, params = common.placed_case(cfg, mesh, tokens)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from jax_moriep.bench import scale, scale_plan
-from tests.nodes import common, jobs
+from tests.nodes import common, jobs, measure_exchange
 from tests.nodes.machines import Machines, Unavailable
 
-TRANSPORTS = ["collective"]
-"""Those that run on several machines, and whose faults are tested here."""
+TRANSPORTS = ["collective", "two_level"]
+"""Those that run on several machines, and whose faults are tested here; "auto" takes the last."""
 SECONDS = 120
 """Deadline of a job that ends by itself."""
 
@@ -70,8 +70,7 @@ def test_a_layer_on_two_machines(machines, tmp_path, transport, rate):
     told = check_shards(tmp_path, 4, 4)
     assert "it needs the ranks of a group on one machine" in told["native"]
     assert (
-        told["reasons"]["native"]
-        == "it needs the ranks of a group on one machine; use transport='collective'"
+        told["reasons"]["native"] == "it needs the ranks of a group on one machine; use transport='two_level'"
     )
     assert told["reasons"][told["auto"]] is None
     assert told["auto"] == TRANSPORTS[-1]
@@ -95,6 +94,13 @@ def test_the_link_carries_what_bench_plan_computes(machines, tmp_path, transport
         both = exchange.dispatch.between_out + exchange.combine.between_out
         planned = steps * both.reshape(2, 2)[machine].sum()
         assert sent[1][machine] - sent[0][machine] == pytest.approx(planned, rel=0.01)
+
+
+def test_two_level_sends_six_tenths_of_what_collective_sends(machines):
+    sizes = {"tokens": 512, "hidden": 512, "experts": 32, "top_k": 4, "steps": 4}
+    found = measure_exchange.measure(machines, ["collective", "two_level"], deadline=SECONDS, **sizes)
+    assert all(of_name.error < 1e-5 for of_name in found.values())
+    assert found["two_level"].sent <= 0.6 * found["collective"].sent
 
 
 def slurm(rank):
