@@ -6,7 +6,7 @@
 # jax.distributed.initialize reads, would put all into one, but only GPUs' plugins are told of it: on CPUs nothing changes.
 # jax.sharding.Mesh(np.array(jax.devices()), ...) takes the same devices without a word.
 #
-# Seen with jax 0.10.2 on CPUs, two processes of which one sees another boot id:
+# Seen with jax 0.10.2, and with 0.12.0.1, on CPUs, two processes of which one sees another boot id:
 #   jax 0.10.2: slices [0, 1]; make_mesh: ValueError; Mesh: 2 devices
 # Exits with another status than 0 if that has changed. Takes unshare, and the right to have a user namespace.
 set -eu
