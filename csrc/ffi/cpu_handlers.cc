@@ -24,9 +24,11 @@ struct Cpu {
   static constexpr auto& replay = moriep::replay;
   static constexpr auto& combine = moriep::combine;
 
-  static Status begin(const Context& at, const Attributes& attributes, int32_t place,
+  static Status begin(const Context& at, const Attributes& attributes, const PlaceOf<Group>& place,
                       const int32_t* rank, const int32_t* order, int32_t* order_out, Call* call) {
-    if (place != *rank) return wrong_rank(attributes.group, at.device, *rank);
+    if (place.first_rank + place.rank != *rank) {
+      return wrong_rank(attributes.group, at.device, *rank);
+    }
     call->order = *order;
     call->order_out = order_out;
     call->config = std::string(attributes.config);

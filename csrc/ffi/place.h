@@ -16,8 +16,9 @@ template <typename Group>
 struct PlaceOf {
   std::shared_ptr<Group> group;
   int32_t rank = -1;
-  int32_t index = 0;  // of the group among those of its table
-  std::string node;   // what errors begin with where the group is one node of several
+  int32_t index = 0;       // of the group among those of its table
+  int32_t first_rank = 0;  // of the group, as the program counts: not 0 where nodes lie before it
+  std::string node;        // what errors begin with where the group is one node of several
 };
 
 template <typename Group>
@@ -43,14 +44,15 @@ Status find_place(std::string_view name, int32_t device, PlaceOf<Group>* place) 
   return Status();
 }
 
-// Names the node that a group is, where a table's groups are so many nodes each, in their order.
+// Where a table's groups are so many nodes each, in their order: which one the place's group is.
 template <typename Group>
-void name_node(int64_t num_nodes, PlaceOf<Group>* place) {
+void find_node(int64_t num_nodes, PlaceOf<Group>* place) {
   if (num_nodes < 2) return;
-  const int64_t node = place->index % num_nodes;
-  const int64_t first = node * place->group->num_ranks();
-  place->node = "node " + std::to_string(node) + " (ranks " + std::to_string(first) + " to " +
-                std::to_string(first + place->group->num_ranks() - 1) + ", here counted from 0), ";
+  const auto node = static_cast<int32_t>(place->index % num_nodes);
+  place->first_rank = node * place->group->num_ranks();
+  place->node = "node " + std::to_string(node) + " (ranks " + std::to_string(place->first_rank) +
+                " to " + std::to_string(place->first_rank + place->group->num_ranks() - 1) +
+                ", here counted from 0), ";
 }
 
 // What is said where the program computes another rank than the group's table has.

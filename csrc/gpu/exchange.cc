@@ -76,7 +76,8 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
                        .digest = digest_of(kind, call, with_scalars),
                        .rank = call.rank,
                        .order = call.order,
-                       .order_out = call.order_out};
+                       .order_out = call.order_out,
+                       .first_rank = call.first_rank};
   out->stream = static_cast<gpuStream_t>(call.stream);
   return Status();
 }

@@ -111,19 +111,12 @@ def register_interop() -> None:
         _registered.add("interop")
 
 
-def own_rank(axis_name: str, like: jax.Array, num_ranks: int | None = None) -> jax.Array:
+def own_rank(axis_name: str, like: jax.Array) -> jax.Array:
     """This device's rank i32[1] as data, varying as ``like`` does.
 
     The module is the same on all ranks, so the rank is no attribute, and the handler checks its table by it.
-
-    Args:
-      axis_name: the mesh axis along which the ranks lie.
-      like: any array of the exchange.
-      num_ranks: of a group, where each run of so many devices along the axis is one; None: the axis is one.
     """
     rank = lax.axis_index(axis_name).astype(jnp.int32).reshape(1)
-    if num_ranks is not None and num_ranks != lax.axis_size(axis_name):
-        rank = rank % num_ranks
     return compat.pcast_varying(rank, compat.varying_axes(like))
 
 

@@ -136,7 +136,7 @@ def dispatch(
     rows, row_weights, group_sizes, routes, places, all_words, order = targets.call(
         targets.DISPATCH,
         results,
-        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x, shape.num_ranks), order),
+        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
         attributes=link.opened.attributes,
     )
     return rows, row_weights, group_sizes, all_words, Own(routes, places), order
@@ -155,7 +155,7 @@ def replay(
     rows, order = targets.call(
         targets.REPLAY,
         results,
-        *(x, own.routes, ids, targets.own_rank(link.axis_name, x, shape.num_ranks), order),
+        *(x, own.routes, ids, targets.own_rank(link.axis_name, x), order),
         attributes=link.opened.attributes,
     )
     return rows, order
@@ -175,7 +175,6 @@ def combine(
     # An empty operand stands for "no scalars", so that one target serves the forward and the backward pass.
     carried = row_scalars is not None
     scalars = row_scalars if carried else compat.zeros_like_varying((0,), jnp.float32, rows)
-    rank = targets.own_rank(link.axis_name, rows, shape.num_ranks)
     results = (
         compat.result_type(rows, (shape.num_tokens, rows.shape[1]), rows.dtype),
         compat.result_type(rows, (shape.num_tokens if carried else 0, shape.top_k), jnp.float32),
@@ -184,7 +183,7 @@ def combine(
     y, token_scalars, order = targets.call(
         targets.COMBINE,
         results,
-        *(rows, scalars, own.routes, own.places, ids, rank, order),
+        *(rows, scalars, own.routes, own.places, ids, targets.own_rank(link.axis_name, rows), order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order

@@ -1,9 +1,11 @@
 """Nodes: how large they are, what is said of them, and when "auto" takes the transport that needs them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep import cli, transports
@@ -83,3 +85,19 @@ def test_groups_of_two_axes_are_cut_alike(monkeypatch):
     got = jax.jit(lambda x: jm.ep_moe(x, params, cfg, mesh=place.mesh)[0])(x)
     want = jax.jit(lambda x: jm.ep_moe(x, params, cfg, mesh=mesh(1))[0])(x)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=2e-5, rtol=2e-4)
+
+
+def test_a_mesh_that_is_not_the_one_in_context_is_found_out(monkeypatch):
+    """Also where each rank is at its own place, of another node: the handlers count ranks along the axis."""
+    monkeypatch.setenv(SETTING, "2")
+    running = Mesh(np.array(jax.devices())[[2, 3, 0, 1]], ("ep",))
+
+    def body(x):
+        ids = jnp.zeros((x.shape[0], CFG.top_k), jnp.int32)
+        disp = jm.dispatch(x, ids, jnp.ones(ids.shape), CFG)
+        return jm.combine(disp.rows, disp.plan)
+
+    jm.initialize(mesh(4), cfg=CFG)
+    step = jax.jit(jax.shard_map(body, mesh=running, in_specs=P("ep"), out_specs=P("ep")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of the running mesh, which is not its place"):
+        jax.block_until_ready(step(jnp.ones((8, CFG.hidden_size))))
