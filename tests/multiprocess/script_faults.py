@@ -10,7 +10,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 import jax_moriep as jm
 from tests.multiprocess import common
@@ -34,7 +33,7 @@ def step(x, params):
 
 
 compiled = step.lower(x, params).compile()
-multihost_utils.sync_global_devices("compiled")  # a slow compiler must not look like a stopped rank
+common.meet("compiled")  # a slow compiler must not look like a stopped rank
 for i in range(6):
     if i == 3 and guilty and fault in ("kill", "stop"):
         time.sleep(0.5)  # the others are inside their step by now, waiting
