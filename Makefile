@@ -32,7 +32,7 @@ bench: build
 # These count seconds until a process that is gone is missed, so they do not share the machine. The parallel part
 # comes last, so that the output ends with its summary. The tests of a file share what they compile or build; the
 # longest files do not come last, where a worker would be left with one while the others have nothing to do.
-ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py
+ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py tests/multiprocess/test_two_level.py
 FIRST := tests/packaging tests/multiprocess tests/unit
 PARALLEL := $(FIRST) $(filter-out $(FIRST) tests/rocm tests/maxtext %__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 test: build test-cpp test-newest

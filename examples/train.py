@@ -38,7 +38,8 @@ CFG = jm.MoEConfig(
 )
 TEXT = np.frombuffer(b"".join(inspect.getsource(m).encode() for m in (argparse, inspect, json)), np.uint8)
 
-mesh = jax.make_mesh((len(jax.devices()),), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+# jax.make_mesh would refuse devices of several machines.
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
 
 
 # The model

@@ -34,7 +34,7 @@ ROUTER_NAMES = (
 GROUPED_ROUTERS = ("deepseek_v3", "deepseek_v2")
 SCORE_BIAS_ROUTERS = ("sigmoid_topk", "deepseek_v3", "ernie45")
 ACTIVATIONS = ("silu", "gelu", "swiglu_clamped")
-TRANSPORTS = ("native", "mori", "collective", "reference")
+TRANSPORTS = ("native", "mori", "two_level", "collective", "reference")
 # In the order in which "auto" tries them.
 EXPERTS = ("aiter", "triton", "blocked", "reference")
 SCHEMES = ("fp8_block", "fp8_token", "int8_token")
@@ -66,7 +66,7 @@ class MoEConfig:
       capacity_factor: None reserves the exact bound ``R*T*min(K, L)`` rows on each rank and drops nothing;
         a number x reserves ``x*T*K`` rows, and what does not fit is dropped and counted.
       wire_dtype: None sends rows in x's dtype; "fp8" sends float8 with one f32 scale per 128 values.
-      transport: "auto" or one of native, mori, collective, reference.
+      transport: "auto" or one of native, mori, two_level, collective, reference.
       experts: "auto" or one of blocked, triton, aiter, reference.
       expert_quant: a scheme of docs/quantisation.md, "fp8_block", "fp8_token" or "int8_token": the experts
         compute with quantised weights and rows. w1 and w2 may be what ``jm.quantize_params`` made of them, or

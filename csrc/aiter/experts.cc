@@ -197,7 +197,7 @@ Status run_arrivals(int32_t device, void* stream, const Layer& layer, const Shap
                                                    .weights = at.weights,
                                                    .rank = at.rank,
                                                    .tokens_per_chunk = chunks.tokens_per_chunk,
-                                                   .chunks_per_rank = chunks.chunks_per_rank,
+                                                   .chunks_per_node = chunks.chunks_per_node,
                                                    .counts = counts,
                                                    .written = reinterpret_cast<uint32_t*>(written),
                                                    .places = counts + chunks.counts,

@@ -71,8 +71,9 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
   }
 }
 
-// Gives every route of the group that ends here its row, in the order local expert, source rank,
-// source token; and every (source, token) pair that ends here its place in the source's arena.
+// Gives every route of the group that ends here its row, in the order local expert, node, source
+// rank, source token; and every (source, token) pair that ends here its place in the source's
+// arena.
 void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
                  const std::vector<int32_t>& all_ids, int32_t* group_sizes, int32_t* routes,
                  int32_t* slots) {
@@ -92,26 +93,28 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
   }
 
   std::vector<int32_t> ranks;
-  for (int64_t source = 0; source < shape.num_ranks; ++source) {
-    int32_t next_slot = 0;
-    for (int64_t t = 0; t < shape.num_tokens; ++t) {
-      const int64_t token = source * shape.num_tokens + t;
-      const int32_t* ids = all_ids.data() + token * shape.top_k;
-      owners.ranks_of(ids, ranks);
-      const auto place = std::find(ranks.begin(), ranks.end(), me);
-      slots[token] =
-          place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
-      next_slot += static_cast<int32_t>(ranks.size());
-      for (int64_t k = 0; k < shape.top_k; ++k) {
-        const int64_t e = local_expert(ids[k]);
-        int32_t& route = routes[token * shape.top_k + k];
-        if (e < 0) {
-          route = kNotHere;
-          continue;
-        }
-        const int64_t row = next[static_cast<size_t>(e)]++;
-        route = row < shape.capacity ? static_cast<int32_t>(row) : kDropped;
+  std::vector<int32_t> next_slots(static_cast<size_t>(shape.num_ranks));
+  const int64_t per_node = shape.num_tokens / shape.num_nodes;
+  for (int64_t i = 0; i < shape.num_nodes * shape.num_ranks * per_node; ++i) {
+    const int64_t source = i / per_node % shape.num_ranks;
+    const int64_t t = i / per_node / shape.num_ranks * per_node + i % per_node;
+    const int64_t token = source * shape.num_tokens + t;
+    const int32_t* ids = all_ids.data() + token * shape.top_k;
+    owners.ranks_of(ids, ranks);
+    int32_t& next_slot = next_slots[static_cast<size_t>(source)];
+    const auto place = std::find(ranks.begin(), ranks.end(), me);
+    slots[token] =
+        place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
+    next_slot += static_cast<int32_t>(ranks.size());
+    for (int64_t k = 0; k < shape.top_k; ++k) {
+      const int64_t e = local_expert(ids[k]);
+      int32_t& route = routes[token * shape.top_k + k];
+      if (e < 0) {
+        route = kNotHere;
+        continue;
       }
+      const int64_t row = next[static_cast<size_t>(e)]++;
+      route = row < shape.capacity ? static_cast<int32_t>(row) : kDropped;
     }
   }
 }

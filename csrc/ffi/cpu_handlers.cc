@@ -24,9 +24,11 @@ struct Cpu {
   static constexpr auto& replay = moriep::replay;
   static constexpr auto& combine = moriep::combine;
 
-  static Status begin(const Context& at, const Attributes& attributes, int32_t place,
+  static Status begin(const Context& at, const Attributes& attributes, const PlaceOf<Group>& place,
                       const int32_t* rank, const int32_t* order, int32_t* order_out, Call* call) {
-    if (place != *rank) return wrong_rank(attributes.group, at.device, *rank);
+    if (place.first_rank + place.rank != *rank) {
+      return wrong_rank(attributes.group, at.device, *rank);
+    }
     call->order = *order;
     call->order_out = order_out;
     call->config = std::string(attributes.config);
@@ -41,14 +43,14 @@ struct Cpu {
     ffi::Future future(promise);
     LocalRank* me = place.group->local(place.rank);
     me->submit([me, call, op] { return op(*me, call); },
-               [promise, group = place.group, call](const Status& status) mutable {
+               [promise, place, call](const Status& status) mutable {
                  // The token is the user's array: it may hold any number, and wraps as XLA's own
                  // integers do.
                  *call.order_out = static_cast<int32_t>(static_cast<uint32_t>(call.order) + 1);
                  if (status.ok()) {
                    promise.SetAvailable();
                  } else {
-                   promise.SetError(to_ffi(status));
+                   promise.SetError(to_ffi(status, place.node));
                  }
                });
     return future;

@@ -30,6 +30,7 @@ struct Attributes {
   int64_t num_experts;
   int64_t num_local_experts;
   int64_t block;
+  int64_t num_nodes;
   std::string_view
       wire;  // of a dispatch: "fp8" where the backend quantises, "" for tokens as given
 };
@@ -42,13 +43,15 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::moriep::Attributes,
                                       ::xla::ffi::StructMember<int64_t>("num_experts"),
                                       ::xla::ffi::StructMember<int64_t>("num_local_experts"),
                                       ::xla::ffi::StructMember<int64_t>("block"),
+                                      ::xla::ffi::StructMember<int64_t>("num_nodes"),
                                       ::xla::ffi::StructMember<std::string_view>("wire"));
 
 namespace moriep {
 
-inline ffi::Error to_ffi(const Status& status) {
+// `where` comes before the text.
+inline ffi::Error to_ffi(const Status& status, const std::string& where = "") {
   if (status.ok()) return ffi::Error::Success();
-  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + status.text());
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), "moriep " + where + status.text());
 }
 
 inline Status bad_argument(const std::string& what) { return Status(Code::kInvalidArgument, what); }
@@ -133,7 +136,8 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
                  .num_local_experts = attributes.num_local_experts,
                  .block = attributes.block,
                  .capacity = row_dims[0],
-                 .num_words = num_words};
+                 .num_words = num_words,
+                 .num_nodes = attributes.num_nodes};
   if (tokens.element_type() != rows.element_type())
     return bad_argument("tokens and rows must have one dtype");
   return first_failure({check_shape(*shape),

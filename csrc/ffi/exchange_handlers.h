@@ -29,6 +29,7 @@ struct ExchangeHandlers {
                       const I32& order, I32& order_out, const Attributes& attributes, Place* place,
                       Call* call) {
     if (Status status = find_place(attributes.group, at.device, place); !status.ok()) return status;
+    find_node(attributes.num_nodes, place);
     if (Status status =
             first_failure({decode_type(rows, summed, &call->type), expect_shape("rank", rank, {1}),
                            expect_shape("order", order, {1}), expect_shape("order", order_out, {1}),
@@ -37,7 +38,7 @@ struct ExchangeHandlers {
         !status.ok()) {
       return status;
     }
-    return Backend::begin(at, attributes, place->rank, rank.typed_data(), order.typed_data(),
+    return Backend::begin(at, attributes, *place, rank.typed_data(), order.typed_data(),
                           order_out.typed_data(), call);
   }
 

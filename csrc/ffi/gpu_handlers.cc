@@ -30,11 +30,12 @@ struct Gpu {
   static constexpr auto& replay = gpu::replay;
   static constexpr auto& combine = gpu::combine;
 
-  static Status begin(const Context& at, const Attributes& attributes, int32_t /*place*/,
+  static Status begin(const Context& at, const Attributes& attributes, const PlaceOf<Group>& place,
                       const int32_t* rank, const int32_t* order, int32_t* order_out, Call* call) {
     handler_runs.fetch_add(1, std::memory_order_relaxed);
     call->config = attributes.config;
     call->rank = rank;
+    call->first_rank = place.first_rank;
     call->order = order;
     call->order_out = order_out;
     call->stream = at.stream;
@@ -43,7 +44,7 @@ struct Gpu {
 
   template <typename Op>
   static Result run(const PlaceOf<Group>& place, const Call& call, Op op) {
-    return to_ffi(op(*place.group->local(place.rank), call));
+    return to_ffi(op(*place.group->local(place.rank), call), place.node);
   }
 
   static Result fail(const Status& status) { return to_ffi(status); }

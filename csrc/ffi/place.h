@@ -16,6 +16,9 @@ template <typename Group>
 struct PlaceOf {
   std::shared_ptr<Group> group;
   int32_t rank = -1;
+  int32_t index = 0;       // of the group among those of its table
+  int32_t first_rank = 0;  // of the group, as the program counts: not 0 where nodes lie before it
+  std::string node;        // what errors begin with where the group is one node of several
 };
 
 template <typename Group>
@@ -37,7 +40,19 @@ Status find_place(std::string_view name, int32_t device, PlaceOf<Group>* place) 
   }
   place->group = table->groups[static_cast<size_t>(found->second.first)];
   place->rank = found->second.second;
+  place->index = found->second.first;
   return Status();
+}
+
+// Where a table's groups are so many nodes each, in their order: which one the place's group is.
+template <typename Group>
+void find_node(int64_t num_nodes, PlaceOf<Group>* place) {
+  if (num_nodes < 2) return;
+  const auto node = static_cast<int32_t>(place->index % num_nodes);
+  place->first_rank = node * place->group->num_ranks();
+  place->node = "node " + std::to_string(node) + " (ranks " + std::to_string(place->first_rank) +
+                " to " + std::to_string(place->first_rank + place->group->num_ranks() - 1) +
+                ", here counted from 0), ";
 }
 
 // What is said where the program computes another rank than the group's table has.

@@ -17,10 +17,10 @@ namespace {
 uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
   Digest digest;
   const Shape& s = call.shape;
-  for (const int64_t value :
-       {static_cast<int64_t>(kind), static_cast<int64_t>(call.type),
-        static_cast<int64_t>(call.wire), int64_t{with_scalars}, s.num_ranks, s.num_tokens, s.top_k,
-        s.hidden_size, s.num_experts, s.num_local_experts, s.block, s.capacity, s.num_words}) {
+  for (const int64_t value : {static_cast<int64_t>(kind), static_cast<int64_t>(call.type),
+                              static_cast<int64_t>(call.wire), int64_t{with_scalars}, s.num_ranks,
+                              s.num_tokens, s.top_k, s.hidden_size, s.num_experts,
+                              s.num_local_experts, s.block, s.capacity, s.num_words, s.num_nodes}) {
     digest.take(static_cast<uint64_t>(value));
   }
   digest.take(call.config);
@@ -76,7 +76,8 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
                        .digest = digest_of(kind, call, with_scalars),
                        .rank = call.rank,
                        .order = call.order,
-                       .order_out = call.order_out};
+                       .order_out = call.order_out,
+                       .first_rank = call.first_rank};
   out->stream = static_cast<gpuStream_t>(call.stream);
   return Status();
 }
@@ -137,7 +138,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
                       .ids = at.ids,
                       .weights = at.weights,
                       .tokens_per_chunk = p.chunks.tokens_per_chunk,
-                      .chunks_per_rank = p.chunks.chunks_per_rank,
+                      .chunks_per_node = p.chunks.chunks_per_node,
                       .counts = p.counts,
                       .written = p.written,
                       .routes = at.routes,

@@ -25,6 +25,7 @@ struct Call {
   Wire wire = Wire::kRows;  // of a dispatch
   std::string_view config;
   const int32_t* rank = nullptr;   // [1]
+  int32_t first_rank = 0;          // what the program calls the group's rank 0
   const int32_t* order = nullptr;  // [1]
   int32_t* order_out = nullptr;    // [1]
   Half half = Half::kBoth;

@@ -56,7 +56,7 @@ Status expand(const LocalCall& call, const ExpandBuffers& at) {
                              .weights = at.weights,
                              .rank = at.rank,
                              .tokens_per_chunk = chunks.tokens_per_chunk,
-                             .chunks_per_rank = chunks.chunks_per_rank,
+                             .chunks_per_node = chunks.chunks_per_node,
                              .counts = counts,
                              .written = written,
                              .places = counts + chunks.counts,

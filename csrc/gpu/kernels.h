@@ -44,7 +44,7 @@ struct PlanArgs {
   const int32_t* ids;    // this rank's own [T, K]
   const float* weights;  // this rank's own [T, K]
   int32_t tokens_per_chunk;
-  int32_t chunks_per_rank;
+  int32_t chunks_per_node;
   int32_t* counts;    // workspace: [chunks, L]
   uint32_t* written;  // workspace: a bit for each row
   int32_t* routes;
@@ -96,7 +96,7 @@ struct ArrivalPlanArgs {
   const float* weights;  // [N, K]
   const int32_t* rank;   // [1], as the program computes it
   int32_t tokens_per_chunk;
-  int32_t chunks_per_rank;
+  int32_t chunks_per_node;
   int32_t* counts;    // workspace: [chunks, L]
   uint32_t* written;  // workspace: a bit for each row
   int32_t* places;    // workspace: [R, T], where each token has come to, -1 for nowhere

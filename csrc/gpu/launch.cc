@@ -33,6 +33,7 @@ Status count_sizes(const Shape& shape, int64_t row_bytes, Sizes* sizes) {
                  .capacity = static_cast<int32_t>(shape.capacity),
                  .fanout = static_cast<int32_t>(std::min(shape.top_k, shape.num_ranks)),
                  .num_words = static_cast<int32_t>(shape.num_words),
+                 .num_nodes = static_cast<int32_t>(shape.num_nodes),
                  .row_bytes = row_bytes};
   return Status();
 }
@@ -40,11 +41,12 @@ Status count_sizes(const Shape& shape, int64_t row_bytes, Sizes* sizes) {
 Chunks chunks_of(const Shape& shape) {
   const int routes = plan_chunk_routes(static_cast<int>(shape.num_local_experts));
   const int64_t tokens = std::max<int64_t>(1, routes / shape.top_k);
-  const int64_t chunks = std::max<int64_t>(1, (shape.num_tokens + tokens - 1) / tokens);
+  const int64_t of_node = shape.num_tokens / shape.num_nodes;
+  const int64_t chunks = std::max<int64_t>(1, (of_node + tokens - 1) / tokens);
   return {.tokens_per_chunk = static_cast<int32_t>(tokens),
-          .chunks_per_rank = static_cast<int32_t>(chunks),
+          .chunks_per_node = static_cast<int32_t>(chunks),
           .written_words = (shape.capacity + 31) / 32,
-          .counts = shape.num_ranks * chunks * shape.num_local_experts};
+          .counts = shape.num_nodes * shape.num_ranks * chunks * shape.num_local_experts};
 }
 
 int num_blocks(int32_t max_blocks, int64_t num_items) {

@@ -17,9 +17,9 @@ Status count_sizes(const Shape& shape, int64_t row_bytes, Sizes* sizes);
 // How the counting sort cuts a group's routes, and the words of workspace that it takes.
 struct Chunks {
   int32_t tokens_per_chunk = 1;
-  int32_t chunks_per_rank = 1;
-  int64_t written_words = 0;  // a bit for each row
-  int64_t counts = 0;         // [chunks, L]
+  int32_t chunks_per_node = 1;  // of one rank's tokens
+  int64_t written_words = 0;    // a bit for each row
+  int64_t counts = 0;           // [chunks, L]
 };
 Chunks chunks_of(const Shape& shape);
 

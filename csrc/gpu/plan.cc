@@ -20,12 +20,17 @@ struct Chunk {
   int32_t num_tokens;
 };
 
+// Chunks follow each other as their rows do: by node, rank and token.
 template <typename Args>
 __device__ Chunk chunk_of_block(const Args& args) {
-  const int32_t source = static_cast<int32_t>(blockIdx.x) / args.chunks_per_rank;
+  const Sizes& sizes = args.sizes;
+  const int32_t of_node = static_cast<int32_t>(blockIdx.x) / args.chunks_per_node;
+  const int32_t node = of_node / sizes.num_ranks;
+  const int32_t tokens = sizes.num_tokens / sizes.num_nodes;
   const int32_t first =
-      static_cast<int32_t>(blockIdx.x) % args.chunks_per_rank * args.tokens_per_chunk;
-  return {source, first, min(args.tokens_per_chunk, args.sizes.num_tokens - first)};
+      static_cast<int32_t>(blockIdx.x) % args.chunks_per_node * args.tokens_per_chunk;
+  return {of_node % sizes.num_ranks, node * tokens + first,
+          min(args.tokens_per_chunk, tokens - first)};
 }
 
 __device__ const std::byte* routing_of(const PlanArgs& args, int32_t source) {
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   const Sizes& sizes = args.sizes;
   const bool good = begin(args);
   const int32_t num_experts = sizes.num_local_experts;
-  const int32_t num_chunks = args.chunks_per_rank * sizes.num_ranks;
+  const int32_t num_chunks = args.chunks_per_node * sizes.num_nodes * sizes.num_ranks;
   const int32_t waves = static_cast<int32_t>(blockDim.x) / kWave;
 
   int32_t* totals = shared;                // of all chunks
@@ -315,7 +320,7 @@ template <typename Args>
 gpuError_t sort(gpuStream_t stream, const Args& args) {
   const int num_experts = args.sizes.num_local_experts;
   const int threads = num_plan_threads(num_experts);
-  const int num_chunks = args.chunks_per_rank * args.sizes.num_ranks;
+  const int num_chunks = args.chunks_per_node * args.sizes.num_nodes * args.sizes.num_ranks;
   const size_t count_bytes = sizeof(int32_t) * static_cast<size_t>(num_experts + threads);
   const size_t place_bytes = static_cast<size_t>(num_experts) *
                              (3 * sizeof(int32_t) + sizeof(uint16_t) * (threads / kWave));

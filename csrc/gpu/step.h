@@ -39,7 +39,9 @@ __device__ inline void fail(const Team& team, const Stepping& at, Fault fault, i
 // The program's rank must be the table's; one thread of a step looks.
 __device__ inline void check_rank(const Team& team, const Stepping& at) {
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  if (at.rank[0] != team.rank) fail(team, at, Fault::kWrongRank, team.rank, team.rank, at.rank[0]);
+  if (at.rank[0] != at.first_rank + team.rank) {
+    fail(team, at, Fault::kWrongRank, team.rank, team.rank, at.rank[0]);
+  }
 }
 
 // Waits until every peer has published this step, in every block that goes on to read it: an

@@ -90,6 +90,7 @@ struct Sizes {
   int32_t capacity;
   int32_t fanout;  // pushed rows that each token has room for
   int32_t num_words;
+  int32_t num_nodes;
   int64_t row_bytes;
 };
 
@@ -97,9 +98,10 @@ struct Sizes {
 struct Stepping {
   Kind kind;
   uint64_t digest;
-  const int32_t* rank;   // [1], as the program computes it
-  const int32_t* order;  // [1]
-  int32_t* order_out;    // [1]
+  const int32_t* rank;     // [1], as the program computes it
+  const int32_t* order;    // [1]
+  int32_t* order_out;      // [1]
+  int32_t first_rank = 0;  // what the program calls the group's rank 0
 };
 
 }  // namespace moriep::gpu

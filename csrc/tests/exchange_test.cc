@@ -92,6 +92,23 @@ TEST(more_experts_than_the_group_routes_to, 20) {
     run_case(*group, {.shape = shape, .routing = routing, .with_scalars = true, .seed = 5});
 }
 
+TEST(tokens_of_several_nodes, 30) {
+  for (int32_t num_ranks : {1, 2, 3}) {
+    const auto group = make_threads(num_ranks);
+    for (int64_t num_nodes : {2, 3, 12}) {
+      for (Routing routing : kRoutings) {
+        Case test{
+            .shape = shape_of(num_ranks, 12, 3, 6, 6, 4), .routing = routing, .with_scalars = true};
+        test.shape.num_nodes = num_nodes;
+        run_case(*group, test);
+        test.shape.capacity = 8;
+        run_case(*group, test);
+        poison_arenas(*group, 1 << 14);
+      }
+    }
+  }
+}
+
 TEST(rows_beyond_the_capacity_are_dropped, 30) {
   int64_t dropped = 0;
   for (int32_t num_ranks : {1, 2, 4}) {

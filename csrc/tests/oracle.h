@@ -183,18 +183,23 @@ class Oracle {
     for (int64_t e = 0; e < shape_.num_local_experts; ++e) {
       while (next % shape_.block != 0) ++next;
       int32_t kept = 0;
-      for (int64_t source = 0; source < shape_.num_ranks; ++source) {
-        for (int64_t route = 0; route < shape_.num_routes(); ++route) {
-          const int32_t id = ids(source)[static_cast<size_t>(route)];
-          if (!is_expert(id) || id != rank * shape_.num_local_experts + e) continue;
-          int32_t& place = routes[static_cast<size_t>(source * shape_.num_routes() + route)];
-          place = kDropped;
-          if (next < shape_.capacity) {
-            place = static_cast<int32_t>(next);
-            rows[static_cast<size_t>(next)] = {source, route / shape_.top_k, route % shape_.top_k};
-            ++kept;
+      // Of each node its part of every rank's routes.
+      const int64_t part = shape_.num_routes() / shape_.num_nodes;
+      for (int64_t node = 0; node < shape_.num_nodes; ++node) {
+        for (int64_t source = 0; source < shape_.num_ranks; ++source) {
+          for (int64_t route = node * part; route < (node + 1) * part; ++route) {
+            const int32_t id = ids(source)[static_cast<size_t>(route)];
+            if (!is_expert(id) || id != rank * shape_.num_local_experts + e) continue;
+            int32_t& place = routes[static_cast<size_t>(source * shape_.num_routes() + route)];
+            place = kDropped;
+            if (next < shape_.capacity) {
+              place = static_cast<int32_t>(next);
+              rows[static_cast<size_t>(next)] = {source, route / shape_.top_k,
+                                                 route % shape_.top_k};
+              ++kept;
+            }
+            ++next;
           }
-          ++next;
         }
       }
       sizes.push_back(kept);

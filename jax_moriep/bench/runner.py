@@ -105,14 +105,17 @@ def link_of(case: Case, mebibytes: int = 256) -> Case:
 
 def environment(cases: list[Case]) -> dict[str, str]:
     """What processes on GPUs need: arenas and a heap that hold the steps, and room beside XLA's pool."""
-    slots = [
-        case.tokens * min(case.top_k, case.ranks) * case.row_bytes for case in cases if case.kind != "link"
-    ]
+    slots = [case.tokens * _most_places(case) * case.row_bytes for case in cases if case.kind != "link"]
     megabytes = max(1024, int(2.1 * max(slots, default=0)) // (1 << 20) + 32)
     wanted = {"JAX_MORIEP_ARENA_MB": str(megabytes), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7"}
     if any("mori" in case.transports for case in cases):
         wanted["JAX_MORIEP_MORI_HEAP_MB"] = str(_mori_heap(cases))
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _most_places(case: Case) -> int:
+    """Rows in a rank's arena for each of its tokens; two_level has those of other nodes there too."""
+    return case.ranks if "two_level" in case.transports else min(case.top_k, case.ranks)
 
 
 def _mori_heap(cases: list[Case]) -> int:

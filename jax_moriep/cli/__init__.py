@@ -38,6 +38,7 @@ EXAMPLES = {
     "bench host": "jax-moriep bench host --out results",
     "bench kernels": "jax-moriep bench kernels --sizes uniform",
     "bench load": "jax-moriep bench load --gb 1",
+    "bench plan": "jax-moriep bench plan --model deepseek-v3 --wire fp8",
     "plot": "jax-moriep plot results.json --out results.png",
     "tune": "jax-moriep tune --out table.json",
 }

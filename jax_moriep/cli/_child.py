@@ -21,23 +21,23 @@ def main(argv: list[str]) -> None:
     """Runs one process.
 
     Args:
-      argv: coordinator address, number of processes, this process's id, devices per process, the launcher's
-        process id, "file" or "module", the script's path or the module's name, and the script's arguments.
+      argv: coordinator address, number of processes, this process's id, the first of its devices on the
+        machine, devices per process, the launcher's process id, "file" or "module", the script's path or the
+        module's name, and the script's arguments.
     """
-    coordinator, num_processes, process_id, devices, launcher_pid, kind, target, *args = argv
+    coordinator, num_processes, process_id, first, devices, launcher_pid, kind, target, *args = argv
     _die_with(int(launcher_pid))
     # On a crash, and when the launcher aborts a run that took too long, each thread's stack is printed.
     faulthandler.enable()
 
     import jax
 
-    first = int(process_id) * int(devices)
     jax.distributed.initialize(
         coordinator_address=coordinator,
         num_processes=int(num_processes),
         process_id=int(process_id),
         # On a machine with accelerators each process takes its own share of them.
-        local_device_ids=range(first, first + int(devices)),
+        local_device_ids=range(int(first), int(first) + int(devices)),
         # The launcher hosts the service that all connect to. Process 0 starts one in any case: it gets a port
         # of its own, which nobody uses.
         coordinator_bind_address="127.0.0.1:0",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import cases, load, report, runner
+from jax_moriep.bench import cases, load, report, runner, scale_plan
 from jax_moriep.cli import bench_host
 from jax_moriep.config import SCHEMES
 from jax_moriep.errors import ConfigError, rule
@@ -56,6 +56,14 @@ def add_parser(subparsers: Any) -> None:
         epilog="The exit code is 1 if any bit was wrong.",
     )
     load.add_arguments(of_load)
+
+    of_plan = kinds.add_parser(
+        "plan",
+        help="bytes, memory and the least times of a model on many ranks, on paper",
+        description="Computes what each transport would move over which link for a model on many ranks, what "
+        "it would hold, and how long it takes at least; nothing is run.",
+    )
+    scale_plan.add_arguments(of_plan)
 
     of_kernels = kinds.add_parser(
         "kernels",
@@ -132,6 +140,14 @@ def _run_load(args: argparse.Namespace, command: str) -> int:
     return 1 if runner.failed_checks(result) else 0
 
 
+def _run_plan(args: argparse.Namespace, command: str) -> int:
+    planned = scale_plan.of_arguments(args)
+    print(scale_plan.as_text(planned))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"command": command, **planned}, indent=1) + "\n")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep bench``; returns 1 if a value was wrong, else 0."""
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
@@ -141,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             rule("--json", str(args.json), "lie in an existing folder", "make the folder first")
         )
+    if args.kind == "plan":
+        return _run_plan(args, command)
     if args.kind == "kernels":
         return _run_kernels(args)
     if args.kind == "load":

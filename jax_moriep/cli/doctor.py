@@ -23,6 +23,7 @@ from jax_moriep.version import __version__
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "matplotlib", "torch")
 VARIABLES = (
     "JAX_MORIEP_TIMEOUT",
+    "JAX_MORIEP_RANKS_PER_NODE",
     "JAX_MORIEP_LIB_DIR",
     "JAX_MORIEP_MORI_DIR",
     "JAX_MORIEP_MORI_KERNELS",

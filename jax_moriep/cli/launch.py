@@ -1,7 +1,8 @@
-"""``jax-moriep launch``: runs a script on several processes of this machine, joined by jax.distributed.
+"""``jax-moriep launch``: runs a script on processes of one or more machines, joined by jax.distributed.
 
 All processes end together: when one fails, the others get a short time to report what they saw and are then
-ended, and so they are on Ctrl-C, on SIGTERM, after a timeout, and when the launcher itself is killed.
+ended, and so they are on Ctrl-C, on SIGTERM, after a timeout, when a launcher itself is killed, and when a
+machine or the link to it is down.
 """
 
 from __future__ import annotations
@@ -9,33 +10,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import os
 import queue
 import random
-import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from jax_moriep.cli import launch_nodes, launch_process
+from jax_moriep.cli.launch_nodes import Nodes
+from jax_moriep.cli.launch_process import Event, Process
+from jax_moriep.cli.launch_wait import wait
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.runtime import compat
+from jax_moriep.runtime import compat, settings
 
-TIMEOUT_CODE = 124
-"""Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""
-TERMINATE_SECONDS = 5.0
-"""Time between SIGTERM and SIGKILL."""
-_SETTLE_SECONDS = 1.0
-"""Within this time after the first failure a killed process counts as the one that failed first: the
-kernel tells of it when all its memory is given back, and its peers may have ended before that."""
 _CHILD = Path(__file__).with_name("_child.py")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+_COLLECTIVE_TIMEOUT_FLAG = "--xla_cpu_collective_timeout_seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class LaunchResult:
 
     Attributes:
       returncode: 0, or the exit code of the process that failed first (128 + the signal's number if a signal
-        ended it), or ``TIMEOUT_CODE``.
+        ended it), 1 if another node was lost, or ``launch_wait.TIMEOUT_CODE``.
       codes: the exit code of each process, in the same sense; those that the launcher ended have 128 +
         SIGTERM, SIGKILL or SIGABRT.
       outputs: what each process wrote to stdout and stderr, in one text; empty without ``capture``.
@@ -68,6 +65,7 @@ def launch(
     module: bool = False,
     grace: float = 10.0,
     on_line: Callable[[int, str], None] | None = None,
+    nodes: Nodes | None = None,
 ) -> LaunchResult:
     """Runs a script on several processes; in each, jax.distributed is initialized before the script starts.
 
@@ -75,7 +73,7 @@ def launch(
 
     Args:
       script: path of the script, or with ``module`` a module's name; each process runs it as ``__main__``.
-      nprocs: number of processes.
+      nprocs: number of processes on this machine.
       devices_per_process: devices that each process has; on the CPU platform they are made, elsewhere process
         i takes the devices from ``i * devices_per_process`` on.
       args: the script's arguments.
@@ -87,12 +85,17 @@ def launch(
       grace: seconds that the others have after one process failed, to report what they saw.
       on_line: called with a process's number and a line of its output, instead of printing or collecting it;
         the line keeps its end. Calls do not overlap.
+      nodes: of which machines the job is, where it is of several: each has a launcher, called alike but for
+        ``nodes.index``, and its processes are those from ``nodes.index * nprocs`` on.
 
     Returns:
-      The exit codes, and the outputs with ``capture``.
+      The exit codes, and the outputs with ``capture``, of this machine's processes; the return code is the
+      same on all machines.
 
     Raises:
-      ConfigError: ``nprocs`` or ``devices_per_process`` is not positive, or there is no such script.
+      ConfigError: ``nprocs`` or ``devices_per_process`` is not positive, there is no such script, or
+        the nodes were started differently.
+      TransportError: a node has not come in time.
     """
     for name, value in (("nprocs", nprocs), ("devices_per_process", devices_per_process)):
         if value < 1:
@@ -100,165 +103,49 @@ def launch(
     if not module and not Path(script).is_file():
         raise ConfigError(rule("script", os.fspath(script), "be an existing file", "correct the path"))
 
-    lines: list[list[str]] = [[] for _ in range(nprocs)]
-    if on_line is None:
-        on_line = (lambda i, line: lines[i].append(line)) if capture else _print_line
-    coordinator = f"127.0.0.1:{_free_port()}"
-    service = compat.coordination_service(coordinator, nprocs)
     environment = _environment(env, platform, devices_per_process)
-    events: queue.SimpleQueue[tuple[_Process, int | Exception]] = queue.SimpleQueue()
+    nodes = nodes or Nodes(1, 0, "127.0.0.1:1")
+    if nodes.count > 1 and environment.get("JAX_PLATFORMS") == "cpu":
+        if (why := launch_nodes.why_name_misleads()) is not None:
+            raise ConfigError(why)
+
+    lines: list[list[str]] = [[] for _ in range(nprocs)]
+    first = nodes.index * nprocs
+    if on_line is None:
+        on_line = (lambda i, line: lines[i - first].append(line)) if capture else _print_line
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    port = _free_port()
+    party = launch_nodes.meet(nodes, nprocs, devices_per_process, port, events) if nodes.count > 1 else None
+    coordinator = f"{nodes.host}:{party.service_port if party else port}"
+    service = None
     output_lock = threading.Lock()
-    processes: list[_Process] = []
+    processes: list[Process] = []
     final_signal = signal.SIGTERM
+    returncode = 128 + signal.SIGTERM
     try:
+        if not nodes.index:
+            listen_at = f"[::]:{port}" if party else coordinator
+            service = compat.coordination_service(listen_at, nodes.count * nprocs)
         for i in range(nprocs):
             command = [sys.executable, "-u", os.fspath(_CHILD), coordinator]
-            command += [str(n) for n in (nprocs, i, devices_per_process, os.getpid())]
+            numbers = (nodes.count * nprocs, first + i, i * devices_per_process, devices_per_process)
+            command += [str(n) for n in (*numbers, os.getpid())]
             command += ["module" if module else "file", os.fspath(script), *args]
-            processes.append(_Process(i, command, environment, events, on_line, output_lock))
-        returncode = _wait(events, nprocs, timeout, grace)
-        if returncode is None:
-            returncode = TIMEOUT_CODE
+            title = party.title(first + i) if party else f"process {i}"
+            processes.append(Process(first + i, title, command, environment, events, on_line, output_lock))
+        outcome = wait(events, nprocs, timeout, grace, party)
+        returncode = outcome.code
+        if outcome.stuck:
             # Under faulthandler an abort prints each thread's stack: a run that hangs shows where.
             final_signal = signal.SIGABRT
     finally:
-        _end(processes, final_signal)
-        service.shutdown()
+        # The others hear of it first, for jax ends their processes when its service goes.
+        if party:
+            party.close(returncode)
+        launch_process.end(processes, final_signal)
+        if service is not None:
+            service.shutdown()
     return LaunchResult(returncode, [p.code for p in processes], ["".join(text) for text in lines])
-
-
-class _Process:
-    """One process of a run, with a thread that passes its output on and one that waits for its end."""
-
-    def __init__(
-        self,
-        index: int,
-        command: list[str],
-        environment: dict[str, str],
-        events: queue.SimpleQueue[tuple[_Process, int | Exception]],
-        on_line: Callable[[int, str], None],
-        output_lock: threading.Lock,
-    ) -> None:
-        self.index = index
-        self.code = 0
-        self._events = events
-        self._on_line = on_line
-        self._output_lock = output_lock
-        self._end_lock = threading.Lock()
-        self._popen = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            # A process group of its own, so that what the script starts can be ended with it.
-            start_new_session=True,
-        )
-        self._pump = threading.Thread(target=self._pass_output_on, daemon=True)
-        self._waiter = threading.Thread(target=self._wait_for_end, daemon=True)
-        self._pump.start()
-        self._waiter.start()
-
-    def send_signal(self, number: int) -> None:
-        """Signals the process and its group; does nothing when it has ended."""
-        with self._end_lock:
-            if self._popen.returncode is None:
-                os.killpg(self._popen.pid, number)
-
-    def join(self, seconds: float) -> bool:
-        """Waits for the end; returns whether it came."""
-        self._waiter.join(seconds)
-        return not self._waiter.is_alive()
-
-    def join_output(self) -> None:
-        """Waits until the output is passed on: at most a second, for a daemon of the script's may hold it."""
-        self._pump.join(1.0)
-
-    def _pass_output_on(self) -> None:
-        pipe = self._popen.stdout
-        assert pipe is not None
-        rest = b""
-        failed = False
-        with pipe:
-            while chunk := pipe.read(1 << 16):
-                # A progress bar ends its lines by a carriage return.
-                *whole, rest = re.split(rb"(?<=[\n\r])", rest + chunk)
-                failed = failed or not self._pass_lines_on(whole)
-        if rest and not failed:
-            self._pass_lines_on([rest + b"\n"])
-
-    def _pass_lines_on(self, lines: list[bytes]) -> bool:
-        try:
-            with self._output_lock:
-                for line in lines:
-                    self._on_line(self.index, line.decode(errors="replace"))
-        except Exception as error:  # noqa: BLE001 - raised again in the launching thread
-            self._events.put((self, error))
-            return False
-        return True
-
-    def _wait_for_end(self) -> None:
-        # The process is kept as a zombie until its group is ended: so long nobody else can get its id.
-        os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
-        with self._end_lock:
-            os.killpg(self._popen.pid, signal.SIGKILL)
-            code = self._popen.wait()
-        self.code = code if code >= 0 else 128 - code
-        self._events.put((self, self.code))
-
-
-def _wait(
-    events: queue.SimpleQueue[tuple[_Process, int | Exception]],
-    nprocs: int,
-    timeout: float | None,
-    grace: float,
-) -> int | None:
-    """Waits until all processes have ended or shall be ended; returns the run's code, None on timeout."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    first_failure = 0
-    settled = 0.0
-    running = nprocs
-    while running:
-        try:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            process, code = events.get(timeout=left)
-        except queue.Empty:
-            if not first_failure:
-                _say(f"no end after {timeout:g} s; ending all processes")
-            return first_failure or None
-        if isinstance(code, Exception):
-            raise code
-        running -= 1
-        if code and not first_failure:
-            first_failure = code
-            process.join_output()
-            deadline = time.monotonic() + grace
-            settled = time.monotonic() + _SETTLE_SECONDS
-            others = f"; ending the others in {grace:g} s" if running else ""
-            _say(f"process {process.index} failed with {_describe(code)}{others}")
-        elif first_failure <= 128 and _was_killed(code) and time.monotonic() < settled:
-            first_failure = code
-            _say(f"process {process.index} failed with {_describe(code)}, which others noticed first")
-    return first_failure
-
-
-def _was_killed(code: int) -> bool:
-    """Whether a signal ended a process from outside; by SIGABRT jax ends those that lost a peer."""
-    return code > 128 and code != 128 + signal.SIGABRT
-
-
-def _end(processes: list[_Process], number: int) -> None:
-    """Ends what still runs, by ``number`` first and by SIGKILL where that does not help."""
-    for process in processes:
-        process.send_signal(number)
-    deadline = time.monotonic() + TERMINATE_SECONDS
-    for process in processes:
-        if not process.join(max(0.0, deadline - time.monotonic())):
-            process.send_signal(signal.SIGKILL)
-    for process in processes:
-        process.join(TERMINATE_SECONDS)
-        process.join_output()
 
 
 def _environment(env: Mapping[str, str] | None, platform: str | None, devices: int) -> dict[str, str]:
@@ -271,6 +158,9 @@ def _environment(env: Mapping[str, str] | None, platform: str | None, devices: i
         merged["JAX_PLATFORMS"] = platform
     # Only the CPU platform reads this flag, which may be the one that jax falls back to.
     flags = [f for f in merged.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
+    if not any(f.startswith(_COLLECTIVE_TIMEOUT_FLAG) for f in flags):
+        # Left alone, jax's collectives between CPUs wait far longer for a rank that does not come.
+        flags.append(f"{_COLLECTIVE_TIMEOUT_FLAG}={math.ceil(settings.timeout_seconds(merged))}")
     merged["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={devices}"])
     return merged
 
@@ -284,7 +174,7 @@ def _free_port() -> int:
     for port in random.SystemRandom().sample(range(20000, 32768), 100):
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind(("", port))
             except OSError:
                 continue
             return port
@@ -296,27 +186,15 @@ def _print_line(index: int, line: str) -> None:
     sys.stdout.flush()
 
 
-def _say(text: str) -> None:
-    print(f"jax-moriep launch: {text}", file=sys.stderr, flush=True)
-
-
-def _describe(code: int) -> str:
-    if code <= 128:
-        return f"exit code {code}"
-    try:
-        return f"signal {code - 128} ({signal.Signals(code - 128).name})"
-    except ValueError:
-        return f"exit code {code}"
-
-
 def add_parser(subparsers: Any) -> None:
     """Adds the parser of ``jax-moriep launch``."""
     parser = subparsers.add_parser(
         "launch",
-        description="Runs a script on several processes of this machine, joined by jax.distributed.",
+        description="Runs a script on several processes of one or more machines, joined by jax.distributed.",
         usage="jax-moriep launch -n N [options] (script.py | -m module) [argument ...]",
+        epilog="On several machines it is called on each, with the same arguments but for --node.",
     )
-    parser.add_argument("-n", "--nprocs", type=int, required=True, help="number of processes")
+    parser.add_argument("-n", "--nprocs", type=int, required=True, help="number of processes on this machine")
     parser.add_argument("--devices-per-process", type=int, default=1, metavar="D", help="default: 1")
     parser.add_argument("--platform", help="value for JAX_PLATFORMS, such as cpu")
     parser.add_argument("--timeout", type=float, metavar="S", help="end all processes after S seconds")
@@ -326,6 +204,27 @@ def add_parser(subparsers: Any) -> None:
         default=10.0,
         metavar="S",
         help="seconds that the others have to report, after one process failed (default: 10)",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="number of machines (default: 1)")
+    parser.add_argument("--node", type=int, metavar="I", help="which of them this is, from 0 on")
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="an address of machine 0 that the others reach, and a free port of it",
+    )
+    parser.add_argument(
+        "--lost-after",
+        type=float,
+        default=Nodes.lost_after,
+        metavar="S",
+        help="seconds without a word after which another machine counts as lost (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=Nodes.join_timeout,
+        metavar="S",
+        help="seconds to wait for the other machines at the beginning (default: %(default)g)",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="the script is a module's name")
     parser.add_argument("script", help="the script that every process runs")
@@ -350,9 +249,21 @@ def run(args: argparse.Namespace) -> int:
             platform=args.platform,
             module=args.module,
             grace=args.grace,
+            nodes=_nodes(args),
         ).returncode
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _nodes(args: argparse.Namespace) -> Nodes | None:
+    """What the arguments say of other machines."""
+    given = {"node": args.node, "coordinator": args.coordinator}
+    if args.nodes == 1 and not any(value is not None for value in given.values()):
+        return None
+    for name, value in given.items():
+        if value is None:
+            raise ConfigError(rule(name, value, f"be given with nodes={args.nodes}", f"pass --{name}"))
+    return Nodes(args.nodes, args.node, args.coordinator, args.lost_after, args.join_timeout)
 
 
 def _exit_by_signal(number: int, frame: FrameType | None) -> NoReturn:

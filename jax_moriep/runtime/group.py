@@ -45,6 +45,16 @@ class Groups:
     devices: np.ndarray
     name: str
 
+    @classmethod
+    def of(cls, devices: np.ndarray) -> Groups:
+        """Groups of devices [number of groups, R]; the name is made from the global device ids."""
+        ids = [[d.id for d in group] for group in devices]
+        return cls(devices, f"{devices.shape[0]}x{devices.shape[1]}-{_digest(ids)}")
+
+    def split(self, num_ranks: int) -> Groups:
+        """Groups of each run of so many ranks; a divisor of R."""
+        return Groups.of(self.devices.reshape(-1, num_ranks))
+
     @property
     def num_ranks(self) -> int:
         """R."""
@@ -68,9 +78,7 @@ def groups_of(mesh: jax.sharding.Mesh, ep_axis: str) -> Groups:
     """
     check_axis(mesh, ep_axis, "ep_axis")
     devices = np.moveaxis(mesh.devices, mesh.axis_names.index(ep_axis), -1)
-    devices = devices.reshape(-1, devices.shape[-1])
-    ids = [[d.id for d in group] for group in devices]
-    return Groups(devices, f"{devices.shape[0]}x{devices.shape[1]}-{_digest(ids)}")
+    return Groups.of(devices.reshape(-1, devices.shape[-1]))
 
 
 def abstract_name(mesh: Any, ep_axis: str) -> str:

@@ -30,10 +30,22 @@ def count(processes: Iterable[int]) -> int:
     Raises:
       TransportError: a process did not say within the time limit where it runs.
     """
+    return len(set(of_processes(processes).values()))
+
+
+def of_processes(processes: Iterable[int]) -> dict[int, str]:
+    """The machine of each of some processes; asks each of them once.
+
+    Args:
+      processes: process indices of jax.
+
+    Raises:
+      TransportError: a process did not say within the time limit where it runs.
+    """
     indices = sorted(set(processes))
     if indices == [jax.process_index()]:
-        return 1
-    return len({_of_process(index) for index in indices})
+        return {indices[0]: identity()}
+    return {index: _of_process(index) for index in indices}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_moriep.runtime import compat, group, hosts, library
+from jax_moriep.runtime import compat, group, hosts, library, nodes, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,17 @@ class Place:
         devices = group.groups_of(self.mesh, self.axis_name).devices
         processes = np.array([[d.process_index for d in row] for row in devices])
         return max(hosts.count(row.tolist()) for row in processes)
+
+    @functools.cached_property
+    def ranks_per_node(self) -> int:
+        """P: of how many ranks each node of transport="two_level" is. Asks the other processes once.
+
+        Raises:
+          TransportError: a process does not answer, or the setting is wrong or another there.
+        """
+        if self.mesh is None or self.platform is None:
+            return nodes.size_of([[""] * self.num_ranks], settings.ranks_per_node())
+        return nodes.ranks_per_node(group.groups_of(self.mesh, self.axis_name))
 
     @property
     def devices_per_process(self) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from jax_moriep.errors import TransportError, rule
 
 
-def timeout_seconds() -> float:
+def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
     """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
+
+    Args:
+      environment: where the variable is looked up.
 
     Raises:
       TransportError: the variable is no positive number.
     """
-    text = os.environ.get("JAX_MORIEP_TIMEOUT", "300")
+    text = environment.get("JAX_MORIEP_TIMEOUT", "300")
     try:
         value = float(text)
     except ValueError:
@@ -23,6 +27,24 @@ def timeout_seconds() -> float:
             rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it")
         )
     return value
+
+
+def ranks_per_node() -> int | None:
+    """The most ranks that form a node of transport="two_level": ``JAX_MORIEP_RANKS_PER_NODE``.
+
+    Returns:
+      The number; None, which is the default, for as many as a machine has.
+
+    Raises:
+      TransportError: the variable is no whole number of at least 1.
+    """
+    text = os.environ.get("JAX_MORIEP_RANKS_PER_NODE")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        cure = "unset it or fix it"
+        raise TransportError(rule("JAX_MORIEP_RANKS_PER_NODE", text, "be a whole number of at least 1", cure))
+    return int(text)
 
 
 def watchdog_enabled() -> bool:

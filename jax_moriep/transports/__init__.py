@@ -18,7 +18,7 @@ from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import library
 from jax_moriep.runtime.place import Place
-from jax_moriep.transports import collective, mori, native, reference
+from jax_moriep.transports import collective, mori, native, reference, two_level
 from jax_moriep.transports.expand import expanded
 
 
@@ -126,6 +126,7 @@ def with_experts(name: str) -> RunsExperts | None:
 IMPLEMENTATIONS: dict[str, Transport] = {
     "native": native,
     "mori": expanded(mori),
+    "two_level": two_level,
     "collective": collective,
     "reference": reference,
 }
@@ -161,11 +162,14 @@ def choose(name: str, place: Place) -> str:
       TransportError: the named transport cannot run; the text says why and the cure.
     """
     if name == "auto":
+        broken: set[str] = set()
         for candidate, transport in IMPLEMENTATIONS.items():
             why = transport.unavailable_reason(place)
             if why is None:
                 return candidate
-            if place.backend is not None and why == library.why_broken(place.backend):
+            # Of several that need the library, the first is the best of them.
+            if place.backend is not None and why == library.why_broken(place.backend) and why not in broken:
+                broken.add(why)
                 _warn(
                     f"transport='auto' passes over {candidate!r}, and what it takes instead is slower: {why}"
                 )

@@ -34,6 +34,14 @@ class Own(NamedTuple):
 
 def unavailable_reason(place: Place) -> str | None:
     """See ``transports.Transport.unavailable_reason``."""
+    why = unavailable_on_a_machine(place)
+    if why is None and place.num_nodes > 1:
+        return "it needs the ranks of a group on one machine; use transport='two_level'"
+    return why
+
+
+def unavailable_on_a_machine(place: Place) -> str | None:
+    """Why it cannot run between ranks of one machine, with the cure; None if it can."""
     if place.platform is None:
         return None
     if place.backend is None:
@@ -46,8 +54,6 @@ def unavailable_reason(place: Place) -> str | None:
         library.load(place.backend)
     except LibraryError as e:
         return str(e)
-    if place.num_nodes > 1:
-        return "it needs the ranks of a group on one machine; use transport='collective'"
     return None
 
 
@@ -68,29 +74,46 @@ def open(  # noqa: A001 - the contract's name
       TransportError: a group could not be opened, or with ``again`` not connected.
     """
     del dtype
-    if place.platform is None:
-        name = group.abstract_name(place.mesh, place.axis_name)
-    else:
-        groups = group.groups_of(place.mesh, place.axis_name)
-        assert place.backend is not None
-        group.open_groups(groups, place.backend, again=again)
-        name = groups.name
+    name = open_groups(place, place.num_ranks, again=again)
     if cfg is None or shape is None:
         return Opened(name)
     # The kernels of GPUs quantise on the way. The CPU's loops would do it no faster than XLA's.
     quantises = cfg.wire_dtype == "fp8" and place.platform == "gpu"
-    return Opened(
-        name,
-        (
-            ("group", name),
-            # Compared between the ranks at run time.
-            ("config", cfg.describe()),
-            ("num_experts", shape.num_experts),
-            ("num_local_experts", shape.num_local_experts),
-            ("block", shape.block),
-            ("wire", "fp8" if quantises else ""),
-        ),
-        quantises,
+    return Opened(name, attributes(name, cfg.describe(), shape, wire="fp8" if quantises else ""), quantises)
+
+
+def open_groups(place: Place, num_ranks: int, *, again: bool) -> str:
+    """Opens a group for each run of so many ranks along the axis, a divisor of R; gives the table's name."""
+    if place.platform is None:
+        name = group.abstract_name(place.mesh, place.axis_name)
+        return name if num_ranks == place.num_ranks else f"{name}-{num_ranks}"
+    assert place.backend is not None
+    groups = group.groups_of(place.mesh, place.axis_name).split(num_ranks)
+    group.open_groups(groups, place.backend, again=again)
+    return groups.name
+
+
+def attributes(
+    name: str, config: str, shape: ExchangeShape, *, num_nodes: int = 1, wire: str = ""
+) -> tuple[tuple[str, int | str], ...]:
+    """The attributes of the custom calls.
+
+    Args:
+      name: of the groups.
+      config: a text that the ranks compare at run time.
+      shape: the sizes.
+      num_nodes: each rank's tokens are those of so many nodes, as many of each, one node's after the other's;
+        the rows are then ordered by local expert, node, rank and token.
+      wire: "fp8" where dispatch takes tokens as they are and sends float8.
+    """
+    return (
+        ("group", name),
+        ("config", config),
+        ("num_experts", shape.num_experts),
+        ("num_local_experts", shape.num_local_experts),
+        ("block", shape.block),
+        ("num_nodes", num_nodes),
+        ("wire", wire),
     )
 
 

@@ -63,6 +63,9 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     why = IMPLEMENTATIONS[request.param].unavailable_reason(_everywhere())
     if why is not None:
         pytest.skip(why)
+    if request.param == "two_level":
+        # Nodes out of devices of one machine: pairs, and where those do not come out even, single ranks.
+        monkeypatch.setenv("JAX_MORIEP_RANKS_PER_NODE", "2" if jax.device_count() > 2 else "1")
     return request.param
 
 

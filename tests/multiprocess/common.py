@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep.runtime import compat
 
 HIDDEN = 16
 
@@ -38,6 +39,11 @@ def placed_case(cfg, mesh, tokens_per_rank=6):
     x, params = case(cfg, mesh.size, tokens_per_rank)
     specs = jm.param_specs(cfg)
     return place(x, P("ep"), mesh), jax.tree.map(lambda p, s: place(p, s, mesh), params, specs)
+
+
+def meet(name):
+    """Waits for all processes, at jax's service: a collective has the deadline that is tested."""
+    compat.distributed_client().wait_at_barrier(name, 100_000)
 
 
 def say(*words):

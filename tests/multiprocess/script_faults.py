@@ -1,4 +1,7 @@
-"""Run by the launcher: steps in a loop until one process misbehaves as the first argument names."""
+"""Run by the launcher: steps in a loop until one process misbehaves as the first argument names.
+
+The second argument is the process, the third the transport, native if not given.
+"""
 
 import os
 import signal
@@ -7,7 +10,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 import jax_moriep as jm
 from tests.multiprocess import common
@@ -16,7 +18,8 @@ fault, culprit = sys.argv[1], int(sys.argv[2])
 me = jax.process_index()
 guilty = me == culprit
 mesh = common.mesh()
-cfg = common.config(capacity_factor=3.0 if fault == "config" and guilty else 2.0)
+transport = sys.argv[3] if len(sys.argv) > 3 else "native"
+cfg = common.config(transport, capacity_factor=3.0 if fault == "config" and guilty else 2.0)
 tokens = 4 if fault == "tokens" and guilty else 6
 layers = 3 if fault == "layers" and guilty else 2
 x, params = common.placed_case(cfg, mesh, tokens)
@@ -30,7 +33,7 @@ def step(x, params):
 
 
 compiled = step.lower(x, params).compile()
-multihost_utils.sync_global_devices("compiled")  # a slow compiler must not look like a stopped rank
+common.meet("compiled")  # a slow compiler must not look like a stopped rank
 for i in range(6):
     if i == 3 and guilty and fault in ("kill", "stop"):
         time.sleep(0.5)  # the others are inside their step by now, waiting

@@ -7,7 +7,6 @@ import sys
 import time
 
 import jax
-from jax.experimental import multihost_utils
 
 import jax_moriep as jm
 from tests.multiprocess import common
@@ -24,7 +23,7 @@ def loss(params, x):
 
 
 step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, x).compile()
-multihost_utils.sync_global_devices("compiled")  # a slow compiler must not look like a missing rank
+common.meet("compiled")  # a slow compiler must not look like a missing rank
 for i in range(6):
     if i == 3 and jax.process_index() == culprit:
         common.say(f"time {time.time()}")

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
-from jax_moriep.cli.launch import TIMEOUT_CODE, _wait, launch
+from jax_moriep.cli.launch import launch
+from jax_moriep.cli.launch_process import Event
+from jax_moriep.cli.launch_wait import TIMEOUT_CODE, wait
 
 
 @pytest.fixture
@@ -90,16 +92,6 @@ def test_processes_are_joined(script):
         assert lines == ["2 3 6 [0, 1]", "['-x', 'y z'] value __main__ True"]
 
 
-class Ended:
-    """A process that has ended, as the launcher's loop sees it."""
-
-    def __init__(self, index):
-        self.index = index
-
-    def join_output(self):
-        pass
-
-
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
@@ -113,8 +105,8 @@ class Ended:
 def test_the_cause_gives_the_code(codes, expected):
     events = queue.SimpleQueue()
     for index, code in enumerate(codes):
-        events.put((Ended(index), code))
-    assert _wait(events, len(codes), timeout=None, grace=5.0) == expected
+        events.put(Event(f"process {index}", code))
+    assert wait(events, len(codes), timeout=None, grace=5.0).code == expected
 
 
 def test_output_of_any_kind_is_passed_on(script):

@@ -301,7 +301,10 @@ def test_fitted_capacity_drops_nothing(routing):
             ["--routings", "uniform,none"],
             "must be some of ('uniform', 'zipf', 'one-hot')",
         ),
-        (["--transports", "native,carrier-pigeon"], "must be some of ('native', 'mori', 'collective'"),
+        (
+            ["--transports", "native,carrier-pigeon"],
+            "must be some of ('native', 'mori', 'two_level', 'collective'",
+        ),
         (["--out", "/no/such/folder"], "must be an existing folder"),
     ],
 )

@@ -29,6 +29,9 @@ struct Shape {
   int64_t block = 0;
   int64_t capacity = 0;   // C
   int64_t num_words = 0;  // W: what a dispatch carries from every rank to every rank
+  // N: a rank's tokens are those of so many nodes, as many of each, one node's after the other's.
+  // Rows are then ordered by expert, node, rank and token; all else is as with one.
+  int64_t num_nodes = 1;
 
   int64_t num_routes() const { return num_tokens * top_k; }
   // Largest number of (token, rank) pairs that one rank's tokens can make.
@@ -46,20 +49,21 @@ inline Status check_shape(const Shape& shape) {
   constexpr int64_t kMaxWords = int64_t{1} << 26;
   const bool sane = least >= 1 && most <= kMax && shape.num_tokens >= 0 && shape.num_words >= 0 &&
                     shape.num_words <= kMaxWords && shape.num_tokens <= kMax &&
+                    shape.num_nodes >= 1 && shape.num_tokens % shape.num_nodes == 0 &&
                     shape.hidden_size >= 0 && shape.hidden_size <= kMaxHidden &&
                     shape.num_experts <= kMaxExperts && shape.max_fanout() <= kMax &&
                     (shape.num_experts - 1) / shape.num_local_experts < shape.num_ranks;
   if (sane) return Status();
-  return Status(
-      Code::kInvalidArgument,
-      "num_experts=" + std::to_string(shape.num_experts) +
-          ", num_local_experts=" + std::to_string(shape.num_local_experts) +
-          ", block=" + std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
-          ", hidden_size=" + std::to_string(shape.hidden_size) +
-          ", capacity=" + std::to_string(shape.capacity) +
-          ", num_words=" + std::to_string(shape.num_words) + " and " +
-          std::to_string(shape.num_tokens) + " tokens per rank do not describe a layer over " +
-          std::to_string(shape.num_ranks) + " ranks");
+  return Status(Code::kInvalidArgument,
+                "num_experts=" + std::to_string(shape.num_experts) +
+                    ", num_local_experts=" + std::to_string(shape.num_local_experts) + ", block=" +
+                    std::to_string(shape.block) + ", top_k=" + std::to_string(shape.top_k) +
+                    ", hidden_size=" + std::to_string(shape.hidden_size) +
+                    ", capacity=" + std::to_string(shape.capacity) +
+                    ", num_words=" + std::to_string(shape.num_words) + " and " +
+                    std::to_string(shape.num_tokens) + " tokens per rank of " +
+                    std::to_string(shape.num_nodes) + " nodes do not describe a layer over " +
+                    std::to_string(shape.num_ranks) + " ranks");
 }
 
 // The rank that holds each expert, looked up instead of divided: a plan asks for every route of the

@@ -240,6 +240,23 @@ TEST(ranks_on_one_stream, 300) {
   }
 }
 
+TEST(tokens_of_several_nodes, 120) {
+  for (const int32_t num_ranks : {1, 2, 3, 8}) {
+    const auto group = ranks_on_one_device(num_ranks);
+    // Of each node fewer tokens than a chunk of the sort has, more, and one.
+    for (const auto& [num_tokens, num_nodes] :
+         {std::pair{21, 3}, std::pair{700, 7}, std::pair{5, 5}}) {
+      Case test{shape_of(num_ranks, num_tokens, 3, 40, 10, 4, 0.5), RowType::kBF16};
+      test.shape.num_nodes = num_nodes;
+      test.with_scalars = true;
+      check_case(*group, test);
+      test.type = RowType::kU8;
+      test.with_scalars = false;
+      check_case(*group, test);
+    }
+  }
+}
+
 constexpr int kStreamSteps = 2000;
 
 void check_many_steps(Wire wire) {

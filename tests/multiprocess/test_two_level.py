@@ -1,0 +1,42 @@
+"""transport="two_level" across processes, of which pairs are nodes: numbers, and errors on every node."""
+
+import re
+
+from tests.multiprocess.test_native import check_against_one_process, errors_of, shards_of, start
+
+PAIRS = {"JAX_MORIEP_RANKS_PER_NODE": "2"}
+
+
+def test_nodes_give_the_numbers_of_one_process(tmp_path):
+    result = start("script_parity.py", 4, tmp_path, "two_level", **PAIRS)
+    assert result.returncode == 0, "\n".join(result.outputs)
+    shards = shards_of(tmp_path, 4)
+    assert len({str(s["digest"]) for s in shards}) == 1, "the compiled programs differ between the processes"
+    check_against_one_process(shards, 4)
+
+
+def test_a_stopped_rank_is_an_error_on_both_nodes():
+    """The rank beside it names it and their node; the other node hears of it from jax and from each other."""
+    result = start("script_faults.py", 4, "stop", 3, "two_level", grace=5, JAX_MORIEP_TIMEOUT="5", **PAIRS)
+    assert result.returncode not in (0, 124)
+    stopped = float(re.search(r"time ([\d.]+)", result.outputs[3]).group(1))
+    found = errors_of(result.outputs, skip=3)
+    for when, text in found.values():
+        assert 4 < when - stopped < 14
+        assert "moriep" in text or "Gloo" in text
+    node = r"moriep node 1 \(ranks 2 to 3, here counted from 0\), "
+    assert re.search(node + r"dispatch, rank 0, step \d+: waited 5 s for rank 1 \(pid", found[2][1])
+
+
+def test_processes_must_agree_on_the_size_of_nodes(tmp_path):
+    script = tmp_path / "differs.py"
+    script.write_text(
+        "import os, jax, jax_moriep as jm\n"
+        "from tests.multiprocess import common\n"
+        "os.environ['JAX_MORIEP_RANKS_PER_NODE'] = str(1 + jax.process_index())\n"
+        "jm.initialize(common.mesh(), cfg=common.config('two_level'))\n"
+    )
+    result = start(script, 2, grace=5)
+    assert result.returncode == 1
+    told = "JAX_MORIEP_RANKS_PER_NODE='1 in process 0 and 2 in process 1' must be the same in all processes"
+    assert any(told in text for text in result.outputs), result.outputs

@@ -1,0 +1,161 @@
+"""Launchers of several nodes, in one process: how they meet, whom they refuse, what they tell each other."""
+
+import queue
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jax_moriep.cli import launch_nodes
+from jax_moriep.cli.launch_nodes import Nodes
+from jax_moriep.cli.launch_wait import Outcome, wait
+from jax_moriep.errors import ConfigError, TransportError
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def meet_all(address, shapes, count=None, seconds=20.0):
+    """Node k with (nprocs, devices) of ``shapes[k]`` -> futures of (party, events)."""
+
+    def meet(node, nprocs, devices):
+        events = queue.SimpleQueue()
+        nodes = Nodes(count or len(shapes), node, address, lost_after=1.0, join_timeout=seconds)
+        return launch_nodes.meet(nodes, nprocs, devices, 1234 if node == 0 else 1, events), events
+
+    with ThreadPoolExecutor() as pool:
+        return [pool.submit(meet, node, *shape) for node, shape in enumerate(shapes)]
+
+
+def test_three_launchers_end_a_job_by_the_failure_of_one(address):
+    met = [future.result() for future in meet_all(address, [(2, 1)] * 3)]
+    assert [party.service_port for party, _ in met] == [1234] * 3
+    assert [party.count for party, _ in met] == [2, 1, 1]
+    outcomes = {}
+
+    def run(node):
+        party, events = met[node]
+        outcomes[node] = wait(events, 2, timeout=None, grace=0.5, others=party)
+
+    threads = [threading.Thread(target=run, args=(node,), daemon=True) for node in range(3)]
+    for thread in threads:
+        thread.start()
+    # A process of node 2 fails; no launcher hears anything else.
+    met[2][0].tell_failed(4, 9)
+    met[2][1].put(launch_nodes.Event(met[2][0].title(4), 9))
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert outcomes == dict.fromkeys(range(3), Outcome(9))
+    for party, _ in met:
+        party.close(9)
+
+
+def test_a_silent_node_is_lost_and_one_that_leaves_is_not(address):
+    (first, heard), (second, _) = (future.result() for future in meet_all(address, [(4, 1)] * 2))
+    second.close(130)
+    left = heard.get(timeout=20)
+    assert (left.code, left.lost, left.ends) == (130, False, 1)
+    assert left.says == "was ended, with signal 2 (SIGINT)"
+    first.close(0)
+    again = address.replace("127.0.0.1", "localhost")
+    (first, heard), (second, _) = (future.result() for future in meet_all(again, [(4, 1)] * 2))
+    second._over.set()  # it lives, but says nothing more
+    lost = heard.get(timeout=20)
+    assert (lost.code, lost.lost, lost.title) == (1, True, "node 1 (127.0.0.1, processes 4 to 7)")
+    assert lost.says == "has not answered for 1 s: the machine or the link to it is down"
+    first.close(1)
+    second.close(1)
+
+
+def test_nonsense_is_a_loss(address):
+    (first, heard), (second, _) = (future.result() for future in meet_all(address, [(1, 1)] * 2))
+    second._wires[0].send(failed="a name", code=None)
+    lost = heard.get(timeout=20)
+    assert (lost.lost, lost.title) == (True, "node 1 (127.0.0.1, processes 1 to 1)")
+    first.close(1)
+    second.close(1)
+
+
+def test_nodes_that_were_started_differently_are_told_both_values(address):
+    first, second = (future.exception() for future in meet_all(address, [(2, 1), (3, 1)]))
+    assert isinstance(first, ConfigError)
+    assert "'nprocs': 3" in str(first)
+    assert "'nprocs': 2" in str(first)
+    assert str(second) == f"node 0 refused node 1: {first}"
+
+
+def test_a_node_that_does_not_come_is_named(address):
+    first, second = (future.exception() for future in meet_all(address, [(2, 1)] * 2, count=4, seconds=1.5))
+    assert isinstance(first, TransportError)
+    assert f"of 4 nodes these did not come to {address} within 1.5 s: [2, 3]" in str(first)
+    assert "did not come" in str(second) or "no launcher of node 0" in str(second)
+
+
+def test_a_stranger_is_ignored(address, capfd):
+    host, port = address.split(":")
+
+    def knock():
+        while True:
+            try:
+                with socket.create_connection((host, int(port)), timeout=5) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    stranger.recv(1)
+                    return
+            except ConnectionRefusedError:
+                continue
+
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(meet_all, address, [(1, 1)], 2)
+        pool.submit(knock).result()
+        events = queue.SimpleQueue()
+        second = launch_nodes.meet(Nodes(2, 1, address), 1, 1, 0, events)
+        first, _ = futures.result()[0].result()
+    assert "ignores 127.0.0.1, which is no launcher of this version" in capfd.readouterr().err
+    first.close(0)
+    assert events.get(timeout=20).verdict
+    second.close(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0, 0, "host:1"), "nodes=0 must be at least 1"),
+        ((2, 2, "host:1"), "node=2 must be from 0 to nodes-1=1"),
+        ((2, 0, "host"), "coordinator='host' must be HOST:PORT"),
+        ((2, 0, "host:70000"), "coordinator='host:70000' must be HOST:PORT"),
+        ((2, 0, "host:1", 0.0), "lost_after=0.0 must be positive"),
+    ],
+)
+def test_wrong_values_are_refused(values, text):
+    with pytest.raises(ConfigError, match=text):
+        Nodes(*values)
+
+
+def test_a_coordinator_of_another_machine_is_refused():
+    # An address that is kept for documentation and is nobody's.
+    with pytest.raises(ConfigError, match="must be an address of node 0's machine with a free port"):
+        launch_nodes.meet(Nodes(2, 0, "192.0.2.1:4000"), 1, 1, 0, queue.SimpleQueue())
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (["10.1.2.3"], "must mean an address of this machine"),
+        (["127.0.1.1"], "must not be this machine's loopback 127.0.1.1"),
+        ([], "must resolve on its own machine"),
+    ],
+)
+def test_a_name_that_others_cannot_use_is_explained(monkeypatch, found, text):
+    def getaddrinfo(name, port, **kwargs):
+        if not found:
+            raise socket.gaierror("unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert text in launch_nodes.why_name_misleads()
