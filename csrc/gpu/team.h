@@ -16,6 +16,7 @@
 #include "moriep/layout.h"
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
+#include "moriep/wire.h"
 
 namespace moriep::gpu {
 
@@ -36,6 +37,7 @@ enum class Fault : int32_t {
   kWrongRank = 4,   // the program computes another rank than the group's table says
   kBadPlan = 5,     // the plan names a row or a place that does not exist
   kStopped = 6,     // a peer came, and did not do its part in time
+  kDelivery = 7,    // a peer puts where this rank pulls, or the other way round
 };
 
 // Where the host reads what went wrong; in its own memory, so that a look costs no synchronisation.
@@ -52,8 +54,9 @@ struct FaultReport {
 
 // What a rank says of the step that it has entered.
 struct Post {
-  uint64_t digest;  // of the kind, the sizes, the dtype and the config
-  int64_t order;    // of the order token: the call's position in its program
+  uint64_t digest;   // of the kind, the sizes, the dtype and the config
+  int64_t order;     // of the order token: the call's position in its program
+  int64_t delivery;  // a Delivery
 };
 
 struct alignas(128) Arrival {
@@ -100,6 +103,7 @@ struct Stepping {
   const int32_t* rank;   // [1], as the program computes it
   const int32_t* order;  // [1]
   int32_t* order_out;    // [1]
+  Delivery delivery = Delivery::kPull;
 };
 
 }  // namespace moriep::gpu

@@ -1,8 +1,9 @@
 """transport="native": our own custom calls over memory that the ranks of one machine share.
 
 The receiver pulls: a rank stages its tokens and publishes its routing, and each destination reads every
-token that it needs once and writes it to all its expert rows, directly into XLA's result. Combine pushes one
-row per (token, rank) to the token's owner, who adds them in rank order.
+token that it needs once and writes it to all its expert rows, directly into XLA's result. Between GPUs the
+owners may put the tokens into their destinations' memory instead (``delivery.py``). Combine pushes one row
+per (token, rank) to the token's owner, who adds them in rank order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep.config import MoEConfig
-from jax_moriep.errors import ConfigError, LibraryError, rule
+from jax_moriep.errors import ConfigError, LibraryError, TransportError, rule
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import compat, group, library, targets
 from jax_moriep.runtime.place import Place
+from jax_moriep.transports import delivery
 
 _ROW_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -89,9 +91,21 @@ def open(  # noqa: A001 - the contract's name
             ("num_local_experts", shape.num_local_experts),
             ("block", shape.block),
             ("wire", "fp8" if quantises else ""),
+            ("delivery", delivery.choose(place, cfg)[0]),
         ),
         quantises,
     )
+
+
+def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+    """See ``transports.Describes``."""
+    del shape, dtype
+    if place.platform != "gpu" or place.num_ranks == 1:
+        return None
+    try:
+        return delivery.describe(place, cfg)
+    except TransportError as error:
+        return f"refuses every exchange: {error}"
 
 
 def dispatch(
