@@ -24,7 +24,7 @@ uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
     digest.take(static_cast<uint64_t>(value));
   }
   digest.take(call.config);
-  return digest.value();
+  return digest.value() | static_cast<uint64_t>(call.delivery);
 }
 
 // One step as the kernels see it; refuses what they cannot count or hold.
@@ -33,6 +33,7 @@ struct Prepared {
   Sizes sizes;
   Stepping step;
   Wire wire = Wire::kRows;
+  Delivery delivery = Delivery::kPull;
   SlotLayout layout;
   Chunks chunks;
   int32_t* counts = nullptr;
@@ -49,6 +50,7 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
   const bool fp8 = kind == Kind::kDispatch && call.wire == Wire::kFp8;
   const bool put = kind != Kind::kCombine && call.delivery == Delivery::kPut;
   out->wire = fp8 ? Wire::kFp8 : Wire::kRows;
+  out->delivery = put ? Delivery::kPut : Delivery::kPull;
   if (fp8 && call.type == RowType::kU8) {
     return Status(Code::kInvalidArgument, "bytes cannot be sent as fp8; pass floating tokens");
   }
@@ -82,8 +84,7 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
                        .digest = digest_of(kind, call, with_scalars),
                        .rank = call.rank,
                        .order = call.order,
-                       .order_out = call.order_out,
-                       .delivery = call.delivery};
+                       .order_out = call.order_out};
   out->stream = static_cast<gpuStream_t>(call.stream);
   return Status();
 }
@@ -95,7 +96,7 @@ Staged staged_of(const Prepared& p, const Call& call) {
           .rows = p.layout.rows,
           .row_stride = p.layout.row_stride,
           .row_scales = fp8_scales_offset(call.shape.hidden_size),
-          .part_bytes = p.step.delivery == Delivery::kPut ? p.layout.bytes : 0};
+          .part_bytes = p.delivery == Delivery::kPut ? p.layout.bytes : 0};
 }
 
 bool first(const Call& call) { return call.shape.num_ranks > 1 && call.half != Half::kSecond; }
@@ -109,7 +110,7 @@ gpuError_t enqueue_first(const LocalRank& me, const Prepared& p, const Call& cal
   const int64_t items = p.sizes.num_tokens * parts;
   const BlockLimits& most = me.max_blocks;
   const bool fp8 = p.wire == Wire::kFp8;
-  if (p.step.delivery == Delivery::kPut) {
+  if (p.delivery == Delivery::kPut) {
     const int blocks = num_blocks(fp8 ? most.fp8_put : most.put, items);
     return launch_put(p.stream, blocks, call.type, p.wire, args);
   }

@@ -12,7 +12,7 @@ namespace moriep::gpu {
 namespace {
 
 // Raised by whoever changes what an arena holds.
-constexpr int64_t kLayoutVersion = 3;
+constexpr int64_t kLayoutVersion = 2;
 
 Status failed(const std::string& what, gpuError_t error) {
   return Status(Code::kInternal, what + ": " + gpuGetErrorString(error));

@@ -16,7 +16,6 @@
 #include "moriep/layout.h"
 #include "moriep/plan.h"
 #include "moriep/row_type.h"
-#include "moriep/wire.h"
 
 namespace moriep::gpu {
 
@@ -54,9 +53,8 @@ struct FaultReport {
 
 // What a rank says of the step that it has entered.
 struct Post {
-  uint64_t digest;   // of the kind, the sizes, the dtype and the config
-  int64_t order;     // of the order token: the call's position in its program
-  int64_t delivery;  // a Delivery
+  uint64_t digest;  // of the kind, the sizes, the dtype and the config; the lowest bit: a Delivery
+  int64_t order;    // of the order token: the call's position in its program
 };
 
 struct alignas(128) Arrival {
@@ -103,7 +101,6 @@ struct Stepping {
   const int32_t* rank;   // [1], as the program computes it
   const int32_t* order;  // [1]
   int32_t* order_out;    // [1]
-  Delivery delivery = Delivery::kPull;
 };
 
 }  // namespace moriep::gpu
