@@ -71,6 +71,8 @@ test-gpu: build
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_speed
 	build/test-$(GPU)/csrc/gpu/$(GPU)/$(GPU)_peer
 	JAX_MORIEP_TEST_PLATFORM=$(GPU) $(BIN)/pytest tests/gpu tests/contract
+	JAX_MORIEP_TEST_PLATFORM=$(GPU) JAX_MORIEP_NATIVE_DISPATCH=put $(BIN)/pytest tests/gpu tests/contract/test_exchange.py \
+	  -k native
 	$(if $(filter rocm,$(GPU)),$(BIN)/python -m tests.job --platform rocm $(JOB_TESTS) -k mori)
 	$(if $(HOST),$(BIN)/jax-moriep bench host --platform $(GPU) --out build/test-$(GPU) $(HOST))
 

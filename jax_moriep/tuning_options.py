@@ -9,13 +9,15 @@ from jax_moriep.errors import ConfigError, rule
 
 # MORI's own names of its kernel types.
 MORI_KERNELS = ("IntraNode", "IntraNodeLL", "InterNode", "InterNodeV1", "InterNodeV1LL", "AsyncLL")
+DELIVERIES = ("pull", "put")
 # A work-group has at most 1024 threads, which are 16 waves.
 _MAX_WARPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How ``transport="mori"`` launches MORI's kernels; frozen, and hashable by value.
+    """How ``transport="mori"`` launches MORI's kernels, and how "native" dispatches between GPUs; frozen, and
+    hashable by value.
 
     None leaves a number to the tables that come with MORI; ``jm.explain`` shows what they say. The numbers
     hold for dispatch and for combine.
@@ -26,6 +28,10 @@ class Tuning:
       block_num: work-groups of a launch, at most the device's compute units.
       warp_num_per_block: waves in each, at most 16.
       rdma_block_num: how many of the work-groups serve the network, with several machines.
+      native_dispatch: "pull": each rank reads the tokens that it needs in their owners' memory; "put": their
+        owners write them to its memory. Results are the same to the bit. "auto": as
+        ``JAX_MORIEP_NATIVE_DISPATCH`` says, else as a table does by the GPU's architecture. On CPUs ranks
+        pull whatever is said here.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -35,11 +41,12 @@ class Tuning:
     block_num: int | None = None
     warp_num_per_block: int | None = None
     rdma_block_num: int | None = None
+    native_dispatch: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.mori_kernel not in ("auto", *MORI_KERNELS):
-            must = f"be one of {('auto', *MORI_KERNELS)}"
-            raise ConfigError(rule("mori_kernel", self.mori_kernel, must, "pick one of these"))
+        for name, known in (("mori_kernel", MORI_KERNELS), ("native_dispatch", DELIVERIES)):
+            if (value := getattr(self, name)) not in ("auto", *known):
+                raise ConfigError(rule(name, value, f"be one of {('auto', *known)}", "pick one of these"))
         for name in ("block_num", "warp_num_per_block", "rdma_block_num"):
             value = getattr(self, name)
             if value is None:

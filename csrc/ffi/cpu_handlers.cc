@@ -33,7 +33,9 @@ struct Cpu {
     call->order_out = order_out;
     call->config = std::string(attributes.config);
     Wire wire;
-    return decode_wire(attributes.wire, false, &wire);
+    Delivery delivery;
+    return first_failure({decode_wire(attributes.wire, false, &wire),
+                          decode_delivery(attributes.delivery, false, &delivery)});
   }
 
   // Runs a step on its rank's thread. XLA keeps the buffers alive until the future is ready.

@@ -33,6 +33,7 @@ struct Attributes {
   int64_t num_nodes;
   std::string_view
       wire;  // of a dispatch: "fp8" where the backend quantises, "" for tokens as given
+  std::string_view delivery;  // of a dispatch and a replay: "pull", or "put" where the backend does
 };
 
 }  // namespace moriep
@@ -44,7 +45,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::moriep::Attributes,
                                       ::xla::ffi::StructMember<int64_t>("num_local_experts"),
                                       ::xla::ffi::StructMember<int64_t>("block"),
                                       ::xla::ffi::StructMember<int64_t>("num_nodes"),
-                                      ::xla::ffi::StructMember<std::string_view>("wire"));
+                                      ::xla::ffi::StructMember<std::string_view>("wire"),
+                                      ::xla::ffi::StructMember<std::string_view>("delivery"));
 
 namespace moriep {
 
@@ -111,6 +113,14 @@ inline Status decode_wire(std::string_view text, bool quantises, Wire* wire) {
   *wire = text.empty() ? Wire::kRows : Wire::kFp8;
   if (text.empty() || (quantises && text == "fp8")) return Status();
   return bad_argument("wire=" + std::string(text) + " is not one of this backend's; pass bytes");
+}
+
+// `puts`: the backend can deliver by put.
+inline Status decode_delivery(std::string_view text, bool puts, Delivery* delivery) {
+  *delivery = text == "put" ? Delivery::kPut : Delivery::kPull;
+  if (text == "pull" || (puts && text == "put")) return Status();
+  return bad_argument("delivery=" + std::string(text) +
+                      " is not one of this backend's; pass \"pull\"");
 }
 
 inline std::byte* bytes_of(const ffi::AnyBuffer& buffer) {

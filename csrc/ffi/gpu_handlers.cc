@@ -39,7 +39,8 @@ struct Gpu {
     call->order = order;
     call->order_out = order_out;
     call->stream = at.stream;
-    return decode_wire(attributes.wire, true, &call->wire);
+    return first_failure({decode_wire(attributes.wire, true, &call->wire),
+                          decode_delivery(attributes.delivery, true, &call->delivery)});
   }
 
   template <typename Op>

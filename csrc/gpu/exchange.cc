@@ -24,7 +24,7 @@ uint64_t digest_of(Kind kind, const Call& call, bool with_scalars) {
     digest.take(static_cast<uint64_t>(value));
   }
   digest.take(call.config);
-  return digest.value();
+  return digest.value() | static_cast<uint64_t>(call.delivery);
 }
 
 // One step as the kernels see it; refuses what they cannot count or hold.
@@ -33,6 +33,7 @@ struct Prepared {
   Sizes sizes;
   Stepping step;
   Wire wire = Wire::kRows;
+  Delivery delivery = Delivery::kPull;
   SlotLayout layout;
   Chunks chunks;
   int32_t* counts = nullptr;
@@ -47,21 +48,28 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
 
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
   const bool fp8 = kind == Kind::kDispatch && call.wire == Wire::kFp8;
+  const bool put = kind != Kind::kCombine && call.delivery == Delivery::kPut;
   out->wire = fp8 ? Wire::kFp8 : Wire::kRows;
+  out->delivery = put ? Delivery::kPut : Delivery::kPull;
   if (fp8 && call.type == RowType::kU8) {
     return Status(Code::kInvalidArgument, "bytes cannot be sent as fp8; pass floating tokens");
   }
   out->layout =
       SlotLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes, with_scalars);
-  if (shape.num_ranks > 1 && out->layout.bytes > me.group->slot_bytes()) {
-    return Status(Code::kInvalidArgument, "a step needs " +
-                                              std::to_string(out->layout.bytes >> 20) +
-                                              " MiB in each of an arena's two halves, which have " +
-                                              std::to_string(me.group->slot_bytes() >> 20) +
-                                              " MiB; set JAX_MORIEP_ARENA_MB to at least " +
-                                              std::to_string((2 * out->layout.bytes >> 20) + 1));
-  }
+  // Before sizes are multiplied further.
   if (Status status = count_sizes(shape, row_bytes, &out->sizes); !status.ok()) return status;
+  const int64_t peers = shape.num_ranks - 1;
+  const int64_t slot_bytes = out->layout.bytes * (put ? peers : 1);
+  if (peers > 0 && slot_bytes > me.group->slot_bytes()) {
+    return Status(Code::kInvalidArgument,
+                  "a step needs " + std::to_string(slot_bytes >> 20) +
+                      " MiB in each of an arena's two " + "halves" +
+                      (put ? ", a part for each of " + std::to_string(peers) + " peers" : "") +
+                      ", which have " + std::to_string(me.group->slot_bytes() >> 20) +
+                      " MiB; set JAX_MORIEP_ARENA_MB to at least " +
+                      std::to_string((2 * slot_bytes >> 20) + 1) +
+                      (put ? ", or JAX_MORIEP_NATIVE_DISPATCH=pull" : ""));
+  }
   out->chunks = chunks_of(shape);
   if ((out->chunks.written_words + out->chunks.counts) * 4 > kWorkspaceBytes) {
     return Status(Code::kInvalidArgument,
@@ -88,20 +96,26 @@ Staged staged_of(const Prepared& p, const Call& call) {
           .words = p.layout.words,
           .rows = p.layout.rows,
           .row_stride = p.layout.row_stride,
-          .row_scales = fp8_scales_offset(call.shape.hidden_size)};
+          .row_scales = fp8_scales_offset(call.shape.hidden_size),
+          .part_bytes = p.delivery == Delivery::kPut ? p.layout.bytes : 0};
 }
 
 bool first(const Call& call) { return call.shape.num_ranks > 1 && call.half != Half::kSecond; }
 bool second(const Call& call) { return call.half != Half::kFirst; }
 
-gpuError_t enqueue_stage(const LocalRank& me, const Prepared& p, const Call& call,
+gpuError_t enqueue_first(const LocalRank& me, const Prepared& p, const Call& call,
                          const std::byte* x, const int32_t* ids, const float* weights,
                          const int32_t* words) {
   const StageArgs args{p.team, p.sizes, p.step, staged_of(p, call), x, ids, weights, words};
   const int64_t parts = num_parts(p.sizes.row_bytes, 16, kCopyWords);
+  const int64_t items = p.sizes.num_tokens * parts;
   const BlockLimits& most = me.max_blocks;
-  const int blocks =
-      num_blocks(p.wire == Wire::kFp8 ? most.fp8_stage : most.stage, p.sizes.num_tokens * parts);
+  const bool fp8 = p.wire == Wire::kFp8;
+  if (p.delivery == Delivery::kPut) {
+    const int blocks = num_blocks(fp8 ? most.fp8_put : most.put, items);
+    return launch_put(p.stream, blocks, call.type, p.wire, args);
+  }
+  const int blocks = num_blocks(fp8 ? most.fp8_stage : most.stage, items);
   return launch_stage(p.stream, blocks, call.type, p.wire, args);
 }
 
@@ -126,7 +140,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, call, at.x, at.ids, at.weights, at.words));
+    if (Status status = launched(enqueue_first(me, p, call, at.x, at.ids, at.weights, at.words));
         !status.ok())
       return status;
   }
@@ -157,7 +171,7 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
     return status;
   }
   if (first(call)) {
-    if (Status status = launched(enqueue_stage(me, p, call, at.x, at.ids, nullptr, nullptr));
+    if (Status status = launched(enqueue_first(me, p, call, at.x, at.ids, nullptr, nullptr));
         !status.ok())
       return status;
   }
@@ -202,15 +216,16 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
 
 Status preload_kernels(LocalRank& me) {
   constexpr int32_t kNoLimit = std::numeric_limits<int32_t>::max();
-  constexpr BlockLimits kNoLimits{kNoLimit, kNoLimit, kNoLimit, kNoLimit, kNoLimit, kNoLimit};
+  constexpr BlockLimits kNoLimits{kNoLimit, kNoLimit, kNoLimit, kNoLimit,
+                                  kNoLimit, kNoLimit, kNoLimit, kNoLimit};
   BlockLimits most = kNoLimits;
   int processors = 0;
   for (const gpuError_t error :
        {gpuDeviceGetAttribute(&processors, gpuDevAttrMultiProcessorCount, me.device),
         preload_stage(Wire::kRows, &most.stage), preload_stage(Wire::kFp8, &most.fp8_stage),
-        preload_plan(), preload_pull(Wire::kRows, &most.pull),
-        preload_pull(Wire::kFp8, &most.fp8_pull), preload_push(&most.push),
-        preload_reduce(&most.reduce)}) {
+        preload_put(Wire::kRows, &most.put), preload_put(Wire::kFp8, &most.fp8_put), preload_plan(),
+        preload_pull(Wire::kRows, &most.pull), preload_pull(Wire::kFp8, &most.fp8_pull),
+        preload_push(&most.push), preload_reduce(&most.reduce)}) {
     if (error != gpuSuccess) {
       return Status(Code::kFailedPrecondition,
                     std::string("this device cannot run the kernels: ") + gpuGetErrorString(error));
@@ -219,8 +234,8 @@ Status preload_kernels(LocalRank& me) {
   me.max_blocks = kNoLimits;
   if (me.group->num_ranks() > 1) {
     // Each block looks for its peers and fences its own writes: no more of them than run at once.
-    for (int32_t* blocks :
-         {&most.stage, &most.pull, &most.push, &most.reduce, &most.fp8_stage, &most.fp8_pull}) {
+    for (int32_t* blocks : {&most.stage, &most.pull, &most.push, &most.reduce, &most.put,
+                            &most.fp8_stage, &most.fp8_pull, &most.fp8_put}) {
       *blocks = processors * std::max(1, *blocks);
     }
     me.max_blocks = most;

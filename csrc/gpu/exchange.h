@@ -22,7 +22,8 @@ enum class Half { kBoth, kFirst, kSecond };
 struct Call {
   Shape shape;
   RowType type = RowType::kF32;
-  Wire wire = Wire::kRows;  // of a dispatch
+  Wire wire = Wire::kRows;              // of a dispatch
+  Delivery delivery = Delivery::kPull;  // of a dispatch and a replay
   std::string_view config;
   const int32_t* rank = nullptr;   // [1]
   int32_t first_rank = 0;          // what the program calls the group's rank 0

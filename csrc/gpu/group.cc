@@ -75,6 +75,12 @@ Status describe(const FaultReport& report, int32_t rank, double timeout) {
     case Fault::kStopped:
       return Status(Code::kDeadlineExceeded, where + peer + " came and did not go on within " +
                                                  std::to_string(timeout) + " s" + cure);
+    case Fault::kDelivery:
+      return Status(
+          Code::kInvalidArgument,
+          where + "this rank delivers by " + delivery_name(static_cast<Delivery>(report.here)) +
+              " and " + peer + " by " + delivery_name(static_cast<Delivery>(report.there)) +
+              "; set one JAX_MORIEP_NATIVE_DISPATCH, and one Tuning.native_dispatch, everywhere");
     case Fault::kNone:
       break;
   }

@@ -28,8 +28,10 @@ struct BlockLimits {
   int32_t pull = 0;
   int32_t push = 0;
   int32_t reduce = 0;
+  int32_t put = 0;
   int32_t fp8_stage = 0;
   int32_t fp8_pull = 0;
+  int32_t fp8_put = 0;
 };
 
 // A rank whose device this process drives.

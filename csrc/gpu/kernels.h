@@ -9,7 +9,9 @@
 
 namespace moriep::gpu {
 
-// Offsets of a dispatch's data inside a slot; those of layout.h.
+// Where what a rank has published in a dispatch or a replay lies; the offsets are those of
+// layout.h. Receivers that pull find it in its owner's slot. What is put lies in the receiver's
+// slot, in the owner's part of it.
 struct Staged {
   int64_t ids;
   int64_t weights;
@@ -17,10 +19,12 @@ struct Staged {
   int64_t rows;
   int64_t row_stride;
   int64_t row_scales;  // of the scales in a row that travels as float8
+  int64_t part_bytes;  // of each part; 0 where receivers pull
 };
 
-// First half of dispatch and replay: copies to this rank's slot the tokens that another rank needs
-// and, where `weights` is given, the routing and the words; then signals.
+// First half of dispatch and replay: publishes the tokens that other ranks need and, where
+// `weights` is given, the routing and the words; then signals. Stage copies all of it once, to this
+// rank's slot; put writes to each rank what that one needs.
 struct StageArgs {
   Team team;
   Sizes sizes;
@@ -33,6 +37,8 @@ struct StageArgs {
 };
 gpuError_t launch_stage(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
                         const StageArgs& args);
+gpuError_t launch_put(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
+                      const StageArgs& args);
 
 // Second half of dispatch, first: every route of the group gets its row, and this rank every rank's
 // words. Two launches: count the routes of each chunk, then place them.
@@ -156,6 +162,7 @@ gpuError_t launch_reduce(gpuStream_t stream, int num_blocks, RowType type, const
 // Load every kernel on the current device, so that none is loaded inside a recording. `resident` is
 // lowered to the blocks of the kernel, in any of its forms, that a processor holds at once.
 gpuError_t preload_stage(Wire wire, int* resident);
+gpuError_t preload_put(Wire wire, int* resident);
 gpuError_t preload_plan();
 gpuError_t preload_pull(Wire wire, int* resident);
 gpuError_t preload_push(int* resident);

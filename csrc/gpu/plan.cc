@@ -4,6 +4,7 @@
 #include "plan.h"
 
 #include "kernels.h"
+#include "published.h"
 #include "rows.h"
 #include "step.h"
 
@@ -34,7 +35,7 @@ __device__ Chunk chunk_of_block(const Args& args) {
 }
 
 __device__ const std::byte* routing_of(const PlanArgs& args, int32_t source) {
-  return slot_of(args.team, source, current_step(args.team));
+  return published(args.team, args.staged, source, args.team.rank, current_step(args.team));
 }
 
 // Where the sort finds a group's routing: as the ranks have staged it...

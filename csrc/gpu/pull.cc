@@ -1,6 +1,7 @@
 // The rows: second half of dispatch and replay, and of arrivals.
 #include "kernels.h"
 #include "moves.h"
+#include "published.h"
 #include "rows.h"
 #include "step.h"
 
@@ -130,9 +131,9 @@ __global__ void __launch_bounds__(kThreads)
     if (static_cast<int32_t>(source) == args.team.rank) {
       return {args.x + token * sizes.row_bytes, routes};
     }
-    return {slot_of(args.team, static_cast<int32_t>(source), step) + args.staged.rows +
-                token * args.staged.row_stride,
-            routes, true};
+    const std::byte* from =
+        published(args.team, args.staged, static_cast<int32_t>(source), args.team.rank, step);
+    return {from + args.staged.rows + token * args.staged.row_stride, routes, true};
   });
   leave_step(args.team, args.step);
 }

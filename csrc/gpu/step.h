@@ -71,7 +71,11 @@ __device__ inline bool wait_for_peers(const Team& team, const Stepping& at) {
            static_cast<int64_t>(seen & ~kFailedBit));
     } else if (seen >= step) {
       const Post post = mine(team).posts[step % 2][peer];
-      if (post.digest != at.digest || post.order != at.order[0]) {
+      const auto here = static_cast<int64_t>(at.digest & 1);
+      const auto there = static_cast<int64_t>(post.digest & 1);
+      if (post.order == at.order[0] && here != there) {
+        fail(team, at, Fault::kDelivery, peer, here, there);
+      } else if (post.digest != at.digest || post.order != at.order[0]) {
         fail(team, at, Fault::kDiffers, peer, at.order[0], post.order);
       }
     }

@@ -36,6 +36,7 @@ enum class Fault : int32_t {
   kWrongRank = 4,   // the program computes another rank than the group's table says
   kBadPlan = 5,     // the plan names a row or a place that does not exist
   kStopped = 6,     // a peer came, and did not do its part in time
+  kDelivery = 7,    // a peer puts where this rank pulls, or the other way round
 };
 
 // Where the host reads what went wrong; in its own memory, so that a look costs no synchronisation.
@@ -52,7 +53,7 @@ struct FaultReport {
 
 // What a rank says of the step that it has entered.
 struct Post {
-  uint64_t digest;  // of the kind, the sizes, the dtype and the config
+  uint64_t digest;  // of the kind, the sizes, the dtype and the config; the lowest bit: a Delivery
   int64_t order;    // of the order token: the call's position in its program
 };
 

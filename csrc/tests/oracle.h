@@ -41,6 +41,7 @@ struct Case {
   bool with_scalars = false;
   uint64_t seed = 0;
   Wire wire = Wire::kRows;  // float8 holds the numbers here exactly
+  Delivery delivery = Delivery::kPull;
 };
 
 class Oracle {

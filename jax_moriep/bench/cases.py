@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.bench import patterns
+from jax_moriep.bench.exchanges import EXCHANGES, FP8, transport_of
 from jax_moriep.config import SCHEMES, TRANSPORTS, MoEConfig
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import ExchangeShape
+from jax_moriep.tuning_options import Tuning
 
 DTYPES = {"f32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
 
 EXPERTS = ("blocked", "triton", "reference", "ragged_dot")
-FP8 = "-fp8"
-"""Ends the name of an exchange whose tokens travel as float8."""
 PLAIN = ("plain", "plain_hopper")
 """Layers written without this package, for one rank."""
 DENSE_COPY = "dense+copy"
@@ -31,7 +31,7 @@ _QUANTISED = tuple(
 FLOORS = ("memcpy", "nccl", "copy", DENSE_COPY)
 """What no implementation can be faster than, or hardly."""
 COMPARABLE = {
-    "exchange": (*TRANSPORTS, *(name + FP8 for name in TRANSPORTS)),
+    "exchange": EXCHANGES,
     "experts": (*EXPERTS, "dense"),
     "layer": (*_PAIRS, *PLAIN),
     "decode": (*_PAIRS, *_QUANTISED, *PLAIN),
@@ -200,7 +200,7 @@ class Case:
         """Those that are compared, whatever they are joined with."""
         if self.kind == "experts":
             return ()
-        names = [name.removesuffix(FP8).split("+")[0] for name in self.compare]
+        names = [transport_of(name).split("+")[0] for name in self.compare]
         return tuple(dict.fromkeys(name for name in names if name in TRANSPORTS))
 
     @property
@@ -219,6 +219,7 @@ class Case:
         experts: str = "auto",
         wire: str | None = None,
         quant: str | None = None,
+        tuning: Tuning | None = None,
     ) -> MoEConfig:
         """The layer's config."""
         return MoEConfig(
@@ -231,6 +232,7 @@ class Case:
             experts=experts,
             wire_dtype=wire,
             expert_quant=quant,
+            tuning=tuning,
         )
 
     def title(self) -> str:

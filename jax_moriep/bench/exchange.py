@@ -18,10 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moriep import exchange, quant
 from jax_moriep.bench import compiled, floors, formula, oracle, patterns, traffic
-from jax_moriep.bench.cases import FP8, Case
+from jax_moriep.bench.cases import Case
+from jax_moriep.bench.exchanges import FP8, puts, transport_of, wire_of
 from jax_moriep.bench.timing import Call, Check
 from jax_moriep.bench.world import AXIS, World
 from jax_moriep.plan import Dispatched
+from jax_moriep.tuning_options import Tuning
 
 BOTH = "dispatch+combine"
 OPERATIONS = (BOTH, "dispatch", "combine")
@@ -94,8 +96,8 @@ def calls(case: Case, world: World, data: Data) -> list[Call]:
         for operation in operations
     ]
     for name in case.compare:
-        # Combine keeps the rows' dtype, so alone it is no other with float8 than without.
-        of_name = [op for op in operations if not (op == "combine" and name.endswith(FP8))]
+        # Combine alone is no other with float8, or where dispatch puts: it keeps the rows' dtype and pushes.
+        of_name = [op for op in operations if not (op == "combine" and (wire_of(name) or puts(name)))]
         made += _calls_of(name, of_name, case, world, data, expected)
     return made
 
@@ -103,7 +105,8 @@ def calls(case: Case, world: World, data: Data) -> list[Call]:
 def _calls_of(
     name: str, operations: list[str], case: Case, world: World, data: Data, expected: _Expected
 ) -> list[Call]:
-    cfg = case.config(transport=name.removesuffix(FP8), wire="fp8" if name.endswith(FP8) else None)
+    tuning = Tuning(native_dispatch="put") if puts(name) else None
+    cfg = case.config(transport=transport_of(name), wire=wire_of(name), tuning=tuning)
 
     def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Dispatched:
         return exchange.dispatch(x, ids, weights, cfg, axis_name=AXIS)

@@ -21,8 +21,9 @@ import numpy as np
 
 from jax_moriep import config
 from jax_moriep.bench import exchange, patterns, runner
-from jax_moriep.bench.cases import DENSE_COPY, FP8, REPEATS_ON_GPUS, Case, is_baseline
+from jax_moriep.bench.cases import DENSE_COPY, REPEATS_ON_GPUS, Case, is_baseline
 from jax_moriep.bench.devices import Devices, cpus, of_host
+from jax_moriep.bench.exchanges import FP8, PUT
 from jax_moriep.bench.worker import EVERYTHING, Job
 from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
 
@@ -154,9 +155,15 @@ def cases_of(ranks: int, options: Options, devices: Devices) -> list[Case]:
     names = transports_of(options, devices)
     # The others are there to be compared with, and XLA's passes that pack float8 for them are not theirs.
     ours = [name for name in names if name in _OURS] or names
-    wires = [wire for name in names for wire in ([name, name + FP8] if name in ours else [name])]
-    processes = 1 if options.one_process else ranks
     gpus = devices.gpus
+    both = {"native": ["native", "native" + PUT]} if gpus else {}
+    wires = [
+        delivered + wire
+        for name in names
+        for delivered in both.get(name, [name])
+        for wire in (("", FP8) if name in ours else ("",))
+    ]
+    processes = 1 if options.one_process else ranks
     most = ranks == max(ranks_of(options, devices))
 
     def case(kind: str, **fields: Any) -> Case:

@@ -15,6 +15,8 @@ _COLORS = {
     "nccl": "#7a7a7a",
     "native": "#2a6f97",
     "native-fp8": "#6a994e",
+    "native-put": "#61a5c2",
+    "native-put-fp8": "#a7c957",
     "mori": "#8f2d56",
     "mori-fp8": "#c98bb9",
     "collective": "#e07a3f",

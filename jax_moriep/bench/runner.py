@@ -15,7 +15,8 @@ import numpy as np
 
 from jax_moriep import quant
 from jax_moriep.bench import exchange, worker
-from jax_moriep.bench.cases import FP8, GPU_PLATFORMS, ITERATIONS, Case, is_baseline
+from jax_moriep.bench.cases import GPU_PLATFORMS, ITERATIONS, Case, is_baseline
+from jax_moriep.bench.exchanges import FP8, puts
 from jax_moriep.bench.timing import percentile, slowest
 from jax_moriep.cli.launch import LaunchResult, launch
 from jax_moriep.errors import MoriepError
@@ -105,7 +106,7 @@ def link_of(case: Case, mebibytes: int = 256) -> Case:
 
 def environment(cases: list[Case]) -> dict[str, str]:
     """What processes on GPUs need: arenas and a heap that hold the steps, and room beside XLA's pool."""
-    slots = [case.tokens * _most_places(case) * case.row_bytes for case in cases if case.kind != "link"]
+    slots = [case.tokens * _rows_per_token(case) * case.row_bytes for case in cases if case.kind != "link"]
     megabytes = max(1024, int(2.1 * max(slots, default=0)) // (1 << 20) + 32)
     wanted = {"JAX_MORIEP_ARENA_MB": str(megabytes), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7"}
     if any("mori" in case.transports for case in cases):
@@ -113,9 +114,14 @@ def environment(cases: list[Case]) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def _most_places(case: Case) -> int:
-    """Rows in a rank's arena for each of its tokens; two_level has those of other nodes there too."""
-    return case.ranks if "two_level" in case.transports else min(case.top_k, case.ranks)
+def _rows_per_token(case: Case) -> int:
+    """Rows of an arena's half for each token of a rank: what combine pushes, or dispatch puts.
+
+    two_level has those of other nodes there too.
+    """
+    parts = case.ranks - 1 if any(map(puts, case.compare)) else 0
+    nodes = case.ranks if "two_level" in case.transports else 0
+    return max(min(case.top_k, case.ranks), parts, nodes)
 
 
 def _mori_heap(cases: list[Case]) -> int:

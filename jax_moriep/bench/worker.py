@@ -21,6 +21,7 @@ import jax
 from jax_moriep import transports
 from jax_moriep.bench import compiled, memory
 from jax_moriep.bench.cases import Case
+from jax_moriep.bench.exchanges import puts
 from jax_moriep.bench.timing import Call, measured
 from jax_moriep.bench.world import AXIS, Barrier, World
 from jax_moriep.errors import TransportError
@@ -114,13 +115,16 @@ def main(folder: str) -> None:
 
 
 def _refuse(cases: list[Case], world: World) -> None:
-    """Ends the process with the reason, and nothing else, where a transport that is named cannot run."""
+    """Ends the process with the reason, and nothing else, where what is named cannot run."""
     here = Place.of(world.mesh, AXIS)
     try:
         for name in dict.fromkeys(name for case in cases for name in case.transports):
             transports.choose(name, here)
     except TransportError as e:
         sys.exit(str(e))
+    for name in dict.fromkeys(name for case in cases for name in case.compare):
+        if puts(name) and here.platform != "gpu":
+            sys.exit(f"{name} cannot run here: native puts between GPUs only; leave it out of --compare")
 
 
 def _say(text: str) -> None:

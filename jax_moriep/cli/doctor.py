@@ -15,9 +15,10 @@ import jax
 
 from jax_moriep import experts, transports
 from jax_moriep.cli import doctor_mori
-from jax_moriep.errors import LibraryError
+from jax_moriep.errors import LibraryError, TransportError
 from jax_moriep.runtime import compat, library
 from jax_moriep.runtime.place import Place
+from jax_moriep.transports import delivery
 from jax_moriep.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "matplotlib", "torch")
@@ -29,6 +30,7 @@ VARIABLES = (
     "JAX_MORIEP_MORI_KERNELS",
     "JAX_MORIEP_MORI_HEAP_MB",
     "JAX_MORIEP_ARENA_MB",
+    "JAX_MORIEP_NATIVE_DISPATCH",
     "JAX_MORIEP_CACHE_DIR",
     "JAX_MORIEP_ROCM_PATH",
     "JAX_PLATFORMS",
@@ -68,6 +70,7 @@ def examine() -> dict[str, Any]:
       - libraries: for each backend path, ffi_api that it was built for, and reason.
       - transports, experts: for each platform, for each implementation the reason.
       - chosen: for each platform what "auto" takes.
+      - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
       - mori: as ``doctor_mori.examine`` says.
       - environment: the variables that matter and are set.
@@ -92,6 +95,7 @@ def examine() -> dict[str, Any]:
         "transports": {p: reasons[p]["transport"] for p in devices},
         "experts": {p: reasons[p]["experts"] for p in devices},
         "chosen": chosen,
+        "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
         "mori": doctor_mori.examine(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -127,6 +131,8 @@ def as_text(found: dict[str, Any]) -> str:
         for name in found["platforms"]:
             lines.append(f"{title} on {name} (auto takes {found['chosen'][name][kind] or 'nothing'})")
             lines += [_line(choice, why) for choice, why in found[title][name].items()]
+            if kind == "transport" and name in found["native_dispatch"]:
+                lines.append(f"      native {found['native_dispatch'][name]}")
 
     lines.append("what the native transport needs of this machine")
     lines += [_line(name, why) for name, why in found["machine"].items()]
@@ -172,6 +178,13 @@ def _place(platform: str) -> Place:
     """All devices of a platform, with a process for each: the layout in which every transport may run."""
     found = jax.devices(platform)
     return Place(platform, compat.architecture(found[0]), num_ranks=len(found), num_processes=len(found))
+
+
+def _native_dispatch(place: Place) -> str:
+    try:
+        return delivery.describe(place, None)
+    except TransportError as error:
+        return f"refuses every exchange: {error}"
 
 
 def _libraries() -> dict[str, dict[str, str | None]]:

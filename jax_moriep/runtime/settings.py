@@ -65,6 +65,18 @@ def keep_memory() -> bool:
     return _switch("JAX_MORIEP_KEEP_MEMORY")
 
 
+def native_dispatch() -> str | None:
+    """How native dispatches between GPUs: ``JAX_MORIEP_NATIVE_DISPATCH``, pull or put; None where unset.
+
+    Raises:
+      TransportError: the variable is neither.
+    """
+    text = os.environ.get("JAX_MORIEP_NATIVE_DISPATCH")
+    if text not in (None, "pull", "put"):
+        raise TransportError(rule("JAX_MORIEP_NATIVE_DISPATCH", text, "be pull or put", "unset it or fix it"))
+    return text
+
+
 def _switch(name: str) -> bool:
     text = os.environ.get(name, "1")
     if text not in ("0", "1"):

@@ -1,8 +1,9 @@
 """transport="native": our own custom calls over memory that the ranks of one machine share.
 
 The receiver pulls: a rank stages its tokens and publishes its routing, and each destination reads every
-token that it needs once and writes it to all its expert rows, directly into XLA's result. Combine pushes one
-row per (token, rank) to the token's owner, who adds them in rank order.
+token that it needs once and writes it to all its expert rows, directly into XLA's result. Between GPUs the
+owners may put the tokens into their destinations' memory instead (``delivery.py``). Combine pushes one row
+per (token, rank) to the token's owner, who adds them in rank order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep.config import MoEConfig
-from jax_moriep.errors import ConfigError, LibraryError, rule
+from jax_moriep.errors import ConfigError, LibraryError, TransportError, rule
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import compat, group, library, targets
 from jax_moriep.runtime.place import Place
+from jax_moriep.transports import delivery
 
 _ROW_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -79,7 +81,14 @@ def open(  # noqa: A001 - the contract's name
         return Opened(name)
     # The kernels of GPUs quantise on the way. The CPU's loops would do it no faster than XLA's.
     quantises = cfg.wire_dtype == "fp8" and place.platform == "gpu"
-    return Opened(name, attributes(name, cfg.describe(), shape, wire="fp8" if quantises else ""), quantises)
+    given = attributes(
+        name,
+        cfg.describe(),
+        shape,
+        wire="fp8" if quantises else "",
+        delivery=delivery.choose(place, cfg)[0],
+    )
+    return Opened(name, given, quantises)
 
 
 def open_groups(place: Place, num_ranks: int, *, again: bool) -> str:
@@ -94,7 +103,13 @@ def open_groups(place: Place, num_ranks: int, *, again: bool) -> str:
 
 
 def attributes(
-    name: str, config: str, shape: ExchangeShape, *, num_nodes: int = 1, wire: str = ""
+    name: str,
+    config: str,
+    shape: ExchangeShape,
+    *,
+    num_nodes: int = 1,
+    wire: str = "",
+    delivery: str,
 ) -> tuple[tuple[str, int | str], ...]:
     """The attributes of the custom calls.
 
@@ -105,6 +120,7 @@ def attributes(
       num_nodes: each rank's tokens are those of so many nodes, as many of each, one node's after the other's;
         the rows are then ordered by local expert, node, rank and token.
       wire: "fp8" where dispatch takes tokens as they are and sends float8.
+      delivery: "pull" or "put", see ``transports.delivery``.
     """
     return (
         ("group", name),
@@ -114,7 +130,19 @@ def attributes(
         ("block", shape.block),
         ("num_nodes", num_nodes),
         ("wire", wire),
+        ("delivery", delivery),
     )
+
+
+def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
+    """See ``transports.Describes``."""
+    del shape, dtype
+    if place.platform != "gpu" or place.num_ranks == 1:
+        return None
+    try:
+        return delivery.describe(place, cfg)
+    except TransportError as error:
+        return f"refuses every exchange: {error}"
 
 
 def dispatch(

@@ -26,7 +26,7 @@ from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import settings
 from jax_moriep.runtime.place import Place
-from jax_moriep.transports import native
+from jax_moriep.transports import delivery, native
 
 
 class Own(NamedTuple):
@@ -71,7 +71,10 @@ def open(  # noqa: A001 - the contract's name
     num_nodes = place.num_ranks // size
     config = f"{num_nodes} nodes of {size} ranks, {cfg.describe()}"
     inside = _inside(shape, num_nodes)
-    return Opened(name, native.attributes(name, config, inside, num_nodes=num_nodes))
+    return Opened(
+        name,
+        native.attributes(name, config, inside, num_nodes=num_nodes, delivery=delivery.choose(place, cfg)[0]),
+    )
 
 
 def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:

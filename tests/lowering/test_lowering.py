@@ -47,6 +47,7 @@ def test_targets_attributes_and_types(platform):
         assert "block = 16 : i64" in attributes
         assert re.search(r'group = "abstract-[0-9a-f]{16}"', attributes)
         assert "capacity_factor=2.0" in attributes
+        assert 'delivery = "pull"' in attributes
         assert "rank" not in attributes
         assert "has_side_effect = true" not in line
 

@@ -66,14 +66,15 @@ def between_devices(kernels: dict[str, Counter]) -> int:
     return sum(one[f"peer.{kind}"] for one in kernels.values() for kind in ("read", "written", "atomic"))
 
 
-def of_transport(transport: str, sizes: Sizes, folder: Path) -> list[Counts]:
+def of_transport(transport: str, sizes: Sizes, folder: Path, **environment: str) -> list[Counts]:
     """What each rank's kernels did in ``open``, ``dispatch``, ``combine`` and ``replay``."""
     path, given = folder / "counts", Given.draw(sizes).save(folder / "given.npz")
     port = mori_jobs.free_port()
     each = [{"JAX_MORIEP_TEST_JOB": f"{port} {sizes.ranks} {rank}"} for rank in range(sizes.ranks)]
     said = json.dumps(dataclasses.asdict(sizes))
     command = (simulated.PYTHON, "-m", "tests.rocm.counted_job", transport, said, given)
-    mori_jobs.finish(mori_jobs.start(sizes.ranks, *command, each=each, ROCM_SIM_COUNT=str(path)), 240)
+    processes = mori_jobs.start(sizes.ranks, *command, each=each, ROCM_SIM_COUNT=str(path), **environment)
+    mori_jobs.finish(processes, 240)
     return [counters.by_phase(path, rank) for rank in range(sizes.ranks)]
 
 

@@ -89,19 +89,26 @@ SIGNAL_BYTES = 24
 """What a step says to each other rank: its number, what it exchanges, and its order."""
 
 
-def native_between_devices(sizes: Sizes, found: Routed) -> dict[str, int]:
+def native_between_devices(sizes: Sizes, found: Routed, delivery: str) -> dict[str, int]:
     """Bytes that the native transport reads and writes in other devices' memory.
 
-    A dispatch reads each token that comes from another rank once, all ranks' ids, the weight of each used row
-    and the words; a combine writes a row for each of these tokens. Both signal.
+    A dispatch that pulls reads each token that comes from another rank once, all ranks' ids, the weight of
+    each used row and the words. One that puts writes each token once to each other rank that it goes to, and
+    to all of them its ids, weights and words. A combine writes a row for each token that came. A replay moves
+    the dispatch's tokens alone. All signal.
     """
     word, others = 4, sizes.ranks - 1
-    tokens = found.others_arrivals * sizes.row_bytes
-    routing = others * sizes.tokens * sizes.top_k * word + found.others_rows * word
+    came = found.others_arrivals * sizes.row_bytes
+    ids = others * sizes.tokens * sizes.top_k * word
     words = others * sizes.words * word
+    signals = others * SIGNAL_BYTES
+    tokens, weights = {"pull": (came, found.others_rows * word), "put": (found.sent * sizes.row_bytes, ids)}[
+        delivery
+    ]
     return {
-        "dispatch": tokens + routing + words + others * SIGNAL_BYTES,
-        "combine": tokens + others * SIGNAL_BYTES,
+        "dispatch": tokens + ids + weights + words + signals,
+        "combine": came + signals,
+        "replay": tokens + signals,
     }
 
 

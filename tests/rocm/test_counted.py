@@ -34,9 +34,13 @@ def alone(tmp_path_factory):
     return counted.of_mori_alone(SIZES, tmp_path_factory.mktemp("counts"))
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    return counted.of_transport("native", SIZES, tmp_path_factory.mktemp("counts"))
+@pytest.fixture(scope="module", params=["pull", "put"])
+def native(request, tmp_path_factory):
+    """How it delivers, and what each rank's kernels did."""
+    folder = tmp_path_factory.mktemp("counts")
+    return request.param, counted.of_transport(
+        "native", SIZES, folder, JAX_MORIEP_NATIVE_DISPATCH=request.param
+    )
 
 
 def routed(sizes):
@@ -89,6 +93,7 @@ def test_mori_sends_a_token_once_to_each_rank(alone):
 
 
 def test_native_moves_what_its_formats_require_between_devices(native):
-    for kernels, found in zip(native, routed(SIZES), strict=True):
-        for phase, required in oracle.native_between_devices(SIZES, found).items():
+    delivery, of_ranks = native
+    for kernels, found in zip(of_ranks, routed(SIZES), strict=True):
+        for phase, required in oracle.native_between_devices(SIZES, found, delivery).items():
             assert counted.between_devices(kernels[phase]) == required

@@ -36,9 +36,16 @@ CONTRACT = "tests/contract/test_exchange.py"
 
 
 @pytest.mark.parametrize(
-    ("devices", "memory"), [(1, "ordinary"), (1, "adversarial"), (2, "adversarial"), (4, "adversarial")]
+    ("devices", "memory", "delivery"),
+    [
+        (1, "ordinary", "pull"),
+        (1, "adversarial", "pull"),
+        (2, "adversarial", "pull"),
+        (4, "adversarial", "pull"),
+        (4, "adversarial", "put"),
+    ],
 )
-def test_the_layer_and_its_exchanges(devices, memory):
+def test_the_layer_and_its_exchanges(devices, memory, delivery):
     # With several devices only what takes more than one of them.
     chosen = "native and not [1 and not -1]" if devices > 1 else "native"
     said, _ = simulated.run(
@@ -54,6 +61,7 @@ def test_the_layer_and_its_exchanges(devices, memory):
         JAX_MORIEP_TEST_STEPS="1000" if devices == 1 else "100",
         JAX_MORIEP_LIB_DIR=str(simulated.LIBRARY),
         JAX_MORIEP_ARENA_MB="16",
+        JAX_MORIEP_NATIVE_DISPATCH=delivery,
         **MEMORY[memory],
     )
     # Nothing but the meshes that are larger than what is there.

@@ -230,12 +230,18 @@ def test_the_plan_for_gpus():
     # A combine pushes up to min(K, R) rows for each token, into one of an arena's two halves.
     megabytes = int(runner.environment(four)["JAX_MORIEP_ARENA_MB"])
     assert megabytes << 20 > 2 * 4096 * 4 * 7168 * 2
+    # What is put takes a part for each peer, which can be more than K.
+    of_put = Case(
+        "exchange", ranks=8, processes=8, tokens=4096, hidden=7168, top_k=2, compare=("native-put",)
+    )
+    assert int(runner.environment([of_put])["JAX_MORIEP_ARENA_MB"]) << 20 > 2 * 4096 * 7 * 7168 * 4
     assert host.path_of(host.Path("x"), GPUS, 4, "json").name == "host-nvidia-h100-80gb-hbm3-x4.json"
 
 
 def test_mori_is_measured_where_it_can_run():
     exchange_of = {c.tokens: c for c in host.cases_of(8, host.Options(), AMD) if c.kind == "exchange"}
-    assert exchange_of[128].compare == ("native", "native-fp8", "mori", "mori-fp8", "collective")
+    natives = ("native", "native-fp8", "native-put", "native-put-fp8")
+    assert exchange_of[128].compare == (*natives, "mori", "mori-fp8", "collective")
     layer, step = host.cases_of(8, host.Options(), AMD)[-2:]
     assert (layer.compare, step.compare) == (
         ("native+triton", "mori+triton"),
@@ -274,6 +280,9 @@ def test_a_worker_ends_with_the_reason_and_nothing_else(kind, name, tmp_path):
     with pytest.raises(SystemExit, match=r"^transport='mori' cannot run here: it needs AMD's GPUs; use "):
         worker._refuse([case], world_of(2, tmp_path))
     others = dataclasses.replace(case, compare=case.compare[:1])
+    puts = dataclasses.replace(others, kind="exchange", compare=("native", "native-put-fp8"))
+    with pytest.raises(SystemExit, match="^native-put-fp8 cannot run here: native puts between GPUs only"):
+        worker._refuse([puts], world_of(2, tmp_path))
     worker._refuse([others, Case("experts", ranks=2, **SMALL)], world_of(2, tmp_path))
 
 

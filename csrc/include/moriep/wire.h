@@ -1,5 +1,6 @@
-// The fp8 wire: what a dispatch sends in place of a token when the layer asks for it. The numbers
-// are those of the Python module quant.py; nothing here knows a GPU.
+// How a dispatch sends tokens. On the fp8 wire something smaller is sent in place of each token,
+// when the layer asks for it: the numbers are those of the Python module quant.py. Nothing here
+// knows a GPU.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,14 @@ namespace moriep {
 
 // How tokens travel in a dispatch; the numbers go into what ranks compare.
 enum class Wire : int32_t { kRows = 0, kFp8 = 1 };
+
+// Who moves the tokens of a dispatch: each receiver, which reads them in their owner's arena, or
+// each owner, which writes them into the arenas of their receivers.
+enum class Delivery : int32_t { kPull = 0, kPut = 1 };
+
+inline const char* delivery_name(Delivery delivery) {
+  return delivery == Delivery::kPut ? "put" : "pull";
+}
 
 // The float8 of a platform: e4m3fn on NVIDIA's GPUs, e4m3fnuz on the MI300 series.
 enum class Fp8Format : int32_t { kE4M3FN = 0, kE4M3FNUZ = 1 };

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <utility>
+#include <tuple>
 
 #include "exercise.h"
 
@@ -95,12 +95,16 @@ void check_processes(int32_t num_ranks) {
   const auto children = fork_ranks(num_ranks, [&](int32_t me) {
     check::set_deadline(deadline(150, kProcessSteps, kProcessStepMs));
     const auto group = join(*shared, me, num_ranks, 60);
-    for (const auto& [type, wire] :
-         {std::pair{RowType::kF32, Wire::kRows}, std::pair{RowType::kBF16, Wire::kRows},
-          std::pair{RowType::kBF16, Wire::kFp8}}) {
+    for (const auto& [type, wire, delivery] :
+         {std::tuple{RowType::kF32, Wire::kRows, Delivery::kPull},
+          std::tuple{RowType::kBF16, Wire::kRows, Delivery::kPull},
+          std::tuple{RowType::kBF16, Wire::kFp8, Delivery::kPull},
+          std::tuple{RowType::kBF16, Wire::kRows, Delivery::kPut},
+          std::tuple{RowType::kBF16, Wire::kFp8, Delivery::kPut}}) {
       Case test{shape_of(num_ranks, 33, 3, 72, 10, 4), type};
       test.with_scalars = true;
       test.wire = wire;
+      test.delivery = delivery;
       const Oracle want(test);
       Exercise exercise(*group->local(me), test, want);
       std::vector<std::byte> dispatched, combined;
@@ -196,23 +200,38 @@ void run(Exercises& all, Status (Exercise::*op)(Half)) {
   }
 }
 
-void check_case(Group& group, const Case& test) {
+// The results of all ranks after each exchange.
+using Bits = std::vector<std::vector<std::byte>>;
+
+Bits check_case(Group& group, const Case& test) {
   const Oracle want(test);
   Exercises all = exercises_of(group, test, want);
+  Bits bits;
+  const auto finish = [&](const char* what, void (Exercise::*check)() const) {
+    check_gpu(gpuDeviceSynchronize(), what);
+    CHECK_OK(group.failure());
+    for (const auto& one : all) {
+      (one.get()->*check)();
+      bits.push_back(one->bits());
+    }
+  };
   run(all, &Exercise::dispatch);
-  check_gpu(gpuDeviceSynchronize(), "dispatch");
-  CHECK_OK(group.failure());
-  for (const auto& one : all) one->check_dispatch();
+  finish("dispatch", &Exercise::check_dispatch);
   for (const auto& one : all) one->poison_results();
   run(all, &Exercise::replay);
-  check_gpu(gpuDeviceSynchronize(), "replay");
-  CHECK_OK(group.failure());
-  for (const auto& one : all) one->check_replay();
-  if (test.type == RowType::kU8) return;
+  finish("replay", &Exercise::check_replay);
+  if (test.type == RowType::kU8) return bits;
   run(all, &Exercise::combine);
-  check_gpu(gpuDeviceSynchronize(), "combine");
-  CHECK_OK(group.failure());
-  for (const auto& one : all) one->check_combine();
+  finish("combine", &Exercise::check_combine);
+  return bits;
+}
+
+// Results do not depend on who moves the tokens.
+void check_both_ways(Group& group, Case test) {
+  const Bits pulled = check_case(group, test);
+  if (group.num_ranks() == 1) return;
+  test.delivery = Delivery::kPut;
+  CHECK(check_case(group, test) == pulled);
 }
 
 TEST(ranks_on_one_stream, 300) {
@@ -227,16 +246,20 @@ TEST(ranks_on_one_stream, 300) {
                     routing};
           test.with_scalars = hidden != 1 && type != RowType::kU8;
           test.seed = ++seed;
-          check_case(*group, test);
+          // Of the other way, all routings in wide words, and one in the narrowest.
+          const auto check = hidden == 40 || (hidden == 1111 && routing == Routing::kUniform)
+                                 ? check_both_ways
+                                 : [](Group& g, Case c) { (void)check_case(g, c); };
+          check(*group, test);
           if (type == RowType::kU8 || routing != Routing::kUniform) continue;
           test.wire = Wire::kFp8;
-          check_case(*group, test);
+          check_both_ways(*group, test);
         }
       }
     }
-    check_case(*group, Case{shape_of(num_ranks, 0, 2, 16, 4, 8), RowType::kF32});
-    check_case(*group, Case{shape_of(num_ranks, 700, 8, 24, 64, 16), RowType::kBF16});
-    check_case(*group, Case{shape_of(num_ranks, 90, 12, 24, 700, 8), RowType::kF32});
+    check_both_ways(*group, Case{shape_of(num_ranks, 0, 2, 16, 4, 8), RowType::kF32});
+    check_both_ways(*group, Case{shape_of(num_ranks, 700, 8, 24, 64, 16), RowType::kBF16});
+    check_both_ways(*group, Case{shape_of(num_ranks, 90, 12, 24, 700, 8), RowType::kF32});
   }
 }
 
@@ -278,8 +301,10 @@ void check_many_steps(Wire wire) {
   };
   for (int i = 0, steps = num_steps(kStreamSteps); i < steps; ++i) {
     const bool looked_at = i % look_every(steps) == 0;
-    if (looked_at) {
-      for (const auto& one : all) one->poison_results();
+    for (const auto& one : all) {
+      // Steps of both ways follow each other in one arena.
+      one->deliver_by(i % 3 == 0 ? Delivery::kPull : Delivery::kPut);
+      if (looked_at) one->poison_results();
     }
     run(all, &Exercise::dispatch);
     if (looked_at) look(dispatched);
@@ -330,6 +355,17 @@ TEST(faults_are_named, 60) {
     check_gpu(gpuDeviceSynchronize(), "wire");
     CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
   }
+  {  // Another way to deliver.
+    const auto group = ranks_on_one_device(2);
+    Case other = test;
+    other.delivery = Delivery::kPut;
+    Exercise a(*group->local(0), test, want), b(*group->local(1), other, want);
+    CHECK_OK(a.dispatch(Half::kFirst));
+    CHECK_OK(b.dispatch(Half::kFirst));
+    CHECK_OK(a.dispatch(Half::kSecond));
+    check_gpu(gpuDeviceSynchronize(), "delivery");
+    CHECK_CONTAINS(group->failure().text(), "this rank delivers by pull and rank 1 by put");
+  }
   {  // Bytes on the fp8 wire.
     const auto group = ranks_on_one_device(1);
     const Status status = gpu::dispatch(
@@ -376,6 +412,40 @@ TEST(faults_are_named, 60) {
         gpu::dispatch(*group->local(0), Call{.shape = large.shape, .type = large.type}, {});
     CHECK_CONTAINS(status.text(), "set JAX_MORIEP_ARENA_MB to at least");
   }
+  {  // More than it holds when peers put.
+    const auto group = ranks_on_one_device(3);
+    const Case large{shape_of(3, 600, 2, 2048, 4, 4), RowType::kF32};
+    const Call call{.shape = large.shape, .type = large.type, .delivery = Delivery::kPut};
+    const Status status = gpu::dispatch(*group->local(0), call, {});
+    CHECK_CONTAINS(status.text(), "a part for each of 2 peers");
+    CHECK_CONTAINS(status.text(), "at least 19, or JAX_MORIEP_NATIVE_DISPATCH=pull");
+  }
+}
+
+// It no longer waits for them, and so does not know what they still read.
+TEST(a_failed_rank_writes_to_no_peer, 60) {
+  Case test{shape_of(2, 9, 2, 32, 4, 4), RowType::kF32};
+  test.delivery = Delivery::kPut;
+  const Oracle want(test);
+  const auto group = ranks_on_one_device(2, 0.5);
+  const auto slot_bytes = static_cast<size_t>(group->slot_bytes());
+  std::byte* slots = group->local(1)->arena + kControlBytes + kWorkspaceBytes;
+  check_gpu(gpuMemset(slots, 0xff, 2 * slot_bytes), "poison");
+  Exercise a(*group->local(0), test, want);
+  CHECK_OK(a.dispatch(Half::kBoth));
+  // Enqueued while the first still waits for its peer; or refused, where that has failed already.
+  (void)a.dispatch(Half::kFirst);
+  check_gpu(gpuDeviceSynchronize(), "deadline");
+  CHECK_EQ(group->failure().code(), Code::kDeadlineExceeded);
+  std::vector<std::byte> found(2 * slot_bytes);
+  check_gpu(gpuMemcpy(found.data(), slots, found.size(), gpuMemcpyDefault), "look");
+  const auto untouched = [&](size_t slot) {
+    const auto begin = found.begin() + static_cast<std::ptrdiff_t>(slot * slot_bytes);
+    return std::all_of(begin, begin + static_cast<std::ptrdiff_t>(slot_bytes),
+                       [](std::byte byte) { return byte == std::byte{0xff}; });
+  };
+  CHECK(!untouched(1));  // of step 1
+  CHECK(untouched(0));
 }
 
 }  // namespace

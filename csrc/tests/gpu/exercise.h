@@ -97,6 +97,8 @@ class Exercise {
          ids_.data(), y_.data(), carried ? token_scalars_.data() : nullptr});
   }
 
+  // From the next dispatch on, and for its replay.
+  void deliver_by(Delivery delivery) { test_.delivery = delivery; }
   void poison_results() {
     rows_.poison();
     row_weights_.poison();
@@ -192,6 +194,7 @@ class Exercise {
     return Call{.shape = test_.shape,
                 .type = test_.type,
                 .wire = test_.wire,
+                .delivery = test_.delivery,
                 .config = "test",
                 .rank = rank_of_me_.data(),
                 .order = order_.data(),
@@ -265,12 +268,13 @@ class Exercise {
          << " H=" << shape.hidden_size << " E=" << shape.num_experts
          << " L=" << shape.num_local_experts << " block=" << shape.block << " C=" << shape.capacity
          << " type=" << static_cast<int>(test_.type) << " wire=" << static_cast<int>(test_.wire)
+         << " by " << delivery_name(test_.delivery)
          << " routing=" << static_cast<int>(test_.routing) << " seed=" << test_.seed;
     check::fail(__FILE__, __LINE__, text.str());
   }
 
   LocalRank& me_;
-  const Case test_;
+  Case test_;
   const Oracle& want_;
   Array<int32_t> rank_of_me_, order_, order_out_;
   Array<std::byte> x_, x_again_;

@@ -19,11 +19,13 @@ class Pair {
     for (int32_t r = 0; r < 2; ++r) sides_.push_back(std::make_unique<Side>(routing, test, r));
   }
 
-  static Case case_of(int64_t num_tokens, int64_t hidden_size, RowType type, Wire wire) {
+  static Case case_of(int64_t num_tokens, int64_t hidden_size, RowType type, Wire wire,
+                      Delivery delivery = Delivery::kPull) {
     const int64_t block = std::clamp<int64_t>(num_tokens / 16, 8, 128);
     Case test{shape_of(2, num_tokens, 8, hidden_size, 64, block, 0.5), type};
     test.shape.num_words = 0;
     test.wire = wire;
+    test.delivery = delivery;
     return test;
   }
 
@@ -34,6 +36,7 @@ class Pair {
         const Call call{.shape = test_.shape,
                         .type = test_.type,
                         .wire = test_.wire,
+                        .delivery = test_.delivery,
                         .config = "speed",
                         .rank = at.rank.data(),
                         .order = at.order.data(),

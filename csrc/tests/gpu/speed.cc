@@ -356,7 +356,11 @@ class Bench {
           right);
     };
     measure("dispatch", plain);
+    measure("dispatch by put",
+            Pair::case_of(tokens, kHidden, RowType::kBF16, Wire::kRows, Delivery::kPut));
     measure("dispatch, fp8 wire", Pair::case_of(tokens, kHidden, RowType::kBF16, Wire::kFp8));
+    measure("by put, fp8 wire",
+            Pair::case_of(tokens, kHidden, RowType::kBF16, Wire::kFp8, Delivery::kPut));
     measure("dispatch of bytes", Pair::case_of(tokens, kPacked, RowType::kU8, Wire::kRows));
   }
 

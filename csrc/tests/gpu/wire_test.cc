@@ -338,6 +338,7 @@ void check_dispatch(Group& group, const Case& test) {
       const Call call{.shape = shape,
                       .type = test.type,
                       .wire = Wire::kFp8,
+                      .delivery = test.delivery,
                       .config = "test",
                       .rank = side.me.data(),
                       .order = side.order.data(),
@@ -367,7 +368,8 @@ void check_dispatch(Group& group, const Case& test) {
         expect("rank " + std::to_string(r) + " of " + std::to_string(shape.num_ranks) + ", row " +
                    std::to_string(row) + ", h " + std::to_string(h) + " of " +
                    std::to_string(shape.hidden_size) + ", type " +
-                   std::to_string(static_cast<int>(test.type)),
+                   std::to_string(static_cast<int>(test.type)) + " by " +
+                   delivery_name(test.delivery),
                get(test.type, rows.data(), row * shape.hidden_size + h),
                sent ? sent->arrives(numbers, test.type, static_cast<size_t>(h)) : 0.0);
       }
@@ -387,6 +389,8 @@ TEST(rows_are_what_the_wire_makes_of_tokens, 300) {
         test.shape.num_words = 0;
         test.seed = ++seed;
         check_dispatch(group, test);
+        test.delivery = Delivery::kPut;
+        if (num_ranks > 1) check_dispatch(group, test);
       }
     }
   }
