@@ -14,6 +14,7 @@ struct FusedAttributes {
   std::string_view config;
   int64_t num_experts;
   int64_t num_local_experts;
+  int64_t num_nodes;
   std::string_view handle;
   std::string_view wire;
   int64_t dispatch_blocks;
@@ -27,18 +28,10 @@ struct FusedAttributes {
   int64_t tile;
 
   MoriAttributes exchange() const {
-    return {group,
-            config,
-            num_experts,
-            num_local_experts,
-            handle,
-            wire,
-            dispatch_blocks,
-            dispatch_waves,
-            dispatch_rdma_blocks,
-            combine_blocks,
-            combine_waves,
-            combine_rdma_blocks};
+    return {
+        group,          config,        num_experts,        num_local_experts, num_nodes,
+        handle,         wire,          dispatch_blocks,    dispatch_waves,    dispatch_rdma_blocks,
+        combine_blocks, combine_waves, combine_rdma_blocks};
   }
 };
 
@@ -96,7 +89,8 @@ ffi::Error fused_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids
        expect_shape("codes", *codes, {as_they_come ? 0 : n, hidden}),
        expect_shape("scales", *scales, {aiter::row_scale_count(call.layer, n)}),
        expect_shape("sums", *sums, {n, hidden}),
-       expect_shape("workspace", *workspace, {fused_words(call.shape)}), aiter::preload(device)});
+       expect_shape("workspace", *workspace, {fused_words(call.shape, there.num_nodes)}),
+       aiter::preload(device)});
   if (!status.ok()) return to_ffi(status);
   return to_ffi(run_fused(*place.group, call,
                           {.x = bytes_of(x),
@@ -124,6 +118,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(moriep::mori::FusedAttributes,
                                       xla::ffi::StructMember<std::string_view>("config"),
                                       xla::ffi::StructMember<int64_t>("num_experts"),
                                       xla::ffi::StructMember<int64_t>("num_local_experts"),
+                                      xla::ffi::StructMember<int64_t>("num_nodes"),
                                       xla::ffi::StructMember<std::string_view>("handle"),
                                       xla::ffi::StructMember<std::string_view>("wire"),
                                       xla::ffi::StructMember<int64_t>("dispatch_blocks"),

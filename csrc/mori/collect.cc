@@ -82,9 +82,23 @@ __device__ void copy_routing(const CollectArgs& args, int32_t count) {
   }
 }
 
+// What a combine will have to know of the tokens that came from other nodes.
+template <typename Args>
+__device__ void keep_flags(const Args& args, uint64_t step) {
+  const BetweenArgs& between = args.between;
+  if (between.words == nullptr) return;
+  const uint64_t* flags = between.sets[step % 2];
+  for (int64_t i = thread_index(); i < between.num_flags; i += num_threads()) {
+    between.plan_flags[i] = static_cast<int32_t>(flags[i]);
+  }
+}
+
 // A plan that leads nowhere: a give_back along it moves nothing and reads nothing.
 template <typename Args>
 __device__ void empty_plan(const Args& args) {
+  for (int64_t i = thread_index(); i < args.between.num_words; i += num_threads()) {
+    args.between.words[i] = 0;
+  }
   const ArrivalSizes& sizes = args.sizes;
   const int32_t nowhere = sizes.num_ranks * sizes.num_ranks * sizes.max_tokens;
   for (int64_t i = thread_index(); i < static_cast<int64_t>(sizes.num_tokens) * sizes.top_k;
@@ -101,7 +115,10 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
   if (!wave_sees_failure(args.team)) {
     const int32_t count = gpu::load_uniform(args.count);
     copy_tokens<Move>(args, count);
-    if (sent) copy_routing(args, count);
+    if (sent) {
+      copy_routing(args, count);
+      keep_flags(args, gpu::current_step(args.team));
+    }
   } else {
     const int64_t bytes = args.sizes.row_bytes * args.sizes.num_ranks * args.sizes.num_tokens;
     poison(reinterpret_cast<Word*>(args.tokens), bytes / static_cast<int64_t>(sizeof(Word)));
@@ -112,6 +129,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
 
 __global__ void __launch_bounds__(kThreads) settle_kernel(const SettleArgs args) {
   if (wave_sees_failure(args.team)) return empty_plan(args);
+  keep_flags(args, gpu::current_step(args.team));
   const int32_t count = gpu::load_uniform(args.count);
   for (int64_t i = thread_index(); i < count; i += num_threads()) {
     args.sources[i] = source_of(args.sizes, args.origins[i]);

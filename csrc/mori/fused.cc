@@ -6,10 +6,11 @@
 
 namespace moriep::mori {
 
-// Places [T, K], sources [N], the count, the order token between the two steps, and the experts'.
-int64_t fused_words(const Shape& shape) {
+// Places [T, K], sources [N], the count, the order token between the two steps, what a plan keeps
+// between nodes, and the experts'.
+int64_t fused_words(const Shape& shape, int32_t num_nodes) {
   return shape.num_tokens * shape.top_k + shape.num_ranks * shape.num_tokens + 2 +
-         aiter::arrival_words(shape);
+         between_words(num_nodes, shape.num_tokens, shape.top_k) + aiter::arrival_words(shape);
 }
 
 Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
@@ -18,12 +19,18 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
   int32_t* const sources = places + shape.num_tokens * shape.top_k;
   int32_t* const count = sources + shape.num_ranks * shape.num_tokens;
   int32_t* const between = count + 1;
+  const int64_t kept = between_words(call.dispatch.num_nodes, shape.num_tokens, shape.top_k);
+  int32_t* const expert_words = between + 1 + kept;
   Call there = call.dispatch;
   there.order_out = between;
   Call back = call.combine;
   back.order = between;
 
-  Routing routing{.ids = at.ids, .places = places, .origins = nullptr, .count = count};
+  Routing routing{.ids = at.ids,
+                  .places = places,
+                  .origins = nullptr,
+                  .count = count,
+                  .between = kept > 0 ? between + 1 : nullptr};
   if (there.wire == Wire::kFp8) {
     // Before the ranks meet: it waits for nobody.
     if (Status status = aiter::quantise_for_wire(there.stream, {.x = at.x,
@@ -48,7 +55,7 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
       !status.ok()) {
     return status;
   }
-  if (p.handle != nullptr) {
+  if (p.moves) {
     // Nothing comes between the two steps, so MORI's own notes of what is from where still hold.
     routing.origins = reinterpret_cast<int32_t*>(p.handle->local(Buffer::kOrigins));
     const SettleArgs settle{.team = p.team,
@@ -56,7 +63,8 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
                             .origins = routing.origins,
                             .sources = sources,
                             .count = count,
-                            .places = places};
+                            .places = places,
+                            .between = between_args(p, there, routing)};
     if (Status status = launched(launch_settle(stream_of(there), settle)); !status.ok()) {
       return status;
     }
@@ -73,7 +81,7 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
         .out = at.sums,
         .codes = at.codes,
         .scales = at.scales,
-        .words = between + 1};
+        .words = expert_words};
     if (Status status = aiter::run_arrivals(call.device, there.stream, call.layer, shape, came);
         !status.ok()) {
       return status;

@@ -1,10 +1,12 @@
 #include "handle.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
 
 #include "gpu/team.h"
+#include "symmetric.h"
 #include "world.h"
 
 namespace moriep::mori {
@@ -15,7 +17,14 @@ using ::mori::application::SymmMemObjPtr;
 // What MORI's kernels know of a symmetric buffer, in a copy of ours that we may change.
 struct View {
   SymmMemObj object;
-  uint64_t peers[gpu::kMaxRanks];  // what object.p2pPeerPtrs points to
+  uint64_t peers[gpu::kMaxRanks];   // what object.p2pPeerPtrs points to
+  uint64_t remote[gpu::kMaxRanks];  // what object.peerPtrs points to: addresses for the network
+};
+
+// Where the peers have a set of flags, or of totals.
+struct SetPeers {
+  uint64_t peers[gpu::kMaxRanks];
+  uint64_t remote[gpu::kMaxRanks];
 };
 
 // Where a rank that has failed talks to itself.
@@ -28,7 +37,17 @@ struct Scratch {
 struct Views {
   View of[kNumBuffers];
   Scratch scratch;
-  Word64 detours[(kNumBuffers + 1) * gpu::kMaxRanks];
+  SetPeers flags[kFlagSets];
+  SetPeers totals[kFlagSets];
+  uint64_t combines;
+  Word64 detours[kNumBuffers * (2 * gpu::kMaxRanks + 1)];
+};
+
+struct Flags {
+  SymmMemObjPtr object;
+  std::byte* local = nullptr;
+  size_t flag_bytes = 0;
+  size_t set_bytes = 0;
 };
 
 namespace {
@@ -43,10 +62,6 @@ Status failed(const std::string& what, hipError_t error) {
 
 #define MORIEP_HIP_TRY(what, call) \
   if (const hipError_t error = (call); error != hipSuccess) return failed(what, error)
-
-bool between_nodes(KernelType kernel) {
-  return kernel == KernelType::InterNodeV1 || kernel == KernelType::InterNodeV1LL;
-}
 
 // Where the arguments of MORI's kernels name a buffer.
 SymmMemObjPtr* named(moe::EpDispatchCombineArgsRaw& args, KernelType kernel, Buffer buffer) {
@@ -74,6 +89,14 @@ SymmMemObjPtr* named(moe::EpDispatchCombineArgsRaw& args, KernelType kernel, Buf
       return v1 ? &args.interNodeV1TokBufs.combineOut : &args.intraNodeTokBufs.combineOut;
     case Buffer::kScalars:
       return &args.shmemCombineOutWeightsMemObj;
+    case Buffer::kInbox:
+      return v1 ? &args.interNodeV1TokBufs.dispatchInp : nullptr;
+    case Buffer::kStaging:
+      return v1 ? &args.interNodeV1TokBufs.staging : nullptr;
+    case Buffer::kFlags:
+      return v1 ? &args.interNodeChunkFlagMemObj : nullptr;
+    case Buffer::kTotals:
+      return v1 ? &args.nodeRecvTokenNumMemObj : nullptr;
   }
   return nullptr;
 }
@@ -145,6 +168,9 @@ Status Handle::open(int32_t rank, int32_t num_ranks, int32_t number, const Handl
   } catch (const std::exception& error) {
     return Status(Code::kInternal, std::string("MORI made no handle: ") + error.what());
   }
+  if (between_nodes(sizes.kernel)) {
+    if (Status status = handle->make_flags(); !status.ok()) return status;
+  }
   if (Status status = handle->make_views(); !status.ok()) return status;
   // Peers may write to the buffers from here on, once everybody is here.
   MORIEP_HIP_TRY("MORI's handle", hipDeviceSynchronize());
@@ -154,6 +180,21 @@ Status Handle::open(int32_t rank, int32_t num_ranks, int32_t number, const Handl
 
 Handle::~Handle() {
   if (views_on_device_ != nullptr) (void)hipFree(views_on_device_);
+}
+
+Status Handle::make_flags() {
+  flags_ = std::make_unique<Flags>();
+  const auto nodes = static_cast<size_t>(num_nodes());
+  flags_->flag_bytes = nodes * static_cast<size_t>(num_chunks(sizes_.max_tokens)) * 8;
+  flags_->set_bytes = flags_->flag_bytes + nodes * 8;
+  if (Status status = allocate_symmetric(kFlagSets * flags_->set_bytes, &flags_->object);
+      !status.ok()) {
+    return status;
+  }
+  flags_->local = static_cast<std::byte*>(flags_->object.cpu->localPtr);
+  arguments_.interNodeChunkFlagMemObj = flags_->object;
+  arguments_.nodeRecvTokenNumMemObj = flags_->object;
+  return Status();
 }
 
 Status Handle::make_views() {
@@ -168,7 +209,7 @@ Status Handle::make_views() {
   for (int b = 0; b < kNumBuffers; ++b) {
     const auto buffer = static_cast<Buffer>(b);
     SymmMemObjPtr* name = named(arguments_, sizes_.kernel, buffer);
-    if (name->gpu == nullptr) continue;
+    if (name == nullptr || name->gpu == nullptr) continue;
     View& view = views_->of[b];
     MORIEP_HIP_TRY("MORI's handle", hipMemcpy(static_cast<void*>(&view.object), name->gpu,
                                               sizeof(SymmMemObj), hipMemcpyDeviceToHost));
@@ -176,7 +217,18 @@ Status Handle::make_views() {
                                               sizeof(uint64_t) * static_cast<size_t>(num_ranks_),
                                               hipMemcpyDeviceToHost));
     view.object.p2pPeerPtrs = reinterpret_cast<uintptr_t*>(device->of[b].peers);
+    const bool far = between_nodes(sizes_.kernel);
+    if (far) {
+      MORIEP_HIP_TRY("MORI's handle", hipMemcpy(view.remote, view.object.peerPtrs,
+                                                sizeof(uint64_t) * static_cast<size_t>(num_ranks_),
+                                                hipMemcpyDeviceToHost));
+      view.object.peerPtrs = reinterpret_cast<uintptr_t*>(device->of[b].remote);
+    }
     name->gpu = &device->of[b].object;
+    if (buffer == Buffer::kFlags || buffer == Buffer::kTotals) {
+      place_sets(view, buffer == Buffer::kFlags ? views_->flags : views_->totals);
+      continue;
+    }
     if (buffer == Buffer::kSums || buffer == Buffer::kScalars) continue;  // no peer's business
 
     // A payload goes to this rank's own buffer, which has room for its tokens to all ranks; what
@@ -194,11 +246,57 @@ Status Handle::make_views() {
     }
     views_->detours[num_detours_++] = {local_word(buffer), own};
     for (int peer = 0; peer < num_ranks_; ++peer) {
-      views_->detours[num_detours_++] = {&device->of[b].peers[peer],
-                                         own + static_cast<uint64_t>((peer - rank_) * stride)};
+      const uint64_t there = own + static_cast<uint64_t>((peer - rank_) * stride);
+      views_->detours[num_detours_++] = {&device->of[b].peers[peer], there};
+      if (far) views_->detours[num_detours_++] = {&device->of[b].remote[peer], there};
     }
   }
   return upload_views();
+}
+
+void Handle::place_sets(const View& view, SetPeers* sets) const {
+  const auto own = reinterpret_cast<uint64_t>(flags_->local);
+  const size_t behind = sets == views_->totals ? flags_->flag_bytes : 0;
+  for (int set = 0; set < kFlagSets; ++set) {
+    const uint64_t offset = static_cast<uint64_t>(set) * flags_->set_bytes + behind;
+    for (int peer = 0; peer < num_ranks_; ++peer) {
+      const bool detour = set == kDetourSet;
+      sets[set].peers[peer] = (detour ? own : view.peers[peer]) + offset;
+      sets[set].remote[peer] = (detour ? own : view.remote[peer]) + offset;
+    }
+  }
+}
+
+FlagArgs Handle::flags() const {
+  FlagArgs args{};
+  Views* device = views_on_device_;
+  const auto word = [](auto* at) { return reinterpret_cast<uint64_t*>(at); };
+  const auto names_of = [&](Buffer buffer, SetPeers* sets, size_t behind) {
+    SymmMemObj& object = device->of[static_cast<int>(buffer)].object;
+    FlagNames names{{word(&object.localPtr), word(&object.peerPtrs), word(&object.p2pPeerPtrs)},
+                    {}};
+    for (int set = 0; set < kFlagSets; ++set) {
+      std::byte* local = flags_->local + static_cast<size_t>(set) * flags_->set_bytes + behind;
+      names.of[set][0] = reinterpret_cast<uint64_t>(local);
+      names.of[set][1] = reinterpret_cast<uint64_t>(sets[set].remote);
+      names.of[set][2] = reinterpret_cast<uint64_t>(sets[set].peers);
+    }
+    return names;
+  };
+  args.flags = names_of(Buffer::kFlags, device->flags, 0);
+  args.totals = names_of(Buffer::kTotals, device->totals, flags_->flag_bytes);
+  for (int set = 0; set < kFlagSets; ++set) args.sets[set] = word(flag_set(set));
+  args.num_nodes = num_nodes();
+  args.num_chunks = num_chunks(sizes_.max_tokens);
+  args.sent_chunks = arguments_.blockFlagCounter;
+  args.combines = &device->combines;
+  args.barrier = arguments_.crossDeviceBarrierFlag;
+  args.own_meeting = device->scratch.meeting;
+  return args;
+}
+
+std::byte* Handle::flag_set(int set) const {
+  return flags_->local + static_cast<size_t>(set) * flags_->set_bytes;
 }
 
 Status Handle::upload_views() {
@@ -222,7 +320,7 @@ Status Handle::reset() {
                            Part{args.combineGridBarrier, sizeof(uint32_t)}}) {
     MORIEP_HIP_TRY("MORI's handle", hipMemset(part.at, 0, part.bytes));
   }
-  const uint64_t first = between_nodes(sizes_.kernel) ? 0 : 1;
+  const uint64_t first = 1;
   MORIEP_HIP_TRY("MORI's handle", hipMemcpy(args.crossDeviceBarrierFlag, &first, sizeof(first),
                                             hipMemcpyHostToDevice));
   return upload_views();
@@ -241,7 +339,7 @@ uint64_t* Handle::local_word(Buffer buffer) const {
       &views_on_device_->of[static_cast<int>(buffer)].object.localPtr);
 }
 
-Status Handle::release(Kind kind, uint64_t barrier, hipStream_t stream) const {
+Status Handle::release(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const {
   const auto n = static_cast<size_t>(num_ranks_);
   const std::vector<uint64_t> met(n, barrier);
   // One more than the number of tokens that came; those that have come are overwritten, for nobody
@@ -253,10 +351,47 @@ Status Handle::release(Kind kind, uint64_t barrier, hipStream_t stream) const {
   std::byte* to = local(combine ? Buffer::kMeeting : Buffer::kSignals);
   MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(to, from, bytes, hipMemcpyHostToDevice, stream));
   MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
+  if (flags_ == nullptr || combine) return Status();
+  // Nothing more comes in any chunk, and from no node.
+  std::vector<uint64_t> flags;
+  if (Status status = read_flags(step, stream, &flags); !status.ok()) return status;
+  for (uint64_t& flag : flags) flag = std::max<uint64_t>(flag, 1);
+  MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(flag_set(static_cast<int>(step % 2)), flags.data(),
+                                                 flags_->set_bytes, hipMemcpyHostToDevice, stream));
+  MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
   return Status();
 }
 
-int32_t Handle::missing_peer(Kind kind, uint64_t barrier, hipStream_t stream) const {
+Status Handle::read_flags(uint64_t step, hipStream_t stream, std::vector<uint64_t>* out) const {
+  out->resize(flags_->set_bytes / sizeof(uint64_t));
+  MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(out->data(), flag_set(static_cast<int>(step % 2)),
+                                                 flags_->set_bytes, hipMemcpyDeviceToHost, stream));
+  MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
+  return Status();
+}
+
+// The rank of another node from which not all has come that a dispatch waits for, or -1.
+int32_t Handle::silent_node_peer(uint64_t step, hipStream_t stream) const {
+  std::vector<uint64_t> flags;
+  if (!read_flags(step, stream, &flags).ok()) return -1;
+  const int32_t chunks = num_chunks(sizes_.max_tokens);
+  for (int32_t node = 0; node < num_nodes(); ++node) {
+    const int32_t peer = node * sizes_.gpus_per_node + rank_ % sizes_.gpus_per_node;
+    if (peer == rank_) continue;
+    const auto* first = flags.data() + node * chunks;
+    const auto come = std::count_if(first, first + chunks, [](uint64_t flag) { return flag > 0; });
+    const uint64_t total = flags[static_cast<size_t>(num_nodes() * chunks + node)];
+    const bool all =
+        come == chunks || (total > 0 && static_cast<uint64_t>(come) * kChunk + 1 >= total);
+    if (!all) return peer;
+  }
+  return -1;
+}
+
+int32_t Handle::missing_peer(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const {
+  if (flags_ != nullptr && kind != Kind::kCombine) {
+    if (const int32_t far = silent_node_peer(step, stream); far >= 0) return far;
+  }
   const auto n = static_cast<size_t>(num_ranks_);
   const bool combine = kind == Kind::kCombine;
   std::vector<uint64_t> met(n);
@@ -270,6 +405,10 @@ int32_t Handle::missing_peer(Kind kind, uint64_t barrier, hipStream_t stream) co
   }
   for (int32_t peer = 0; peer < num_ranks_; ++peer) {
     const auto i = static_cast<size_t>(peer);
+    const int32_t per_node = sizes_.gpus_per_node;
+    const bool near = !between_nodes(sizes_.kernel) || peer / per_node == rank_ / per_node;
+    // Between nodes a rank has to do with those in its own place only, and with them in a combine.
+    if (!near && (!combine || peer % per_node != rank_ % per_node)) continue;
     if (combine ? met[i] != barrier : signals[i] == 0) return peer;
   }
   return -1;

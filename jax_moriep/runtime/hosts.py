@@ -14,15 +14,23 @@ from jax_moriep.errors import TransportError
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
+NODE_VARIABLE = "JAX_MORIEP_NODE"
+
 
 def identity() -> str:
-    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows."""
+    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows.
+
+    ``JAX_MORIEP_NODE`` names the machine instead: processes with one name are on one machine, and those with
+    different names have no memory in common, wherever they run.
+    """
+    if named := os.environ.get(NODE_VARIABLE):
+        return f"named/{named}"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
-def count(processes: Iterable[int]) -> int:
-    """How many machines some processes run on; asks each of them once.
+def numbers(processes: Iterable[int]) -> tuple[int, ...]:
+    """On which machine each of some processes runs, numbered as they come; asks each of them once.
 
     Args:
       processes: process indices of jax.
@@ -30,10 +38,11 @@ def count(processes: Iterable[int]) -> int:
     Raises:
       TransportError: a process did not say within the time limit where it runs.
     """
-    indices = sorted(set(processes))
-    if indices == [jax.process_index()]:
-        return 1
-    return len({_of_process(index) for index in indices})
+    indices = list(processes)
+    if set(indices) == {jax.process_index()}:
+        return (0,) * len(indices)
+    machines: dict[str, int] = {}
+    return tuple(machines.setdefault(_of_process(index), len(machines)) for index in indices)
 
 
 @functools.cache

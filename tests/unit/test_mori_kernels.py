@@ -178,6 +178,7 @@ def test_the_key_is_the_content(machine):
 
 def test_the_network_is_part_of_the_key_where_it_is_used(machine, monkeypatch):
     monkeypatch.setattr(kernels, "_commonest_adapter", lambda: "mlx5")
+    monkeypatch.setenv("MORI_ENABLE_HOST_PROXY", "0")
     unit = Unit("InterNodeV1", "bfloat16")
     (one,) = machine.obtain(unit)
     assert one.name.startswith("InterNodeV1-bf16-gfx942-1.2.4-mlx5-")

@@ -146,7 +146,9 @@ int QueuePair::post_send(ibv_send_wr* work, ibv_send_wr** bad) {
         taken.inlined.insert(taken.inlined.end(), from, from + part.length);
       }
       if (taken.inlined.size() > wanted_.cap.max_inline_data) {
-        return refuse("more is inlined than the queue pair was made for", EINVAL);
+        return refuse(std::to_string(taken.inlined.size()) +
+                          " bytes are inlined, more than the queue pair was made for",
+                      EINVAL);
       }
     }
     posted_.push_back(std::move(taken));

@@ -3,6 +3,7 @@
 #include <infiniband/verbs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -21,6 +22,7 @@ namespace gfx942::nic {
 namespace {
 
 constexpr char kName[] = "rocmsim_0";
+constexpr uint32_t kLeastInline = 64;
 constexpr uint32_t kVendor = 0x02c9;
 // A maker whose adapters have no atomics, which amd-mori knows by its number.
 constexpr uint32_t kVendorWithoutAtomics = 0x1dd8;
@@ -197,6 +199,8 @@ ibv_qp* ibv_create_qp(ibv_pd* domain, ibv_qp_init_attr* wanted) {
   if (wanted->qp_type != IBV_QPT_RC || wanted->srq != nullptr) {
     return nic::unsimulated<ibv_qp>("queue pairs but reliable ones with receives of their own");
   }
+  // Real adapters give more than they are asked for, and say so.
+  wanted->cap.max_inline_data = std::max(wanted->cap.max_inline_data, nic::kLeastInline);
   const auto made = nic::create_pair(*wanted);
   made->verbs.context = domain->context;
   made->verbs.pd = domain;
