@@ -194,12 +194,14 @@ def check_kernel(kernel: str, nodes: int) -> None:
       nodes: the machines that the group is on.
 
     Raises:
-      ConfigError: nothing here launches it, or it needs a network between machines.
+      ConfigError: a plan cannot keep its routing, or it needs a network between machines.
     """
     cure = "leave it 'auto'"
     launched = (*INTRA_NODE, *INTER_NODE_V1)
     if kernel not in launched:
-        must = f"be one of {', '.join(launched)}, whose kernels jax_moriep launches"
+        must = (
+            f"be one of {', '.join(launched)}; of the others MORI knows the routing of the last dispatch only"
+        )
         raise ConfigError(rule("mori_kernel", kernel, must, cure))
     if kernel in INTER_NODE_V1 and nodes == 1:
         must = f"be {' or '.join(INTRA_NODE)} on one machine, for it sends through a network"
@@ -256,7 +258,7 @@ def check_nodes(node_of_ranks: tuple[tuple[int, ...], ...]) -> None:
       TransportError: they are not.
     """
     for row in node_of_ranks:
-        per_node = -(-len(row) // (max(row) + 1))
+        per_node = len(row) // (max(row) + 1)
         if row != tuple(rank // per_node for rank in range(len(row))):
             must = "be as many on each machine, and those of a machine next to each other"
             cure = "order the mesh's devices by process, and start as many processes on each machine"

@@ -272,6 +272,18 @@ def send_alone(job: Job, options: dict) -> None:
     print(f"came and gone: {arrivals['count'][0]} {len(gone)}", flush=True)
 
 
+def counted(job: Job, options: dict) -> None:
+    """One send and one give_back, whose bytes are counted; says how many copies went to other nodes."""
+    del options
+    step, arguments, want = there_and_back(job)
+    np.testing.assert_array_equal(f32(local(step(*arguments)[0])), f32(want))
+    group.check_failures()
+    ids = job.draw(0)["ids"][job.rank]
+    here = job.rank // job.per_node
+    gone = [{rank // job.per_node for rank in job.ranks_of(one)} - {here} for one in ids]
+    print(f"crossing: {sum(map(len, gone))}", flush=True)
+
+
 def there_and_back(job: Job):
     """A program of one send and one give_back, and its arguments."""
 
@@ -368,6 +380,7 @@ CASES = {
     "another_config": another_config,
     "round_trip": round_trip,
     "send_alone": send_alone,
+    "counted": counted,
     "any_order": any_order,
     "killed": killed,
     "stopped_inside": stopped_inside,

@@ -352,4 +352,6 @@ def test_every_kernel_of_the_source_is_listed():
                 yield from names(bodies[macro])
 
     for kernel, listed in kernels.KERNELS.items():
-        assert {*names(bodies[f"KERNELS_OF_{kernel}"])} == {name.split("_{}")[0] for name in listed}
+        # The relay is ours, and of no type of rows.
+        moris = {name.split("_{}")[0] for name in listed if "{}" in name}
+        assert {*names(bodies[f"KERNELS_OF_{kernel}"])} == moris
