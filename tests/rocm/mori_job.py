@@ -395,6 +395,9 @@ def main(cases: list[tuple[str, dict]]) -> None:
         CASES[case](Job(ranks, rank, options), options)
     print(f"rank {rank} agrees", flush=True)
     if any(options.get("abrupt") for _, options in cases):
+        # The first process serves jax.distributed, and who comes later ends with it.
+        if rank == 0:
+            time.sleep(max(options.get("linger", 0) for _, options in cases))
         # Not the long way out: jax.distributed would wait for the dead.
         os._exit(0)
 

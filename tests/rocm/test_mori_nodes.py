@@ -9,6 +9,8 @@ import pytest
 from tests.rocm import mori_jobs, nic
 from tests.rocm.test_mori_exchange import ADVERSARIAL, RECORDED
 
+# Goes round until it is told that something is wrong.
+ROUND = {"timeout": 8, "abrupt": True, "linger": 12, "rounds": 500, "kernel": "InterNodeV1"}
 # Messages and completions that are late by up to so many microseconds.
 LATE = {"ROCM_SIM_NIC_DELAY_US": "3000"}
 # Emulated by messages that the peer's host carries out.
@@ -71,16 +73,15 @@ def test_no_more_crosses_than_routes_require(tmp_path, nodes, per_node):
 
 
 def test_a_rank_killed_between_steps_is_named():
-    options = {"timeout": 8, "abrupt": True, "kernel": "InterNodeV1"}
+    options = {"timeout": 8, "abrupt": True, "linger": 12, "kernel": "InterNodeV1"}
     said = mori_jobs.run_cases(4, ("killed", options), nodes=2, lost=3, JAX_MORIEP_TIMEOUT="8")
     assert all("rank 3 on node 1 " in out for out in said[:-1])
 
 
 @pytest.mark.parametrize("kernel", ["EpDispatchInterNodeV1Kernel", "EpCombineInterNodeV1Kernel"])
 def test_a_rank_killed_inside_a_kernel_of_moris_is_named(kernel):
-    options = {"timeout": 8, "abrupt": True, "rounds": 500, "kernel": "InterNodeV1"}
     more = {"JAX_MORIEP_TIMEOUT": "8", "ROCM_SIM_TRACE": "1"}
-    processes = mori_jobs.start_cases(2, ("stopped_inside", options), nodes=2, **more)
+    processes = mori_jobs.start_cases(2, ("stopped_inside", ROUND), nodes=2, **more)
     mori_jobs.kill_at(processes[-1], kernel, 3)
     said = mori_jobs.finish(processes, 200, lost=1)
     assert "rank 1 on node 1 " in said[0].split("saw: ")[1]
@@ -89,10 +90,9 @@ def test_a_rank_killed_inside_a_kernel_of_moris_is_named(kernel):
 @pytest.mark.parametrize("retry", ["500", "0"], ids=["an error completes", "nothing completes"])
 def test_a_link_that_stops_is_an_error(tmp_path, retry):
     board = nic.Board(tmp_path / "board")
-    options = {"timeout": 8, "abrupt": True, "rounds": 500, "kernel": "InterNodeV1"}
     processes = mori_jobs.start_cases(
         2,
-        ("stopped_inside", options),
+        ("stopped_inside", ROUND),
         nodes=2,
         JAX_MORIEP_TIMEOUT="8",
         ROCM_SIM_NIC_BOARD=str(board.path),
@@ -104,9 +104,8 @@ def test_a_link_that_stops_is_an_error(tmp_path, retry):
 
 
 def test_a_message_that_fails_is_an_error():
-    options = {"timeout": 8, "abrupt": True, "rounds": 500, "kernel": "InterNodeV1"}
     said = mori_jobs.run_cases(
-        2, ("stopped_inside", options), nodes=2, JAX_MORIEP_TIMEOUT="8", ROCM_SIM_NIC_FAIL_AT="40"
+        2, ("stopped_inside", ROUND), nodes=2, JAX_MORIEP_TIMEOUT="8", ROCM_SIM_NIC_FAIL_AT="40"
     )
     assert all("on node" in out.split("saw: ")[1] for out in said)
 
