@@ -1,12 +1,10 @@
 #include "handle.h"
 
-#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
 
 #include "gpu/team.h"
-#include "symmetric.h"
 #include "world.h"
 
 namespace moriep::mori {
@@ -21,12 +19,6 @@ struct View {
   uint64_t remote[gpu::kMaxRanks];  // what object.peerPtrs points to: addresses for the network
 };
 
-// Where the peers have a set of flags, or of totals.
-struct SetPeers {
-  uint64_t peers[gpu::kMaxRanks];
-  uint64_t remote[gpu::kMaxRanks];
-};
-
 // Where a rank that has failed talks to itself.
 struct Scratch {
   alignas(256) uint64_t meeting[gpu::kMaxRanks];
@@ -37,17 +29,8 @@ struct Scratch {
 struct Views {
   View of[kNumBuffers];
   Scratch scratch;
-  SetPeers flags[kFlagSets];
-  SetPeers totals[kFlagSets];
   uint64_t combines;
   Word64 detours[kNumBuffers * (2 * gpu::kMaxRanks + 1)];
-};
-
-struct Flags {
-  SymmMemObjPtr object;
-  std::byte* local = nullptr;
-  size_t flag_bytes = 0;
-  size_t set_bytes = 0;
 };
 
 namespace {
@@ -169,7 +152,13 @@ Status Handle::open(int32_t rank, int32_t num_ranks, int32_t number, const Handl
     return Status(Code::kInternal, std::string("MORI made no handle: ") + error.what());
   }
   if (between_nodes(sizes.kernel)) {
-    if (Status status = handle->make_flags(); !status.ok()) return status;
+    if (Status status =
+            FlagSets::open(rank, num_ranks, sizes.gpus_per_node, sizes.max_tokens, &handle->flags_);
+        !status.ok()) {
+      return status;
+    }
+    handle->arguments_.interNodeChunkFlagMemObj = handle->flags_->object();
+    handle->arguments_.nodeRecvTokenNumMemObj = handle->flags_->object();
   }
   if (Status status = handle->make_views(); !status.ok()) return status;
   // Peers may write to the buffers from here on, once everybody is here.
@@ -180,21 +169,6 @@ Status Handle::open(int32_t rank, int32_t num_ranks, int32_t number, const Handl
 
 Handle::~Handle() {
   if (views_on_device_ != nullptr) (void)hipFree(views_on_device_);
-}
-
-Status Handle::make_flags() {
-  flags_ = std::make_unique<Flags>();
-  const auto nodes = static_cast<size_t>(num_nodes());
-  flags_->flag_bytes = nodes * static_cast<size_t>(num_chunks(sizes_.max_tokens)) * 8;
-  flags_->set_bytes = flags_->flag_bytes + nodes * 8;
-  if (Status status = allocate_symmetric(kFlagSets * flags_->set_bytes, &flags_->object);
-      !status.ok()) {
-    return status;
-  }
-  flags_->local = static_cast<std::byte*>(flags_->object.cpu->localPtr);
-  arguments_.interNodeChunkFlagMemObj = flags_->object;
-  arguments_.nodeRecvTokenNumMemObj = flags_->object;
-  return Status();
 }
 
 Status Handle::make_views() {
@@ -225,10 +199,10 @@ Status Handle::make_views() {
       view.object.peerPtrs = reinterpret_cast<uintptr_t*>(device->of[b].remote);
     }
     name->gpu = &device->of[b].object;
-    if (buffer == Buffer::kFlags || buffer == Buffer::kTotals) {
-      place_sets(view, buffer == Buffer::kFlags ? views_->flags : views_->totals);
-      continue;
+    if (buffer == Buffer::kFlags) {
+      if (Status status = flags_->place(view.peers, view.remote); !status.ok()) return status;
     }
+    if (buffer == Buffer::kFlags || buffer == Buffer::kTotals) continue;  // sets of ours lead there
     if (buffer == Buffer::kSums || buffer == Buffer::kScalars) continue;  // no peer's business
 
     // A payload goes to this rank's own buffer, which has room for its tokens to all ranks; what
@@ -254,49 +228,16 @@ Status Handle::make_views() {
   return upload_views();
 }
 
-void Handle::place_sets(const View& view, SetPeers* sets) const {
-  const auto own = reinterpret_cast<uint64_t>(flags_->local);
-  const size_t behind = sets == views_->totals ? flags_->flag_bytes : 0;
-  for (int set = 0; set < kFlagSets; ++set) {
-    const uint64_t offset = static_cast<uint64_t>(set) * flags_->set_bytes + behind;
-    for (int peer = 0; peer < num_ranks_; ++peer) {
-      const bool detour = set == kDetourSet;
-      sets[set].peers[peer] = (detour ? own : view.peers[peer]) + offset;
-      sets[set].remote[peer] = (detour ? own : view.remote[peer]) + offset;
-    }
-  }
-}
-
 FlagArgs Handle::flags() const {
-  FlagArgs args{};
-  Views* device = views_on_device_;
-  const auto word = [](auto* at) { return reinterpret_cast<uint64_t*>(at); };
-  const auto names_of = [&](Buffer buffer, SetPeers* sets, size_t behind) {
-    SymmMemObj& object = device->of[static_cast<int>(buffer)].object;
-    FlagNames names{{word(&object.localPtr), word(&object.peerPtrs), word(&object.p2pPeerPtrs)},
-                    {}};
-    for (int set = 0; set < kFlagSets; ++set) {
-      std::byte* local = flags_->local + static_cast<size_t>(set) * flags_->set_bytes + behind;
-      names.of[set][0] = reinterpret_cast<uint64_t>(local);
-      names.of[set][1] = reinterpret_cast<uint64_t>(sets[set].remote);
-      names.of[set][2] = reinterpret_cast<uint64_t>(sets[set].peers);
-    }
-    return names;
+  const auto object = [this](Buffer buffer) {
+    return &views_on_device_->of[static_cast<int>(buffer)].object;
   };
-  args.flags = names_of(Buffer::kFlags, device->flags, 0);
-  args.totals = names_of(Buffer::kTotals, device->totals, flags_->flag_bytes);
-  for (int set = 0; set < kFlagSets; ++set) args.sets[set] = word(flag_set(set));
-  args.num_nodes = num_nodes();
-  args.num_chunks = num_chunks(sizes_.max_tokens);
+  FlagArgs args = flags_->args(object(Buffer::kFlags), object(Buffer::kTotals));
   args.sent_chunks = arguments_.blockFlagCounter;
-  args.combines = &device->combines;
+  args.combines = &views_on_device_->combines;
   args.barrier = arguments_.crossDeviceBarrierFlag;
-  args.own_meeting = device->scratch.meeting;
+  args.own_meeting = views_on_device_->scratch.meeting;
   return args;
-}
-
-std::byte* Handle::flag_set(int set) const {
-  return flags_->local + static_cast<size_t>(set) * flags_->set_bytes;
 }
 
 Status Handle::upload_views() {
@@ -351,46 +292,12 @@ Status Handle::release(Kind kind, uint64_t step, uint64_t barrier, hipStream_t s
   std::byte* to = local(combine ? Buffer::kMeeting : Buffer::kSignals);
   MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(to, from, bytes, hipMemcpyHostToDevice, stream));
   MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
-  if (flags_ == nullptr || combine) return Status();
-  // Nothing more comes in any chunk, and from no node.
-  std::vector<uint64_t> flags;
-  if (Status status = read_flags(step, stream, &flags); !status.ok()) return status;
-  for (uint64_t& flag : flags) flag = std::max<uint64_t>(flag, 1);
-  MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(flag_set(static_cast<int>(step % 2)), flags.data(),
-                                                 flags_->set_bytes, hipMemcpyHostToDevice, stream));
-  MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
-  return Status();
-}
-
-Status Handle::read_flags(uint64_t step, hipStream_t stream, std::vector<uint64_t>* out) const {
-  out->resize(flags_->set_bytes / sizeof(uint64_t));
-  MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(out->data(), flag_set(static_cast<int>(step % 2)),
-                                                 flags_->set_bytes, hipMemcpyDeviceToHost, stream));
-  MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
-  return Status();
-}
-
-// The rank of another node from which not all has come that a dispatch waits for, or -1.
-int32_t Handle::silent_node_peer(uint64_t step, hipStream_t stream) const {
-  std::vector<uint64_t> flags;
-  if (!read_flags(step, stream, &flags).ok()) return -1;
-  const int32_t chunks = num_chunks(sizes_.max_tokens);
-  for (int32_t node = 0; node < num_nodes(); ++node) {
-    const int32_t peer = node * sizes_.gpus_per_node + rank_ % sizes_.gpus_per_node;
-    if (peer == rank_) continue;
-    const auto* first = flags.data() + node * chunks;
-    const auto come = std::count_if(first, first + chunks, [](uint64_t flag) { return flag > 0; });
-    const uint64_t total = flags[static_cast<size_t>(num_nodes() * chunks + node)];
-    const bool all =
-        come == chunks || (total > 0 && static_cast<uint64_t>(come) * kChunk + 1 >= total);
-    if (!all) return peer;
-  }
-  return -1;
+  return flags_ == nullptr || combine ? Status() : flags_->release(step, stream);
 }
 
 int32_t Handle::missing_peer(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const {
   if (flags_ != nullptr && kind != Kind::kCombine) {
-    if (const int32_t far = silent_node_peer(step, stream); far >= 0) return far;
+    if (const int32_t far = flags_->silent_peer(step, stream); far >= 0) return far;
   }
   const auto n = static_cast<size_t>(num_ranks_);
   const bool combine = kind == Kind::kCombine;

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
 
+#include "flag_sets.h"
 #include "flags.h"
 #include "gpu/group.h"
 #include "kernels.h"
@@ -62,9 +62,6 @@ inline bool between_nodes(KernelType kernel) {
 }
 
 struct Views;
-struct View;
-struct SetPeers;
-struct Flags;
 
 class Handle {
  public:
@@ -104,12 +101,7 @@ class Handle {
  private:
   Handle() = default;
   Status make_views();
-  Status make_flags();
-  void place_sets(const View& view, SetPeers* sets) const;
   Status upload_views();
-  std::byte* flag_set(int set) const;
-  Status read_flags(uint64_t step, hipStream_t stream, std::vector<uint64_t>* out) const;
-  int32_t silent_node_peer(uint64_t step, hipStream_t stream) const;
 
   HandleSizes sizes_;
   int32_t number_ = 0;
@@ -119,7 +111,7 @@ class Handle {
   moe::EpDispatchCombineArgsRaw arguments_;
   std::unique_ptr<Views> views_;      // as they shall be
   Views* views_on_device_ = nullptr;  // as they are, in device memory
-  std::unique_ptr<Flags> flags_;      // between nodes
+  std::unique_ptr<FlagSets> flags_;   // between nodes
   int32_t num_detours_ = 0;
 };
 
