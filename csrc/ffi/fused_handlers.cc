@@ -61,6 +61,9 @@ ffi::Error fused_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids
       (call.dispatch.type != RowType::kBF16 || call.combine.type != RowType::kBF16)) {
     status = bad_argument("tokens and results must be bfloat16");
   }
+  if (status.ok() && call.dispatch.num_nodes > 1) {
+    status = bad_argument("the one call for exchange and experts stays on one machine");
+  }
   if (!status.ok()) return to_ffi(status);
   const Call& there = call.dispatch;
   const int64_t tokens = there.num_tokens;
@@ -89,8 +92,7 @@ ffi::Error fused_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids
        expect_shape("codes", *codes, {as_they_come ? 0 : n, hidden}),
        expect_shape("scales", *scales, {aiter::row_scale_count(call.layer, n)}),
        expect_shape("sums", *sums, {n, hidden}),
-       expect_shape("workspace", *workspace, {fused_words(call.shape, there.num_nodes)}),
-       aiter::preload(device)});
+       expect_shape("workspace", *workspace, {fused_words(call.shape)}), aiter::preload(device)});
   if (!status.ok()) return to_ffi(status);
   return to_ffi(run_fused(*place.group, call,
                           {.x = bytes_of(x),

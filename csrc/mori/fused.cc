@@ -6,11 +6,10 @@
 
 namespace moriep::mori {
 
-// Places [T, K], sources [N], the count, the order token between the two steps, what a plan keeps
-// between nodes, and the experts'.
-int64_t fused_words(const Shape& shape, int32_t num_nodes) {
+// Places [T, K], sources [N], the count, the order token between the two steps, and the experts'.
+int64_t fused_words(const Shape& shape) {
   return shape.num_tokens * shape.top_k + shape.num_ranks * shape.num_tokens + 2 +
-         between_words(num_nodes, shape.num_tokens, shape.top_k) + aiter::arrival_words(shape);
+         aiter::arrival_words(shape);
 }
 
 Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
@@ -19,18 +18,14 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
   int32_t* const sources = places + shape.num_tokens * shape.top_k;
   int32_t* const count = sources + shape.num_ranks * shape.num_tokens;
   int32_t* const between = count + 1;
-  const int64_t kept = between_words(call.dispatch.num_nodes, shape.num_tokens, shape.top_k);
-  int32_t* const expert_words = between + 1 + kept;
   Call there = call.dispatch;
   there.order_out = between;
   Call back = call.combine;
   back.order = between;
 
-  Routing routing{.ids = at.ids,
-                  .places = places,
-                  .origins = nullptr,
-                  .count = count,
-                  .between = kept > 0 ? between + 1 : nullptr};
+  // On one node only: a plan between nodes would have to keep more.
+  Routing routing{
+      .ids = at.ids, .places = places, .origins = nullptr, .count = count, .between = nullptr};
   if (there.wire == Wire::kFp8) {
     // Before the ranks meet: it waits for nobody.
     if (Status status = aiter::quantise_for_wire(there.stream, {.x = at.x,
@@ -63,8 +58,7 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
                             .origins = routing.origins,
                             .sources = sources,
                             .count = count,
-                            .places = places,
-                            .between = between_args(p, there, routing)};
+                            .places = places};
     if (Status status = launched(launch_settle(stream_of(there), settle)); !status.ok()) {
       return status;
     }
@@ -81,7 +75,7 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
         .out = at.sums,
         .codes = at.codes,
         .scales = at.scales,
-        .words = expert_words};
+        .words = between + 1};
     if (Status status = aiter::run_arrivals(call.device, there.stream, call.layer, shape, came);
         !status.ok()) {
       return status;

@@ -34,7 +34,7 @@ struct FusedBuffers {
   int32_t* workspace;   // [fused_words]
 };
 
-int64_t fused_words(const Shape& shape, int32_t num_nodes);
+int64_t fused_words(const Shape& shape);
 
 Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at);
 

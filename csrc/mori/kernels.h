@@ -65,7 +65,7 @@ struct EnterArgs {
 };
 gpuError_t launch_enter(gpuStream_t stream, const EnterArgs& args);
 
-// What collect and settle keep of a dispatch between nodes.
+// What collect keeps of a dispatch between nodes.
 struct BetweenArgs {
   int32_t* words;  // [between_words], or null
   int64_t num_words;
@@ -119,7 +119,6 @@ struct SettleArgs {
   int32_t* sources;        // [N]
   int32_t* count;          // [1]
   int32_t* places;         // [T, K]
-  BetweenArgs between;
 };
 gpuError_t launch_settle(gpuStream_t stream, const SettleArgs& args);
 

@@ -156,7 +156,7 @@ def run_experts(
     num_arrivals = shape.num_ranks * shape.num_tokens
     quantised = shape.num_tokens if link.opened.quantises else 0
     code_rows, row_scales, expert_words = scratch
-    own_words = shape.num_tokens * shape.top_k + num_arrivals + 2 + _between_words(link)
+    own_words = shape.num_tokens * shape.top_k + num_arrivals + 2
     results = (
         compat.result_type(x, x.shape, x.dtype),
         compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),

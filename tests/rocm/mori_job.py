@@ -278,6 +278,9 @@ def counted(job: Job, options: dict) -> None:
     step, arguments, want = there_and_back(job)
     np.testing.assert_array_equal(f32(local(step(*arguments)[0])), f32(want))
     group.check_failures()
+    said = mori.describe(Place.of(job.mesh, "ep"), job.cfg, job.shape, np.dtype(job.dtype).name)
+    assert said is not None
+    assert "between machines: sent by a thread of MORI" in said
     ids = job.draw(0)["ids"][job.rank]
     here = job.rank // job.per_node
     gone = [{rank // job.per_node for rank in job.ranks_of(one)} - {here} for one in ids]

@@ -1,12 +1,15 @@
 """transport="mori" between machines that processes play: values, gradients, bytes and faults."""
 
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from jax_moriep.mori import kernels, wheel
 from tests.rocm import mori_jobs, nic
+from tests.rocm.test_mori import KERNEL_SETTINGS
 from tests.rocm.test_mori_exchange import ADVERSARIAL, RECORDED
 
 # Goes round until it is told that something is wrong.
@@ -39,7 +42,7 @@ def test_two_nodes_of_two():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, ("every_routing:InterNodeV1", "fp8_wire")), (4, ("every_routing",))]
+    ("ranks", "cases"), [(2, ("every_routing:InterNodeV1", "fp8_wire")), (4, ("every_routing", "bfloat16"))]
 )
 def test_training_steps(ranks, cases):
     """Values and gradients against an oracle and another transport; "auto" is InterNodeV1LL here."""
@@ -128,6 +131,23 @@ def test_a_link_that_stops_for_a_while_changes_nothing(tmp_path):
         ROCM_SIM_NIC_RETRY_MS="60000",
     )
     helper.join()
+
+
+def test_kernels_that_send_by_another_way_than_mori_are_an_error(monkeypatch, tmp_path):
+    """Kernels by which the GPU would drive an adapter, under the name of those for MORI's thread."""
+    for name, value in (KERNEL_SETTINGS | {"MORI_DEVICE_NIC": "mlx5", "MORI_ENABLE_HOST_PROXY": "0"}).items():
+        monkeypatch.setenv(name, value)
+    (made,) = kernels.obtain(wheel.find(), "gfx942", [kernels.Unit("InterNodeV1", "float32")])
+    shutil.copytree(made, tmp_path / made.name.replace("mlx5", "mlx5_proxy"))
+    given = {
+        "MORI_DEVICE_NIC": "mlx5",
+        "MORI_ENABLE_HOST_PROXY": "1",
+        "JAX_MORIEP_MORI_KERNELS": str(tmp_path),
+    }
+    for out in mori_jobs.run_cases(2, ("stopped_inside", ROUND | {"linger": 2}), nodes=2, **given):
+        assert (
+            "was compiled to send by the GPU itself, and MORI was opened to send by MORI's host proxy" in out
+        )
 
 
 def stop_after_some_steps(board: nic.Board) -> None:
