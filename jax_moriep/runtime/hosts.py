@@ -14,6 +14,7 @@ from jax_moriep.errors import TransportError
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
+
 NODE_VARIABLE = "JAX_MORIEP_NODE"
 
 
@@ -29,8 +30,35 @@ def identity() -> str:
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
+def count(processes: Iterable[int]) -> int:
+    """How many machines some processes run on; asks each of them once.
+
+    Args:
+      processes: process indices of jax.
+
+    Raises:
+      TransportError: a process did not say within the time limit where it runs.
+    """
+    return len(set(of_processes(processes).values()))
+
+
+def of_processes(processes: Iterable[int]) -> dict[int, str]:
+    """The machine of each of some processes; asks each of them once.
+
+    Args:
+      processes: process indices of jax.
+
+    Raises:
+      TransportError: a process did not say within the time limit where it runs.
+    """
+    indices = sorted(set(processes))
+    if indices == [jax.process_index()]:
+        return {indices[0]: identity()}
+    return {index: _of_process(index) for index in indices}
+
+
 def numbers(processes: Iterable[int]) -> tuple[int, ...]:
-    """On which machine each of some processes runs, numbered as they come; asks each of them once.
+    """The machine of each of some processes, numbered as they come.
 
     Args:
       processes: process indices of jax.
@@ -39,10 +67,9 @@ def numbers(processes: Iterable[int]) -> tuple[int, ...]:
       TransportError: a process did not say within the time limit where it runs.
     """
     indices = list(processes)
-    if set(indices) == {jax.process_index()}:
-        return (0,) * len(indices)
-    machines: dict[str, int] = {}
-    return tuple(machines.setdefault(_of_process(index), len(machines)) for index in indices)
+    machines = of_processes(indices)
+    known: dict[str, int] = {}
+    return tuple(known.setdefault(machines[index], len(known)) for index in indices)
 
 
 @functools.cache

@@ -64,9 +64,9 @@ class Place:
         devices = group.groups_of(self.mesh, self.axis_name).devices
         return tuple(hosts.numbers(d.process_index for d in row) for row in devices)
 
-    @property
+    @functools.cached_property
     def num_nodes(self) -> int:
-        """The most machines that the ranks of one group are on.
+        """The most machines that the ranks of one group are on. Asks the other processes once.
 
         Raises:
           TransportError: a process does not answer.
