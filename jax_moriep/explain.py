@@ -105,7 +105,7 @@ def explain(
     one_call = (
         transport is not None
         and implementation is not None
-        and fused.is_one_call(cfg, transport, implementation, dtype)
+        and fused.is_one_call(cfg, transport, implementation, dtype, num_nodes=place.num_nodes)
     )
     return Explanation(
         transport=transport,

@@ -20,7 +20,9 @@ from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
 
 
-def is_one_call(cfg: MoEConfig, transport: str, implementation: str, dtype: Any) -> bool:
+def is_one_call(
+    cfg: MoEConfig, transport: str, implementation: str, dtype: Any, *, num_nodes: int = 1
+) -> bool:
     """Whether a program that is not differentiated runs one custom call.
 
     A layer with a ``capacity_factor`` does not: there is no capacity that tokens could exceed, so what is
@@ -31,9 +33,11 @@ def is_one_call(cfg: MoEConfig, transport: str, implementation: str, dtype: Any)
       transport: the transport's name.
       implementation: the experts'.
       dtype: of x.
+      num_nodes: machines of the group; the one call stays on one.
     """
     return (
-        cfg.capacity_factor is None
+        num_nodes == 1
+        and cfg.capacity_factor is None
         and jnp.dtype(dtype) == jnp.bfloat16
         and transports.with_experts(transport) is not None
         and isinstance(experts.IMPLEMENTATIONS[implementation], experts.RunsOnTokens)
@@ -74,7 +78,9 @@ def run(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
     """
     if given.params.layout != "plain":
         place = Place(link.platform, link.architecture)
-        if is_one_call(cfg, link.transport, experts.choose(cfg, place), given.x.dtype):
+        nodes = int(dict(link.opened.attributes).get("num_nodes", 1))
+        implementation = experts.choose(cfg, place)
+        if is_one_call(cfg, link.transport, implementation, given.x.dtype, num_nodes=nodes):
             return _one_call(link, cfg, _varying(given, link.axis_name))
     return _three_calls(link, cfg, given)
 

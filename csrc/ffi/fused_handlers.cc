@@ -14,6 +14,7 @@ struct FusedAttributes {
   std::string_view config;
   int64_t num_experts;
   int64_t num_local_experts;
+  int64_t num_nodes;
   std::string_view handle;
   std::string_view wire;
   int64_t dispatch_blocks;
@@ -27,18 +28,10 @@ struct FusedAttributes {
   int64_t tile;
 
   MoriAttributes exchange() const {
-    return {group,
-            config,
-            num_experts,
-            num_local_experts,
-            handle,
-            wire,
-            dispatch_blocks,
-            dispatch_waves,
-            dispatch_rdma_blocks,
-            combine_blocks,
-            combine_waves,
-            combine_rdma_blocks};
+    return {
+        group,          config,        num_experts,        num_local_experts, num_nodes,
+        handle,         wire,          dispatch_blocks,    dispatch_waves,    dispatch_rdma_blocks,
+        combine_blocks, combine_waves, combine_rdma_blocks};
   }
 };
 
@@ -67,6 +60,9 @@ ffi::Error fused_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids
   if (status.ok() &&
       (call.dispatch.type != RowType::kBF16 || call.combine.type != RowType::kBF16)) {
     status = bad_argument("tokens and results must be bfloat16");
+  }
+  if (status.ok() && call.dispatch.num_nodes > 1) {
+    status = bad_argument("the one call for exchange and experts stays on one machine");
   }
   if (!status.ok()) return to_ffi(status);
   const Call& there = call.dispatch;
@@ -124,6 +120,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(moriep::mori::FusedAttributes,
                                       xla::ffi::StructMember<std::string_view>("config"),
                                       xla::ffi::StructMember<int64_t>("num_experts"),
                                       xla::ffi::StructMember<int64_t>("num_local_experts"),
+                                      xla::ffi::StructMember<int64_t>("num_nodes"),
                                       xla::ffi::StructMember<std::string_view>("handle"),
                                       xla::ffi::StructMember<std::string_view>("wire"),
                                       xla::ffi::StructMember<int64_t>("dispatch_blocks"),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../mori/exchange.h"
+#include "../mori/flags.h"
 #include "decode.h"
 #include "place.h"
 
@@ -17,6 +18,7 @@ struct MoriAttributes {
   std::string_view config;
   int64_t num_experts;
   int64_t num_local_experts;
+  int64_t num_nodes;
   std::string_view handle;
   std::string_view wire;  // of a send: "fp8", or "" for tokens as they are
   // Of MORI's kernels: work-groups, waves in each, and of the work-groups those that serve the
@@ -53,6 +55,7 @@ inline Status begin(int32_t device, void* stream, const ffi::AnyBuffer& rows, co
            .top_k = id_dims[1],
            .num_experts = attributes.num_experts,
            .num_local_experts = attributes.num_local_experts,
+           .num_nodes = static_cast<int32_t>(attributes.num_nodes),
            .config = attributes.config,
            .handle = attributes.handle,
            .num_blocks = pick(attributes.dispatch_blocks, attributes.combine_blocks),
@@ -88,10 +91,16 @@ inline Status expect_arrivals(const Place& place, const Call& call, const ffi::A
 }
 
 inline Status expect_routing(const Place& place, const Call& call, const I32& places,
-                             const I32& origins, const I32& count) {
+                             const I32& origins, const I32& count, const I32& between) {
+  const int64_t kept = between_words(call.num_nodes, call.num_tokens, call.top_k);
   return first_failure({expect_shape("places", places, {call.num_tokens, call.top_k}),
                         expect_shape("origins", origins, {room(place, call)}),
-                        expect_shape("count", count, {1})});
+                        expect_shape("count", count, {1}),
+                        expect_shape("between", between, {kept})});
+}
+
+inline int32_t* words_of(const I32& between) {
+  return between.element_count() == 0 ? nullptr : between.typed_data();
 }
 
 }  // namespace moriep::mori

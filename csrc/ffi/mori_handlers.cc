@@ -10,9 +10,9 @@ namespace {
 ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids, F32Buffer weights,
                         I32 words, I32 rank, I32 order, Out<ffi::AnyBuffer> tokens,
                         Out<I32> out_ids, Out<F32Buffer> out_weights, Out<I32> sources,
-                        Out<I32> count, Out<I32> places, Out<I32> origins, Out<I32> all_words,
-                        Out<U8> codes, Out<F32Buffer> scales, Out<I32> order_out,
-                        MoriAttributes attributes) {
+                        Out<I32> count, Out<I32> places, Out<I32> origins, Out<I32> between,
+                        Out<I32> all_words, Out<U8> codes, Out<F32Buffer> scales,
+                        Out<I32> order_out, MoriAttributes attributes) {
   Place place;
   Call call;
   Status status = begin(device, stream, x, ids, rank, order, *order_out, attributes,
@@ -23,7 +23,7 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
   const int64_t quantised = call.wire == Wire::kFp8 ? call.num_tokens : 0;
   status = first_failure(
       {expect_arrivals(place, call, *tokens, x),
-       expect_routing(place, call, *places, *origins, *count),
+       expect_routing(place, call, *places, *origins, *count, *between),
        expect_shape("weights", weights, {call.num_tokens, call.top_k}),
        expect_shape("words", words, {num_words}), expect_shape("ids", *out_ids, {n, call.top_k}),
        expect_shape("weights", *out_weights, {n, call.top_k}),
@@ -33,7 +33,7 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
        expect_shape("all_words", *all_words, {place.group->num_ranks(), num_words})});
   if (!status.ok()) return to_ffi(status);
   const Routing routing{ids.typed_data(), places->typed_data(), origins->typed_data(),
-                        count->typed_data()};
+                        count->typed_data(), words_of(*between)};
   return to_ffi(send(*place.group, call, routing,
                      SendBuffers{.x = bytes_of(x),
                                  .weights = weights.typed_data(),
@@ -49,26 +49,27 @@ ffi::Error send_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids,
 }
 
 ffi::Error resend_handler(int32_t device, void* stream, ffi::AnyBuffer x, I32 ids, I32 places,
-                          I32 origins, I32 count, I32 rank, I32 order, Out<ffi::AnyBuffer> tokens,
-                          Out<I32> order_out, MoriAttributes attributes) {
+                          I32 origins, I32 count, I32 between, I32 rank, I32 order,
+                          Out<ffi::AnyBuffer> tokens, Out<I32> order_out,
+                          MoriAttributes attributes) {
   Place place;
   Call call;
   Status status = begin(device, stream, x, ids, rank, order, *order_out, attributes,
                         Phase::kDispatch, &place, &call);
   if (!status.ok()) return to_ffi(status);
   status = first_failure({expect_arrivals(place, call, *tokens, x),
-                          expect_routing(place, call, places, origins, count)});
+                          expect_routing(place, call, places, origins, count, between)});
   if (!status.ok()) return to_ffi(status);
   const Routing routing{ids.typed_data(), places.typed_data(), origins.typed_data(),
-                        count.typed_data()};
+                        count.typed_data(), words_of(between)};
   return to_ffi(resend(*place.group, call, routing, bytes_of(x), bytes_of(*tokens)));
 }
 
 // No scalars are carried when the operand is empty: the forward pass has none, the router's
 // gradient has.
 ffi::Error give_back_handler(int32_t device, void* stream, ffi::AnyBuffer tokens, F32Buffer scalars,
-                             I32 ids, I32 places, I32 origins, I32 count, I32 rank, I32 order,
-                             Out<ffi::AnyBuffer> y, Out<F32Buffer> token_scalars,
+                             I32 ids, I32 places, I32 origins, I32 count, I32 between, I32 rank,
+                             I32 order, Out<ffi::AnyBuffer> y, Out<F32Buffer> token_scalars,
                              Out<I32> order_out, MoriAttributes attributes) {
   Place place;
   Call call;
@@ -78,13 +79,13 @@ ffi::Error give_back_handler(int32_t device, void* stream, ffi::AnyBuffer tokens
   const bool with_scalars = token_scalars->dimensions().front() > 0;
   status = first_failure(
       {expect_arrivals(place, call, tokens, *y),
-       expect_routing(place, call, places, origins, count),
+       expect_routing(place, call, places, origins, count, between),
        expect_shape("scalars", scalars, {with_scalars ? room(place, call) : 0, call.top_k}),
        expect_shape("token_scalars", *token_scalars,
                     {with_scalars ? call.num_tokens : 0, call.top_k})});
   if (!status.ok()) return to_ffi(status);
   const Routing routing{ids.typed_data(), places.typed_data(), origins.typed_data(),
-                        count.typed_data()};
+                        count.typed_data(), words_of(between)};
   return to_ffi(give_back(
       *place.group, call, routing,
       GiveBackBuffers{.tokens = bytes_of(tokens),
@@ -104,6 +105,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(moriep::mori::MoriAttributes,
                                       xla::ffi::StructMember<std::string_view>("config"),
                                       xla::ffi::StructMember<int64_t>("num_experts"),
                                       xla::ffi::StructMember<int64_t>("num_local_experts"),
+                                      xla::ffi::StructMember<int64_t>("num_nodes"),
                                       xla::ffi::StructMember<std::string_view>("handle"),
                                       xla::ffi::StructMember<std::string_view>("wire"),
                                       xla::ffi::StructMember<int64_t>("dispatch_blocks"),
@@ -138,6 +140,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MoriepSend, send_handler,
                                   .Ret<I32>()             // count [1]
                                   .Ret<I32>()             // places [T, K]
                                   .Ret<I32>()             // origins [N]
+                                  .Ret<I32>()             // between [B]
                                   .Ret<I32>()             // all_words [R, W]
                                   .Ret<U8>()              // codes [T, H] or [0, H]
                                   .Ret<F32Buffer>()       // scales [T, G] or [0, G]
@@ -154,6 +157,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MoriepResend, resend_handler,
                                   .Arg<I32>()             // places [T, K]
                                   .Arg<I32>()             // origins [N]
                                   .Arg<I32>()             // count [1]
+                                  .Arg<I32>()             // between [B]
                                   .Arg<I32>()             // rank [1]
                                   .Arg<I32>()             // order [1]
                                   .Ret<ffi::AnyBuffer>()  // tokens [N, H]
@@ -171,6 +175,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MoriepGiveBack, give_back_handler,
                                   .Arg<I32>()             // places [T, K]
                                   .Arg<I32>()             // origins [N]
                                   .Arg<I32>()             // count [1]
+                                  .Arg<I32>()             // between [B]
                                   .Arg<I32>()             // rank [1]
                                   .Arg<I32>()             // order [1]
                                   .Ret<ffi::AnyBuffer>()  // y [T, H]

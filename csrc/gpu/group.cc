@@ -41,8 +41,11 @@ class OnDevice {
   int before_ = -1;
 };
 
-Status describe(const FaultReport& report, int32_t rank, double timeout) {
-  const std::string peer = "rank " + std::to_string(report.peer);
+// `num_near` ranks are on each node.
+Status describe(const FaultReport& report, int32_t rank, int32_t num_ranks, int32_t num_near,
+                double timeout) {
+  std::string peer = "rank " + std::to_string(report.peer);
+  if (num_near < num_ranks) peer += " on node " + std::to_string(report.peer / num_near);
   const std::string here = std::to_string(report.here);
   const std::string there = std::to_string(report.there);
   const std::string where = std::string(kind_name(static_cast<Kind>(report.kind))) + ", rank " +
@@ -194,6 +197,12 @@ Status Group::connect(int32_t rank, const int64_t* words) {
   return Status();
 }
 
+void Group::connect_far(int32_t rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  connected_[static_cast<size_t>(rank)] = true;
+  changed_.notify_all();
+}
+
 void Group::connect_failed(const std::string& why) {
   std::lock_guard<std::mutex> lock(mutex_);
   connect_error_ = why;
@@ -232,7 +241,15 @@ Status Group::team(const LocalRank& me, Team* out) {
   out->slot_bytes = slot_bytes_;
   out->rank = me.rank;
   out->num_ranks = num_ranks_;
+  out->first_near = me.rank;
+  while (out->first_near > 0 && out->control[out->first_near - 1] != nullptr) --out->first_near;
+  out->num_near = num_near(me);
   return Status();
+}
+
+int32_t Group::num_near(const LocalRank& me) {
+  return static_cast<int32_t>(std::count_if(me.arenas.begin(), me.arenas.end(),
+                                            [](auto* arena) { return arena != nullptr; }));
 }
 
 Status Group::failure() {
@@ -240,7 +257,7 @@ Status Group::failure() {
     if (local == nullptr) continue;
     // The device writes `set` last.
     if (__atomic_load_n(&local->report->set, __ATOMIC_ACQUIRE) == 0) continue;
-    return describe(*local->report, local->rank, timeout_.count());
+    return describe(*local->report, local->rank, num_ranks_, num_near(*local), timeout_.count());
   }
   std::lock_guard<std::mutex> lock(mutex_);
   return connect_error_.empty() ? Status() : Status(Code::kUnavailable, connect_error_);

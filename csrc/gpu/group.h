@@ -57,6 +57,8 @@ class Group {
   // Of a local rank.
   Status address(int32_t rank, int64_t* words);
   Status connect(int32_t rank, const int64_t* words);
+  // For a rank of another node, whose arena nobody here reaches.
+  void connect_far(int32_t rank);
   void connect_failed(const std::string& why);
   bool connected();
 
@@ -68,6 +70,9 @@ class Group {
   LocalRank* local(int32_t rank) { return locals_[static_cast<size_t>(rank)].get(); }
   // What went wrong on one of this process's ranks, or ok.
   Status failure();
+
+  // How many ranks are on a rank's node, once all are connected.
+  static int32_t num_near(const LocalRank& me);
 
  private:
   const int32_t num_ranks_;

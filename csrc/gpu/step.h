@@ -44,15 +44,16 @@ __device__ inline void check_rank(const Team& team, const Stepping& at) {
   }
 }
 
-// Waits until every peer has published this step, in every block that goes on to read it: an
-// acquire holds for the block that makes it. False when this rank has failed.
+// Waits until every peer of this node has published this step, in every block that goes on to read
+// it: an acquire holds for the block that makes it. False when this rank has failed.
 __device__ inline bool wait_for_peers(const Team& team, const Stepping& at) {
-  if (team.num_ranks == 1) return !has_failed(team);
+  if (team.num_near == 1) return !has_failed(team);
   __shared__ bool good;
   if (threadIdx.x == 0) good = !has_failed(team);
   __syncthreads();
-  const auto peer = static_cast<int32_t>(threadIdx.x);
-  if (good && peer < team.num_ranks && peer != team.rank) {
+  const auto near = static_cast<int32_t>(threadIdx.x);
+  const int32_t peer = team.first_near + near;
+  if (good && near < team.num_near && peer != team.rank) {
     const uint64_t step = current_step(team);
     const uint64_t* arrived = &mine(team).arrived[peer].step;
     const uint64_t begin = nanoseconds();
@@ -103,11 +104,12 @@ __device__ inline bool is_last_block(const Team& team) {
   return last;
 }
 
-// The end of a step's first half: the last block tells every peer.
+// The end of a step's first half: the last block tells every peer of this node.
 __device__ inline void signal_peers(const Team& team, const Stepping& at) {
   if (!is_last_block(team)) return;
-  const auto peer = static_cast<int32_t>(threadIdx.x);
-  if (peer >= team.num_ranks || peer == team.rank) return;
+  const auto near = static_cast<int32_t>(threadIdx.x);
+  const int32_t peer = team.first_near + near;
+  if (near >= team.num_near || peer == team.rank) return;
   const uint64_t step = current_step(team);
   Control& theirs = *team.control[peer];
   theirs.posts[step % 2][team.rank] = Post{at.digest, at.order[0]};

@@ -78,6 +78,9 @@ struct Team {
   int64_t slot_bytes;
   int32_t rank;
   int32_t num_ranks;
+  // The ranks of this node, which reach each other's arenas, are a run. All ranks, but on MORI.
+  int32_t first_near;
+  int32_t num_near;
 };
 
 // The sizes of an exchange as kernels compute with them; exchange.cc checks that they fit.

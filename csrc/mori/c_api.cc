@@ -85,7 +85,8 @@ int32_t moriep_mori_unique_id(uint8_t* id, char* error, int64_t error_size) {
 }
 
 int32_t moriep_mori_open_world(const char* group, int64_t heap_bytes, const uint8_t* id,
-                               char* error, int64_t error_size) {
+                               const char* node, int32_t by_proxy, char* error,
+                               int64_t error_size) {
   std::shared_ptr<mine::Group> found;
   moriep::Status status = mine::find_group(group, &found);
   if (status.ok()) {
@@ -93,9 +94,12 @@ int32_t moriep_mori_open_world(const char* group, int64_t heap_bytes, const uint
                                .rank = found->rank(),
                                .num_ranks = found->num_ranks(),
                                .device = found->device(),
-                               .heap_bytes = heap_bytes},
+                               .heap_bytes = heap_bytes,
+                               .node = node,
+                               .by_proxy = by_proxy != 0},
                               id);
   }
+  if (status.ok()) status = found->open_notices();
   return api::report(status, error, error_size);
 }
 

@@ -14,9 +14,10 @@ MORIEP_EXPORT const char* moriep_mori_version();
 MORIEP_EXPORT int32_t moriep_mori_unique_id(uint8_t* id, char* error, int64_t error_size);
 
 // Joins the world of a group that is open; all its ranks must do so. Collective, and it may wait
-// for long.
+// for long. `node` names this machine where there are several, else it is "".
 MORIEP_EXPORT int32_t moriep_mori_open_world(const char* group, int64_t heap_bytes,
-                                             const uint8_t* id, char* error, int64_t error_size);
+                                             const uint8_t* id, const char* node, int32_t by_proxy,
+                                             char* error, int64_t error_size);
 
 // Bytes of the heap of this process's world; 0 where there is none.
 MORIEP_EXPORT int64_t moriep_mori_heap_bytes();

@@ -82,6 +82,15 @@ __device__ void copy_routing(const CollectArgs& args, int32_t count) {
   }
 }
 
+// What a combine will have to know of the tokens that came from other nodes.
+__device__ void keep_flags(const BetweenArgs& between, uint64_t step) {
+  if (between.words == nullptr) return;
+  const uint64_t* flags = between.sets[step % 2];
+  for (int64_t i = thread_index(); i < between.num_flags; i += num_threads()) {
+    between.plan_flags[i] = static_cast<int32_t>(flags[i]);
+  }
+}
+
 // A plan that leads nowhere: a give_back along it moves nothing and reads nothing.
 template <typename Args>
 __device__ void empty_plan(const Args& args) {
@@ -101,11 +110,19 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const CollectArgs arg
   if (!wave_sees_failure(args.team)) {
     const int32_t count = gpu::load_uniform(args.count);
     copy_tokens<Move>(args, count);
-    if (sent) copy_routing(args, count);
+    if (sent) {
+      copy_routing(args, count);
+      keep_flags(args.between, gpu::current_step(args.team));
+    }
   } else {
     const int64_t bytes = args.sizes.row_bytes * args.sizes.num_ranks * args.sizes.num_tokens;
     poison(reinterpret_cast<Word*>(args.tokens), bytes / static_cast<int64_t>(sizeof(Word)));
-    if (sent) empty_plan(args);
+    if (sent) {
+      empty_plan(args);
+      for (int64_t i = thread_index(); i < args.between.num_words; i += num_threads()) {
+        args.between.words[i] = 0;
+      }
+    }
   }
   leave(args.team, args.step, args.progress);
 }

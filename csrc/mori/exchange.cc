@@ -62,7 +62,7 @@ Status send(Group& group, const Call& call, const Routing& routing, const SendBu
       !status.ok()) {
     return status;
   }
-  if (p.handle == nullptr) return end_step(group, call, p);
+  if (!p.moves) return end_step(group, call, p);
   CollectArgs args = collect_args(group, p, routing, at.tokens);
   if (call.wire == Wire::kFp8) {
     args.from_scales = reinterpret_cast<const float*>(p.handle->local(Buffer::kScales));
@@ -75,6 +75,7 @@ Status send(Group& group, const Call& call, const Routing& routing, const SendBu
   args.sources = at.sources;
   args.origins = routing.origins;
   args.places = routing.places;
+  args.between = between_args(p, call, routing);
   return collect(call, args);
 }
 
@@ -84,12 +85,17 @@ Status resend(Group& group, const Call& call, const Routing& routing, const std:
   if (Status status = prepare(group, call, Kind::kReplay, 0, false, &p); !status.ok()) {
     return status;
   }
-  if (Status status = launched(launch_share(stream_of(call), share_args(group, p))); !status.ok()) {
+  if (Status status = begin_step(group, call, p, share_args(group, p), nullptr); !status.ok()) {
     return status;
   }
-  if (p.handle == nullptr) return end_step(group, call, p);
+  if (!p.moves) return end_step(group, call, p);
   Launch launch = launch_of(call, p, routing);
   launch.args.inpTokenBuf = const_cast<std::byte*>(x);
+  if (routing.between != nullptr) {
+    // Kernels between nodes carry weights beside every token. Nobody looks at those of a resend, so
+    // any numbers do.
+    launch.args.weightsBuf = reinterpret_cast<float*>(const_cast<int32_t*>(routing.ids));
+  }
   // It would add the number of tokens that came, which is 0 on the way along a known plan.
   launch.args.totalRecvTokenNum = p.handle->arguments().totalRecvTokenNum;
   if (Status status = launch.replay(); !status.ok()) return status;
@@ -104,7 +110,7 @@ Status give_back(Group& group, const Call& call, const Routing& routing,
     return status;
   }
   ShareArgs share = share_args(group, p);
-  if (p.handle != nullptr) {
+  if (p.moves) {
     // MORI adds up into these, and no peer reads or writes them.
     share.redirects[share.num_redirects++] = {p.handle->local_word(Buffer::kSums),
                                               reinterpret_cast<uint64_t>(at.y)};
@@ -113,8 +119,9 @@ Status give_back(Group& group, const Call& call, const Routing& routing,
                                                 reinterpret_cast<uint64_t>(at.token_scalars)};
     }
   }
-  if (Status status = launched(launch_share(stream_of(call), share)); !status.ok()) return status;
-  if (p.handle == nullptr) return end_step(group, call, p);
+  const BetweenPlan plan = between_plan(p, call, routing);
+  if (Status status = begin_step(group, call, p, share, plan.flags); !status.ok()) return status;
+  if (!p.moves) return end_step(group, call, p);
   Launch launch = launch_of(call, p, routing);
   launch.args.inpTokenBuf = const_cast<std::byte*>(at.tokens);
   launch.args.weightsBuf = const_cast<float*>(at.scalars);

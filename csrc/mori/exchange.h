@@ -21,6 +21,7 @@ struct Call {
   int64_t top_k = 0;        // K
   int64_t num_experts = 0;  // E
   int64_t num_local_experts = 0;
+  int32_t num_nodes = 1;
   RowType type = RowType::kF32;
   Wire wire = Wire::kRows;  // of a send
   std::string_view config;
@@ -41,6 +42,7 @@ struct Routing {
   int32_t* places;     // [T, K]: where each token went, as MORI numbers it
   int32_t* origins;    // [N]: where each arrival came from, as MORI numbers it
   int32_t* count;      // [1]
+  int32_t* between;    // [between_words] (mori/flags.h): what it takes between nodes
 };
 
 struct SendBuffers {

@@ -23,7 +23,9 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
   Call back = call.combine;
   back.order = between;
 
-  Routing routing{.ids = at.ids, .places = places, .origins = nullptr, .count = count};
+  // On one node only: a plan between nodes would have to keep more.
+  Routing routing{
+      .ids = at.ids, .places = places, .origins = nullptr, .count = count, .between = nullptr};
   if (there.wire == Wire::kFp8) {
     // Before the ranks meet: it waits for nobody.
     if (Status status = aiter::quantise_for_wire(there.stream, {.x = at.x,
@@ -48,7 +50,7 @@ Status run_fused(Group& group, const FusedCall& call, const FusedBuffers& at) {
       !status.ok()) {
     return status;
   }
-  if (p.handle != nullptr) {
+  if (p.moves) {
     // Nothing comes between the two steps, so MORI's own notes of what is from where still hold.
     routing.origins = reinterpret_cast<int32_t*>(p.handle->local(Buffer::kOrigins));
     const SettleArgs settle{.team = p.team,

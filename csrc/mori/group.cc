@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "handle.h"
+#include "notices.h"
 #include "world.h"
 
 namespace moriep::mori {
@@ -60,6 +61,20 @@ void Group::watch() {
                                          [this](const Progress& seen) { stuck(seen); });
 }
 
+Status Group::connect(int32_t rank, const int64_t* words) {
+  if (words[0] != 0) return gpu::Group::connect(rank, words);
+  connect_far(rank);
+  return Status();
+}
+
+int32_t Group::num_nodes() { return num_ranks() / num_near(*local(rank_)); }
+
+Status Group::open_notices() {
+  if (num_nodes() == 1 || notices_ != nullptr) return Status();
+  MORIEP_HIP_TRY("rank " + std::to_string(rank_), hipSetDevice(device_));
+  return Notices::open(rank_, num_ranks() / num_nodes(), num_nodes(), timeout_, &notices_);
+}
+
 Status Group::failure() {
   if (Status status = gpu::Group::failure(); !status.ok()) return status;
   std::lock_guard<std::mutex> lock(handles_mutex_);
@@ -83,6 +98,9 @@ Status Group::open_handle(const std::string& key, const HandleSizes& sizes) {
   std::unique_ptr<Handle> handle;
   if (Status status = Handle::open(rank_, num_ranks(), number, sizes, &handle); !status.ok()) {
     return status;
+  }
+  if (notices_ != nullptr) {
+    if (Status status = notices_->find_relay(); !status.ok()) return status;
   }
   // Nobody dispatches into buffers that another rank still clears.
   world_barrier();
@@ -120,6 +138,12 @@ Status Group::handle(const std::string& key, const Handle** out) {
 
 Status Group::reset() {
   const std::string name = "rank " + std::to_string(rank_);
+  if (notices_ != nullptr) {
+    return Status(
+        Code::kFailedPrecondition,
+        "a group on several nodes cannot begin anew, for its network may hold messages of "
+        "before; restart the job");
+  }
   MORIEP_HIP_TRY(name, hipSetDevice(device_));
   watchdog_.reset();
   gpu::LocalRank& me = *local(rank_);
@@ -149,7 +173,7 @@ void Group::stuck(const Progress& seen) {
     handle = numbered_[static_cast<size_t>(seen.handle)];
   }
   const auto kind = static_cast<Kind>(seen.kind);
-  const int32_t peer = handle->missing_peer(kind, seen.barrier, rescue);
+  const int32_t peer = handle->missing_peer(kind, seen.entered, seen.barrier, rescue);
   gpu::FaultReport& report = *local(rank_)->report;
   if (__atomic_load_n(&report.set, __ATOMIC_ACQUIRE) == 0) {
     report.fault = static_cast<int32_t>(gpu::Fault::kStopped);
@@ -168,7 +192,8 @@ void Group::stuck(const Progress& seen) {
       hipStreamSynchronize(rescue) != hipSuccess) {
     return;
   }
-  (void)handle->release(kind, seen.barrier, rescue);
+  (void)handle->release(kind, seen.entered, seen.barrier, rescue);
+  if (notices_ != nullptr) (void)give_up_messages(rescue);
 }
 
 }  // namespace moriep::mori

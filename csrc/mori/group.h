@@ -18,6 +18,7 @@
 namespace moriep::mori {
 
 class Handle;
+class Notices;
 struct HandleSizes;
 
 // Of each half of an arena: the words of all ranks.
@@ -28,9 +29,17 @@ class Group : public gpu::Group {
   Group(int32_t num_ranks, std::chrono::duration<double> timeout);
   ~Group();
 
-  // As gpu::Group's. A process has one device, and so one rank.
+  // As gpu::Group's. A process has one device, and so one rank. A rank of another node has an
+  // address of zeros.
   Status add_local(int32_t rank, int32_t device);
+  Status connect(int32_t rank, const int64_t* words);
   Status failure();
+
+  // Once all are connected. Ranks of a node are next to each other, and as many on each.
+  int32_t num_nodes();
+  // Makes what the nodes need to meet; collective, when MORI is open.
+  Status open_notices();
+  Notices* notices() const { return notices_.get(); }
 
   // Makes a handle that exchanges ask for by its key. Collective, as Handle::open is.
   Status open_handle(const std::string& key, const HandleSizes& sizes);
@@ -62,6 +71,7 @@ class Group : public gpu::Group {
   Progress* progress_ = nullptr;  // in host memory
   Progress* progress_on_device_ = nullptr;
   void* rescue_ = nullptr;  // the watchdog's stream
+  std::unique_ptr<Notices> notices_;
 
   std::mutex handles_mutex_;
   std::condition_variable handles_changed_;

@@ -15,7 +15,8 @@ using ::mori::application::SymmMemObjPtr;
 // What MORI's kernels know of a symmetric buffer, in a copy of ours that we may change.
 struct View {
   SymmMemObj object;
-  uint64_t peers[gpu::kMaxRanks];  // what object.p2pPeerPtrs points to
+  uint64_t peers[gpu::kMaxRanks];   // what object.p2pPeerPtrs points to
+  uint64_t remote[gpu::kMaxRanks];  // what object.peerPtrs points to: addresses for the network
 };
 
 // Where a rank that has failed talks to itself.
@@ -28,7 +29,8 @@ struct Scratch {
 struct Views {
   View of[kNumBuffers];
   Scratch scratch;
-  Word64 detours[(kNumBuffers + 1) * gpu::kMaxRanks];
+  uint64_t combines;
+  Word64 detours[kNumBuffers * (2 * gpu::kMaxRanks + 1)];
 };
 
 namespace {
@@ -43,10 +45,6 @@ Status failed(const std::string& what, hipError_t error) {
 
 #define MORIEP_HIP_TRY(what, call) \
   if (const hipError_t error = (call); error != hipSuccess) return failed(what, error)
-
-bool between_nodes(KernelType kernel) {
-  return kernel == KernelType::InterNodeV1 || kernel == KernelType::InterNodeV1LL;
-}
 
 // Where the arguments of MORI's kernels name a buffer.
 SymmMemObjPtr* named(moe::EpDispatchCombineArgsRaw& args, KernelType kernel, Buffer buffer) {
@@ -74,6 +72,14 @@ SymmMemObjPtr* named(moe::EpDispatchCombineArgsRaw& args, KernelType kernel, Buf
       return v1 ? &args.interNodeV1TokBufs.combineOut : &args.intraNodeTokBufs.combineOut;
     case Buffer::kScalars:
       return &args.shmemCombineOutWeightsMemObj;
+    case Buffer::kInbox:
+      return v1 ? &args.interNodeV1TokBufs.dispatchInp : nullptr;
+    case Buffer::kStaging:
+      return v1 ? &args.interNodeV1TokBufs.staging : nullptr;
+    case Buffer::kFlags:
+      return v1 ? &args.interNodeChunkFlagMemObj : nullptr;
+    case Buffer::kTotals:
+      return v1 ? &args.nodeRecvTokenNumMemObj : nullptr;
   }
   return nullptr;
 }
@@ -145,6 +151,15 @@ Status Handle::open(int32_t rank, int32_t num_ranks, int32_t number, const Handl
   } catch (const std::exception& error) {
     return Status(Code::kInternal, std::string("MORI made no handle: ") + error.what());
   }
+  if (between_nodes(sizes.kernel)) {
+    if (Status status =
+            FlagSets::open(rank, num_ranks, sizes.gpus_per_node, sizes.max_tokens, &handle->flags_);
+        !status.ok()) {
+      return status;
+    }
+    handle->arguments_.interNodeChunkFlagMemObj = handle->flags_->object();
+    handle->arguments_.nodeRecvTokenNumMemObj = handle->flags_->object();
+  }
   if (Status status = handle->make_views(); !status.ok()) return status;
   // Peers may write to the buffers from here on, once everybody is here.
   MORIEP_HIP_TRY("MORI's handle", hipDeviceSynchronize());
@@ -168,7 +183,7 @@ Status Handle::make_views() {
   for (int b = 0; b < kNumBuffers; ++b) {
     const auto buffer = static_cast<Buffer>(b);
     SymmMemObjPtr* name = named(arguments_, sizes_.kernel, buffer);
-    if (name->gpu == nullptr) continue;
+    if (name == nullptr || name->gpu == nullptr) continue;
     View& view = views_->of[b];
     MORIEP_HIP_TRY("MORI's handle", hipMemcpy(static_cast<void*>(&view.object), name->gpu,
                                               sizeof(SymmMemObj), hipMemcpyDeviceToHost));
@@ -176,7 +191,18 @@ Status Handle::make_views() {
                                               sizeof(uint64_t) * static_cast<size_t>(num_ranks_),
                                               hipMemcpyDeviceToHost));
     view.object.p2pPeerPtrs = reinterpret_cast<uintptr_t*>(device->of[b].peers);
+    const bool far = between_nodes(sizes_.kernel);
+    if (far) {
+      MORIEP_HIP_TRY("MORI's handle", hipMemcpy(view.remote, view.object.peerPtrs,
+                                                sizeof(uint64_t) * static_cast<size_t>(num_ranks_),
+                                                hipMemcpyDeviceToHost));
+      view.object.peerPtrs = reinterpret_cast<uintptr_t*>(device->of[b].remote);
+    }
     name->gpu = &device->of[b].object;
+    if (buffer == Buffer::kFlags) {
+      if (Status status = flags_->place(view.peers, view.remote); !status.ok()) return status;
+    }
+    if (buffer == Buffer::kFlags || buffer == Buffer::kTotals) continue;  // sets of ours lead there
     if (buffer == Buffer::kSums || buffer == Buffer::kScalars) continue;  // no peer's business
 
     // A payload goes to this rank's own buffer, which has room for its tokens to all ranks; what
@@ -194,11 +220,24 @@ Status Handle::make_views() {
     }
     views_->detours[num_detours_++] = {local_word(buffer), own};
     for (int peer = 0; peer < num_ranks_; ++peer) {
-      views_->detours[num_detours_++] = {&device->of[b].peers[peer],
-                                         own + static_cast<uint64_t>((peer - rank_) * stride)};
+      const uint64_t there = own + static_cast<uint64_t>((peer - rank_) * stride);
+      views_->detours[num_detours_++] = {&device->of[b].peers[peer], there};
+      if (far) views_->detours[num_detours_++] = {&device->of[b].remote[peer], there};
     }
   }
   return upload_views();
+}
+
+FlagArgs Handle::flags() const {
+  const auto object = [this](Buffer buffer) {
+    return &views_on_device_->of[static_cast<int>(buffer)].object;
+  };
+  FlagArgs args = flags_->args(object(Buffer::kFlags), object(Buffer::kTotals));
+  args.sent_chunks = arguments_.blockFlagCounter;
+  args.combines = &views_on_device_->combines;
+  args.barrier = arguments_.crossDeviceBarrierFlag;
+  args.own_meeting = views_on_device_->scratch.meeting;
+  return args;
 }
 
 Status Handle::upload_views() {
@@ -222,7 +261,7 @@ Status Handle::reset() {
                            Part{args.combineGridBarrier, sizeof(uint32_t)}}) {
     MORIEP_HIP_TRY("MORI's handle", hipMemset(part.at, 0, part.bytes));
   }
-  const uint64_t first = between_nodes(sizes_.kernel) ? 0 : 1;
+  const uint64_t first = 1;
   MORIEP_HIP_TRY("MORI's handle", hipMemcpy(args.crossDeviceBarrierFlag, &first, sizeof(first),
                                             hipMemcpyHostToDevice));
   return upload_views();
@@ -241,7 +280,7 @@ uint64_t* Handle::local_word(Buffer buffer) const {
       &views_on_device_->of[static_cast<int>(buffer)].object.localPtr);
 }
 
-Status Handle::release(Kind kind, uint64_t barrier, hipStream_t stream) const {
+Status Handle::release(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const {
   const auto n = static_cast<size_t>(num_ranks_);
   const std::vector<uint64_t> met(n, barrier);
   // One more than the number of tokens that came; those that have come are overwritten, for nobody
@@ -253,10 +292,13 @@ Status Handle::release(Kind kind, uint64_t barrier, hipStream_t stream) const {
   std::byte* to = local(combine ? Buffer::kMeeting : Buffer::kSignals);
   MORIEP_HIP_TRY("MORI's kernel", hipMemcpyAsync(to, from, bytes, hipMemcpyHostToDevice, stream));
   MORIEP_HIP_TRY("MORI's kernel", hipStreamSynchronize(stream));
-  return Status();
+  return flags_ == nullptr || combine ? Status() : flags_->release(step, stream);
 }
 
-int32_t Handle::missing_peer(Kind kind, uint64_t barrier, hipStream_t stream) const {
+int32_t Handle::missing_peer(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const {
+  if (flags_ != nullptr && kind != Kind::kCombine) {
+    if (const int32_t far = flags_->silent_peer(step, stream); far >= 0) return far;
+  }
   const auto n = static_cast<size_t>(num_ranks_);
   const bool combine = kind == Kind::kCombine;
   std::vector<uint64_t> met(n);
@@ -270,6 +312,10 @@ int32_t Handle::missing_peer(Kind kind, uint64_t barrier, hipStream_t stream) co
   }
   for (int32_t peer = 0; peer < num_ranks_; ++peer) {
     const auto i = static_cast<size_t>(peer);
+    const int32_t per_node = sizes_.gpus_per_node;
+    const bool near = !between_nodes(sizes_.kernel) || peer / per_node == rank_ / per_node;
+    // Between nodes a rank has to do with those in its own place only, and with them in a combine.
+    if (!near && (!combine || peer % per_node != rank_ % per_node)) continue;
     if (combine ? met[i] != barrier : signals[i] == 0) return peer;
   }
   return -1;

@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 
+#include "flag_sets.h"
+#include "flags.h"
 #include "gpu/group.h"
 #include "kernels.h"
 #include "mori/ops/dispatch_combine/dispatch_combine.hpp"
@@ -47,8 +49,17 @@ enum class Buffer {
   kMeeting,   // crossDeviceBarrier: what a combine waits for
   kSums,      // combineOut: the result
   kScalars,   // shmemCombineOutWeights: the other result
+  // Between nodes only.
+  kInbox,    // dispatchInp: tokens from other nodes
+  kStaging,  // staging: sums on their way back, and those that have come
+  kFlags,    // interNodeChunkFlag: how many tokens have come in each chunk of 64, and one more
+  kTotals,   // nodeRecvTokenNum: how many may come from each node, and one more
 };
-inline constexpr int kNumBuffers = 11;
+inline constexpr int kNumBuffers = 15;
+
+inline bool between_nodes(KernelType kernel) {
+  return kernel == KernelType::InterNodeV1 || kernel == KernelType::InterNodeV1LL;
+}
 
 struct Views;
 
@@ -75,11 +86,15 @@ class Handle {
   const Word64* detours() const;
   int32_t num_detours() const { return num_detours_; }
 
+  int32_t num_nodes() const { return num_ranks_ / sizes_.gpus_per_node; }
+  // Between nodes: MORI's flags and totals, of which each step has its own.
+  FlagArgs flags() const;
+
   // The host's way to let MORI's running kernels of a step end: what a dispatch waits for, or a
   // combine. Copies run on `stream`.
-  Status release(Kind kind, uint64_t barrier, hipStream_t stream) const;
+  Status release(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const;
   // The first rank whose sign is missing in a step, or -1.
-  int32_t missing_peer(Kind kind, uint64_t barrier, hipStream_t stream) const;
+  int32_t missing_peer(Kind kind, uint64_t step, uint64_t barrier, hipStream_t stream) const;
   // Makes it as it was when it was opened.
   Status reset();
 
@@ -96,6 +111,7 @@ class Handle {
   moe::EpDispatchCombineArgsRaw arguments_;
   std::unique_ptr<Views> views_;      // as they shall be
   Views* views_on_device_ = nullptr;  // as they are, in device memory
+  std::unique_ptr<FlagSets> flags_;   // between nodes
   int32_t num_detours_ = 0;
 };
 

@@ -1,7 +1,10 @@
 // Our own kernels around MORI's: what each takes, and how it is launched. A step is three launches:
 // share, MORI's, and collect or seal; with the fp8 wire gpu's quantise runs in front of a send's.
+// Between nodes share is three: share among a node's ranks, the relay of MORI's own kind
+// (mori/kernels.hip) between nodes, and enter.
 #pragma once
 
+#include "flags.h"
 #include "gpu/gpu_runtime.h"
 #include "gpu/team.h"
 #include "moriep/row_type.h"
@@ -44,8 +47,32 @@ struct ShareArgs {
       barrier;  // what MORI's next combine waits for; null where none of its kernels run
   int32_t handle;
   Progress* progress;
+  // Between nodes: this rank's memory for notices (mori/relay.h), else null and 1.
+  std::byte* notices;
+  int32_t num_nodes;
 };
+// All of a step's beginning on one node; between nodes its first part, behind which the relay runs.
 gpuError_t launch_share(gpuStream_t stream, const ShareArgs& args);
+
+// Between nodes the last part of a step's beginning: looks at the notices that have come.
+struct EnterArgs {
+  ShareArgs share;
+  FlagArgs flags;
+  const int32_t* plan_flags;  // [nodes, chunks] that a combine finds, or null
+  int32_t* reach;             // [R]: how MORI's kernels reach each rank
+  uint32_t* silent;           // set when this rank will send no more
+  bool moves;                 // whether MORI's kernels run behind
+};
+gpuError_t launch_enter(gpuStream_t stream, const EnterArgs& args);
+
+// What collect keeps of a dispatch between nodes.
+struct BetweenArgs {
+  int32_t* words;  // [between_words], or null
+  int64_t num_words;
+  int32_t* plan_flags;  // the last of them
+  int32_t num_flags;
+  const uint64_t* sets[2];  // MORI's, of which the step's is kept
+};
 
 // The sizes of arrivals.
 struct ArrivalSizes {
@@ -78,6 +105,7 @@ struct CollectArgs {
   int32_t* origins;   // [N]: sources as MORI numbers them
   int32_t* count;     // [1]
   int32_t* places;    // [T, K]
+  BetweenArgs between;
 };
 gpuError_t launch_collect(gpuStream_t stream, int num_blocks, RowType type,
                           const CollectArgs& args);

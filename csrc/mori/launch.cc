@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <algorithm>
+
 #include "world.h"
 
 namespace moriep::mori {
@@ -37,8 +39,8 @@ Status Launch::dispatch() {
     case KernelType::InterNodeV1:
     case KernelType::InterNodeV1LL: {
       const bool ll = sizes.kernel == KernelType::InterNodeV1LL;
-      if (Status status =
-              run("EpDispatchCopyToStaging_" + type_name, handle.processors(), num_waves, 0);
+      if (Status status = run("EpDispatchCopyToStaging_" + type_name,
+                              blocks_for(args.curRankNumToken), num_waves, 0);
           !status.ok()) {
         return status;
       }
@@ -72,11 +74,21 @@ Status Launch::combine() {
   const bool ll = sizes.kernel == KernelType::InterNodeV1LL;
   const std::string main =
       "EpCombineInterNodeV1Kernel" + std::string(ll ? "LowLatency_" : "_") + type_name;
-  Status status = run("EpCombineSync_" + type_name, handle.processors(), num_waves, 0);
+  const int64_t most_arrivals = int64_t{args.config.worldSize} * args.curRankNumToken;
+  Status status = run("EpCombineSync_" + type_name, blocks_for(most_arrivals), num_waves, 0);
   if (status.ok()) status = run("EpCombineSyncBarrier_" + type_name, 1, 1, 0);
   if (status.ok()) status = run(main, num_blocks, num_waves, lds);
-  if (status.ok()) status = run("EpCombineAll_" + type_name, handle.processors(), num_waves, lds);
+  if (status.ok())
+    status = run("EpCombineAll_" + type_name, blocks_for(args.curRankNumToken), num_waves, lds);
   return status;
+}
+
+int32_t Launch::blocks_for(int64_t num_rows) const {
+  // A wave for each KiB of a row, until the device is full.
+  const int64_t parts =
+      (int64_t{args.config.hiddenDim} * handle.sizes().element_bytes + 1023) / 1024;
+  const int64_t wanted = (num_rows * parts + num_waves - 1) / num_waves;
+  return static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, handle.processors()));
 }
 
 Status Launch::run(const std::string& kernel, int32_t blocks, int32_t waves, int64_t lds_bytes) {

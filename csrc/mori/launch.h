@@ -28,6 +28,8 @@ struct Launch {
   Status combine();
 
  private:
+  // Blocks of a kernel that works on so many rows, and in which nobody waits for anybody.
+  int32_t blocks_for(int64_t num_rows) const;
   Status run(const std::string& kernel, int32_t blocks, int32_t waves, int64_t lds_bytes);
 };
 

@@ -4,6 +4,7 @@
 
 #include "gpu/digest.h"
 #include "gpu/kernels.h"
+#include "notices.h"
 #include "world.h"
 
 namespace moriep::mori {
@@ -38,7 +39,13 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
                Prepared* out) {
   const gpu::LocalRank& me = *group.local(group.rank());
   if (Status status = group.team(me, &out->team); !status.ok()) return status;
-  if (call.num_tokens > 0) {
+  if (call.num_nodes != group.num_nodes()) {
+    return Status(Code::kFailedPrecondition,
+                  "the program was traced for ranks on " + std::to_string(call.num_nodes) +
+                      " nodes, and they are on " + std::to_string(group.num_nodes()));
+  }
+  out->moves = call.num_tokens > 0;
+  if (out->moves || group.num_nodes() > 1) {
     if (Status status = group.handle(std::string(call.handle), &out->handle); !status.ok()) {
       return status;
     }
@@ -50,6 +57,9 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
                   std::to_string(num_words) + " words of " + std::to_string(group.num_ranks()) +
                       " ranks are more than the " + std::to_string(kSlotBytes) +
                       " bytes that a step shares; use transport='native'");
+  }
+  if (group.notices() != nullptr) {
+    if (Status status = group.notices()->check_words(num_words); !status.ok()) return status;
   }
   gpu::Digest digest;
   for (const int64_t value :
@@ -84,13 +94,52 @@ ShareArgs share_args(const Group& group, const Prepared& p) {
   args.team = p.team;
   args.step = p.step;
   args.progress = group.progress_on_device();
-  if (p.handle != nullptr) {
+  args.num_nodes = 1;
+  if (const Notices* notices = group.notices(); notices != nullptr) {
+    args.notices = notices->memory();
+    args.num_nodes = notices->num_nodes();
+  }
+  if (p.handle != nullptr && p.moves) {
     args.detours = p.handle->detours();
     args.num_detours = p.handle->num_detours();
     args.barrier = p.handle->arguments().crossDeviceBarrierFlag;
     args.handle = p.handle->number();
   }
   return args;
+}
+
+Status begin_step(const Group& group, const Call& call, const Prepared& p, const ShareArgs& share,
+                  const int32_t* plan_flags) {
+  if (Status status = launched(launch_share(stream_of(call), share)); !status.ok()) return status;
+  const Notices* notices = group.notices();
+  if (notices == nullptr) return Status();
+  if (Status status = notices->relay(p.team, share.num_words, stream_of(call)); !status.ok()) {
+    return status;
+  }
+  const EnterArgs enter{.share = share,
+                        .flags = p.handle->flags(),
+                        .plan_flags = plan_flags,
+                        .reach = notices->reach(),
+                        .silent = notices->silent(),
+                        .moves = p.moves};
+  return launched(launch_enter(stream_of(call), enter));
+}
+
+BetweenPlan between_plan(const Prepared& p, const Call& call, const Routing& routing) {
+  if (routing.between == nullptr) return {};
+  const int64_t nodes = p.handle->num_nodes();
+  int32_t* const sent = routing.between + nodes * call.num_tokens * call.top_k;
+  return {.relayed = routing.between, .sent = sent, .flags = sent + nodes * call.num_tokens};
+}
+
+BetweenArgs between_args(const Prepared& p, const Call& call, const Routing& routing) {
+  if (routing.between == nullptr) return {};
+  const FlagArgs flags = p.handle->flags();
+  return {.words = routing.between,
+          .num_words = between_words(flags.num_nodes, call.num_tokens, call.top_k),
+          .plan_flags = between_plan(p, call, routing).flags,
+          .num_flags = flags.num_nodes * flags.num_chunks,
+          .sets = {flags.sets[0], flags.sets[1]}};
 }
 
 Launch launch_of(const Call& call, const Prepared& p, const Routing& routing) {
@@ -104,6 +153,10 @@ Launch launch_of(const Call& call, const Prepared& p, const Routing& routing) {
   launch.args.dispDestTokIdMap = routing.places;
   launch.args.totalRecvTokenNum = routing.count;
   launch.args.dispTokIdToSrcTokIdLocal = routing.origins;
+  if (const BetweenPlan plan = between_plan(p, call, routing); plan.relayed != nullptr) {
+    launch.args.interNodeDispDestTokIdMap = plan.relayed;
+    launch.args.interNodeDispSendMap = plan.sent;
+  }
   return launch;
 }
 
@@ -120,8 +173,8 @@ Status dispatch(Group& group, const Call& call, const Routing& routing, const Di
   share.num_words = static_cast<int32_t>(at.num_words);
   share.all_words = at.all_words;
   share.count = routing.count;
-  if (Status status = launched(launch_share(stream_of(call), share)); !status.ok()) return status;
-  if (p.handle == nullptr) return Status();
+  if (Status status = begin_step(group, call, p, share, nullptr); !status.ok()) return status;
+  if (!p.moves) return Status();
 
   Launch launch = launch_of(call, p, routing);
   launch.args.inpTokenBuf = const_cast<std::byte*>(at.x);

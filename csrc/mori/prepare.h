@@ -12,7 +12,8 @@ namespace moriep::mori {
 
 // One step as the kernels see it.
 struct Prepared {
-  const Handle* handle = nullptr;  // none where no rank has a token
+  const Handle* handle = nullptr;  // none where no rank has a token, on one node
+  bool moves = false;              // whether any rank has a token
   gpu::Team team;
   gpu::Stepping step;
   int64_t row_bytes = 0;
@@ -25,6 +26,12 @@ inline hipStream_t stream_of(const Call& call) { return static_cast<hipStream_t>
 Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, bool with_scalars,
                Prepared* out);
 ShareArgs share_args(const Group& group, const Prepared& p);
+// The beginning of a step, on one node and between nodes. `plan_flags` are what a combine needs.
+Status begin_step(const Group& group, const Call& call, const Prepared& p, const ShareArgs& share,
+                  const int32_t* plan_flags);
+// What a plan keeps between nodes.
+BetweenPlan between_plan(const Prepared& p, const Call& call, const Routing& routing);
+BetweenArgs between_args(const Prepared& p, const Call& call, const Routing& routing);
 // What MORI's kernels are told of a call beside what its handle says.
 Launch launch_of(const Call& call, const Prepared& p, const Routing& routing);
 

@@ -18,6 +18,10 @@ struct World {
   int32_t num_ranks = 0;
   int32_t device = -1;
   int64_t heap_bytes = 0;
+  // Of several nodes: this one's name, "" where there is one only, and whether a thread of MORI's
+  // drives the network adapter for the GPU.
+  std::string node;
+  bool by_proxy = false;
 };
 
 // An id by which the processes of a new world find each other; one rank makes it.
@@ -36,6 +40,14 @@ void world_barrier();
 // Loads a code object of MORI's kernels; does nothing for a file that is loaded. There must be a
 // world.
 Status load_kernels(const std::string& path);
+
+// What MORI's kernels look at to know how a rank is reached, in device memory: [R].
+Status reach_of_ranks(int32_t** kinds);
+// What it is for a rank of the same node.
+inline constexpr int32_t kReachByMemory = 1;
+
+// Ends the wait of MORI's kernels for messages that its thread has not been told to be done.
+Status give_up_messages(hipStream_t stream);
 
 // A kernel of the code objects that are loaded.
 Status find_kernel(const std::string& name, hipFunction_t* kernel);

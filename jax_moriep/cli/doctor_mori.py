@@ -25,6 +25,7 @@ def examine() -> dict[str, Any]:
       - compiler: program and reason.
       - kernels: folder where they are kept or were given, names of those that are there.
       - socket: interface over which ranks find each other, and reason.
+      - network: the drivers of the adapters between machines, who sends by them and why, and reason.
       - settings: why MORI's variables forbid its use.
       - affinity: what it does to the thread that opens a group.
       - xla: the packages of XLA for ROCm that hold a MORI of their own.
@@ -39,6 +40,7 @@ def examine() -> dict[str, Any]:
         "compiler": _compiler(),
         "kernels": _kernels(),
         "socket": {"interface": interface, "reason": why},
+        "network": _network(),
         "settings": _settings_reason(),
         "affinity": _affinity(),
         "xla": _own_mori_of_xla(),
@@ -55,6 +57,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, state, detail in (
         ("compiler of its kernels", found["compiler"]["reason"], found["compiler"]["program"]),
         ("interface between ranks", found["socket"]["reason"], found["socket"]["interface"]),
+        ("sending between machines", found["network"]["reason"], found["network"]["way"]),
         ("settings", found["settings"], "nothing is set that forbids its use"),
     ):
         said.append(f"  ok  {name}: {detail}" if state is None else f"  no  {name}: {state}")
@@ -80,6 +83,16 @@ def _kernels() -> dict[str, Any]:
     # Those whose name begins with a dot are being made.
     names = sorted(path.parent.name for path in folder.glob("[!.]*/*.hsaco"))
     return {"folder": str(folder), "names": names}
+
+
+def _network() -> dict[str, Any]:
+    adapters = network.adapters()
+    try:
+        proxy, why = network.by_proxy(os.environ, adapters)
+    except TransportError as error:
+        return {"adapters": adapters, "way": None, "reason": str(error)}
+    way = f"by {'a thread of MORI on the host' if proxy else 'the GPU itself'}, for {why}"
+    return {"adapters": adapters, "way": way, "reason": None}
 
 
 def _settings_reason() -> str | None:

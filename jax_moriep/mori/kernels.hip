@@ -3,7 +3,49 @@
 // MORI's own files instantiate everything for all types of rows, which takes many times as long to compile.
 #include "src/ops/kernels/ep_common.hip"
 
+#include "relay.h"
+
 MORI_DEFINE_GPU_STATES
+
+// Tells the ranks in this one's place on the other nodes that it has come to a step, and waits for them, with a
+// deadline. One wave; a lane for each node. Who has not come is noticed by who looks at the counts afterwards.
+inline __device__ void relay(const moriep::mori::RelayArgs& args) {
+  namespace mine = moriep::mori;
+  auto* object = static_cast<mori::application::SymmMemObj*>(args.memory);
+  const mori::application::SymmMemObjPtr memory{nullptr, object};
+  const int node = threadIdx.x;
+  const int own_node = args.rank / args.ranks_on_node;
+  const int peer = node * args.ranks_on_node + args.rank % args.ranks_on_node;
+  const bool far = node < args.num_nodes && node != own_node;
+  const uint64_t step = *args.epoch + 1;
+  const bool failed = *args.failed != 0;
+  if (far && *args.silent == 0) {
+    mori::shmem::ShmemPutMemNbiThread(memory, mine::notice_in_at(step, args.num_nodes, own_node), memory,
+                                      mine::notice_out_at(step, args.num_nodes), args.bytes, peer);
+    mori::shmem::ShmemAtomicTypeNonFetchThread<uint64_t>(memory, mine::count_at(own_node), 1, mori::core::AMO_ADD,
+                                                         peer);
+  }
+  if (failed) {
+    if (threadIdx.x == 0) *args.silent = 1;
+    return;
+  }
+  auto* counts = reinterpret_cast<uint64_t*>(object->localPtr);
+  const uint64_t begin = wall_clock64();
+  while (far && mori::core::AtomicLoadRelaxedSystem(counts + node) < step) {
+    __builtin_amdgcn_s_sleep(2);
+    if ((wall_clock64() - begin) * 10 > args.timeout_ns) break;  // it ticks at 100 MHz
+  }
+  __threadfence_system();
+}
+
+#ifdef MORI_PROXY_ENABLED
+#define MORIEP_BY_PROXY 1
+#else
+#define MORIEP_BY_PROXY 0
+#endif
+#define RELAY                                                                                      \
+  extern "C" __device__ __attribute__((used)) int32_t moriep_by_proxy = MORIEP_BY_PROXY;           \
+  extern "C" __global__ void MoriepRelay(moriep::mori::RelayArgs args) { relay(args); }
 
 // The rows that combine reads lie anywhere (nop2p: each rank sends them) or in MORI's own buffer (p2p: peers fetch).
 #define COMBINE_INTRA_NODE(name, type)                                                \
@@ -23,6 +65,7 @@ MORI_DEFINE_GPU_STATES
   WRAP(EpCombineInterNodeKernel, name, type)
 
 #define AROUND_INTER_NODE_V1(name, type)    \
+  RELAY                                     \
   WRAP(EpDispatchCopyToStaging, name, type) \
   WRAP(EpCombineSync, name, type)           \
   WRAP(EpCombineSyncBarrier, name, type)    \

@@ -25,12 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jax_moriep.errors import LibraryError, rule
-from jax_moriep.mori import compiler
+from jax_moriep.mori import compiler, network
 from jax_moriep.mori.wheel import VERSION, Wheel
 
 CACHE_VARIABLE = "JAX_MORIEP_CACHE_DIR"
 GIVEN_VARIABLE = "JAX_MORIEP_MORI_KERNELS"
 SOURCE = Path(__file__).with_name("kernels.hip")
+_HEADER = Path(__file__).with_name("relay.h")
 
 # The name of a type of rows as JAX has it -> (MORI's short name, C++ type).
 ROW_TYPES = {
@@ -40,6 +41,7 @@ ROW_TYPES = {
 }
 _COMBINE_INTRA_NODE = ("EpCombineIntraNodeKernel_{}_nop2p", "EpCombineIntraNodeKernel_{}_p2p")
 _AROUND_INTER_NODE_V1 = (
+    "MoriepRelay",
     "EpDispatchCopyToStaging_{}",
     "EpCombineSync_{}",
     "EpCombineSyncBarrier_{}",
@@ -98,8 +100,8 @@ class Unit:
 
     def label(self, arch: str) -> str:
         """The first part of its folder's name, the same for all compilers."""
-        network = "" if self.kernel in ONE_NODE else f"-{_network()}"
-        return f"{self.kernel}-{ROW_TYPES[self.rows][0]}-{arch}-{VERSION}{network}"
+        way = "" if self.kernel in ONE_NODE else f"-{_network()}"
+        return f"{self.kernel}-{ROW_TYPES[self.rows][0]}-{arch}-{VERSION}{way}"
 
 
 def cache_folder() -> Path:
@@ -175,7 +177,15 @@ def _compiled(
         *chosen.extra_options(arch),
         *(() if unit.kernel in ONE_NODE else _network_options()),
     ]
-    content = [VERSION, wheel.sources_digest(), SOURCE.read_text(), chosen.version, arch, *options]
+    content = [
+        VERSION,
+        wheel.sources_digest(),
+        SOURCE.read_text(),
+        _HEADER.read_text(),
+        chosen.version,
+        arch,
+        *options,
+    ]
     key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
     root, entry = cache_folder(), f"{unit.label(arch)}-{key}"
     folder = root / entry
@@ -244,7 +254,7 @@ def _defect(folder: Path, unit: Unit) -> str | None:
 
 def _network() -> str:
     """How kernels reach the network adapters, for a folder's name: their maker's way, or MORI's thread."""
-    named = os.environ.get("MORI_DEVICE_NIC", "").lower() or _commonest_adapter()
+    named = os.environ.get(network.MAKER_VARIABLE, "").lower() or _commonest_adapter()
     if named not in _ADAPTERS:
         cure = "pick one of these, or unset the variable"
         raise LibraryError(rule("MORI_DEVICE_NIC", named, f"be one of {', '.join(_ADAPTERS)}", cure))
@@ -257,14 +267,11 @@ def _network_options() -> tuple[str, ...]:
 
 
 def _by_proxy() -> bool:
-    """Whether a thread of MORI's talks to the adapters instead of the GPU; MORI's own switch."""
-    return os.environ.get("MORI_ENABLE_HOST_PROXY") == "1"
+    return network.by_proxy(os.environ, network.adapters())[0]
 
 
 def _commonest_adapter(root: Path = Path("/sys/class/infiniband")) -> str:
     """The maker of most adapters of this machine, by their drivers; mlx5 if there are none."""
-    drivers = (
-        [(path / "device" / "driver").resolve().name for path in root.iterdir()] if root.is_dir() else []
-    )
+    drivers = network.adapters(root)
     counts = {maker: sum(name.startswith(maker) for name in drivers) for maker in _ADAPTERS}
     return max(_ADAPTERS, key=counts.__getitem__)

@@ -31,6 +31,8 @@ LDS_OWN_BYTES = 1024
 # Allocations in the symmetric heap begin at multiples of this, and the first is MORI's own.
 HEAP_ALIGNMENT = 256
 HEAP_OWN_BYTES = 1024
+# Of flags between nodes (csrc/mori/flags.h): how many sets there are, and the tokens for each flag.
+_FLAG_SETS, _CHUNK = 3, 64
 INTRA_NODE = ("IntraNode", "IntraNodeLL")
 INTER_NODE_V1 = ("InterNodeV1", "InterNodeV1LL")
 ROWS = {"float32": 4, "bfloat16": 2, "float8_e4m3fnuz": 1}
@@ -114,6 +116,20 @@ def parse_heap_size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
+def between_bytes(size: HandleSize) -> int:
+    """The symmetric memory that a handle takes beside MORI's own between nodes: its sets of flags."""
+    nodes = size.ranks // size.gpus_per_node
+    if size.kernel not in INTER_NODE_V1:
+        return 0
+    sets = _FLAG_SETS * 8 * nodes * (-(-size.max_tokens // _CHUNK) + 1)
+    return -(-sets // HEAP_ALIGNMENT) * HEAP_ALIGNMENT
+
+
+def notice_bytes(nodes: int) -> int:
+    """The symmetric memory by which nodes meet before each step, as ``relay.h`` lays it out."""
+    return 0 if nodes == 1 else 4096 + 2 * (nodes + 1) * (128 << 10)
+
+
 def check_heap(needed: int, given: str | None) -> None:
     """Refuses a heap that the user set and that is too small.
 
@@ -178,12 +194,14 @@ def check_kernel(kernel: str, nodes: int) -> None:
       nodes: the machines that the group is on.
 
     Raises:
-      ConfigError: nothing here launches it, or it needs a network between machines.
+      ConfigError: a plan cannot keep its routing, or it needs a network between machines.
     """
     cure = "leave it 'auto'"
     launched = (*INTRA_NODE, *INTER_NODE_V1)
     if kernel not in launched:
-        must = f"be one of {', '.join(launched)}, whose kernels jax_moriep launches"
+        must = (
+            f"be one of {', '.join(launched)}; of the others MORI knows the routing of the last dispatch only"
+        )
         raise ConfigError(rule("mori_kernel", kernel, must, cure))
     if kernel in INTER_NODE_V1 and nodes == 1:
         must = f"be {' or '.join(INTRA_NODE)} on one machine, for it sends through a network"
@@ -230,6 +248,23 @@ def gpus_per_node(kernel: str, ranks: int, nodes: int) -> int:
     return on_node
 
 
+def check_nodes(node_of_ranks: tuple[tuple[int, ...], ...]) -> None:
+    """Refuses ranks that are not as many on each node and next to each other, for MORI counts nodes so.
+
+    Args:
+      node_of_ranks: for each group the node of each rank, numbered as they come.
+
+    Raises:
+      TransportError: they are not.
+    """
+    for row in node_of_ranks:
+        per_node = len(row) // (max(row) + 1)
+        if row != tuple(rank // per_node for rank in range(len(row))):
+            must = "be as many on each machine, and those of a machine next to each other"
+            cure = "order the mesh's devices by process, and start as many processes on each machine"
+            raise TransportError(rule("node_of_ranks", row, must, cure))
+
+
 def experts_per_rank(num_experts: int, ranks: int) -> int:
     """L, which is the same on all ranks with MORI: an expert's rank is its number divided by L.
 
@@ -272,11 +307,34 @@ def check_handle(size: HandleSize) -> None:
     if size.top_k > most:
         cure = "use mori_kernel='IntraNode'" if size.kernel == "IntraNodeLL" else "lower top_k"
         raise ConfigError(rule("top_k", size.top_k, f"be at most {most} with {size.kernel}", cure))
+    _check_between(size)
     places = MAX_PLACES // size.ranks**2
     if size.max_tokens >= places or size.max_tokens * size.top_k >= 2**31:
         most = min(places, -(-(2**31) // size.top_k)) - 1
         must = f"be at most {most} with ranks={size.ranks} and top_k={size.top_k}"
         raise ConfigError(rule("max_tokens", size.max_tokens, must, "give each rank fewer tokens a call"))
+
+
+def _check_between(size: HandleSize) -> None:
+    """What the kernels between nodes cannot do, and do wrong without a word."""
+    if size.kernel not in INTER_NODE_V1:
+        return
+    nodes = size.ranks // size.gpus_per_node
+    if size.top_k < nodes:
+        # Combine keeps a number for each node in memory for one for each expert of a token.
+        must = f"be at least the {nodes} machines with {size.kernel}"
+        raise ConfigError(rule("top_k", size.top_k, must, "use transport='collective'"))
+    for what, row in (
+        ("x", size.hidden * size.element_bytes),
+        *((("wire", size.hidden),) * (size.scales > 0)),
+    ):
+        if row % 4:
+            must = f"make rows of whole 32-bit words of {what}, which have {row} bytes, with {size.kernel}"
+            raise ConfigError(rule("hidden_size", size.hidden, must, "make it a multiple of 4"))
+    if size.kernel == "InterNodeV1LL" and size.experts_per_rank < 2:
+        # It divides the number of no expert, which is -1, by this, and must not get a rank before the first.
+        cure = "use mori_kernel='InterNodeV1', or 'auto'"
+        raise ConfigError(rule("experts_per_rank", 1, "be at least 2 with InterNodeV1LL", cure))
 
 
 def check_tokens(num_tokens: int, size: HandleSize) -> None:

@@ -1,4 +1,4 @@
-"""The interface over which MORI's ranks find each other when a group opens."""
+"""MORI's networks: the interface over which ranks find each other, and who sends between nodes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import fcntl
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
-from jax_moriep.errors import rule
+from jax_moriep.errors import TransportError, rule
 
 INTERFACE_VARIABLE = "MORI_SOCKET_IFNAME"
+PROXY_VARIABLE = "MORI_ENABLE_HOST_PROXY"
+MAKER_VARIABLE = "MORI_DEVICE_NIC"
+# Makers of adapters that MORI's kernels drive themselves, by the names of their drivers.
+MAKERS = ("mlx5", "bnxt", "ionic")
 _SIOCGIFADDR = 0x8915  # the Linux call for an interface's IPv4 address
 _NAME_BYTES = 16
 
@@ -54,3 +59,36 @@ def chosen_interface(environment: Mapping[str, str], found: list[str]) -> tuple[
         return named, None
     must = f"be one interface with an IPv4 address, exactly ({', '.join(found) or 'there is none'})"
     return None, rule(INTERFACE_VARIABLE, named, must, "name one of these, or unset it")
+
+
+def adapters(root: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """The drivers of this machine's network adapters."""
+    if not root.is_dir():
+        return []
+    return sorted((path / "device" / "driver").resolve().name for path in root.iterdir())
+
+
+def by_proxy(environment: Mapping[str, str], found: list[str]) -> tuple[bool, str]:
+    """Whether a thread of MORI's sends between nodes, or the GPU itself; all ranks must do the same.
+
+    Args:
+      environment: such as ``os.environ``.
+      found: as ``adapters`` gives them.
+
+    Returns:
+      (by the thread, why).
+
+    Raises:
+      TransportError: MORI's own switch is neither on nor off.
+    """
+    named = environment.get(PROXY_VARIABLE)
+    if named is not None:
+        if named not in ("0", "1"):
+            raise TransportError(rule(PROXY_VARIABLE, named, "be 0 or 1", "unset it or fix it"))
+        return named == "1", f"{PROXY_VARIABLE}={named}"
+    if maker := environment.get(MAKER_VARIABLE):
+        return False, f"{MAKER_VARIABLE}={maker}"
+    known = sorted({maker for maker in MAKERS if any(name.startswith(maker) for name in found)})
+    if known:
+        return False, f"a GPU can drive {', '.join(known)}"
+    return True, "no adapter here is of a kind that a GPU can drive"

@@ -127,18 +127,21 @@ def model_of(arch: str, device_kind: str) -> str:
     return next((model for model in COMPUTE_UNITS if model in kind), _MODEL_OF_ARCH.get(arch, "unknown"))
 
 
-def choose_kernel(tuning: Tuning | None, nodes: int, num_tokens: int) -> tuple[str, str]:
+def choose_kernel(tuning: Tuning | None, nodes: int, num_tokens: int, experts: int = 2) -> tuple[str, str]:
     """The kernel type that runs, and why.
 
     Args:
       tuning: of the config.
       nodes: machines of the group.
       num_tokens: T.
+      experts: of a rank.
     """
     if tuning is not None and tuning.mori_kernel != "auto":
         return tuning.mori_kernel, "named by cfg.tuning"
     if nodes == 1:
         return "IntraNode", "all ranks are on one machine"
+    if num_tokens <= LOW_LATENCY_TOKENS and experts < 2:
+        return "InterNodeV1", f"{nodes} machines, and one expert per rank, which InterNodeV1LL cannot do"
     if num_tokens <= LOW_LATENCY_TOKENS:
         return "InterNodeV1LL", f"{nodes} machines, and at most {LOW_LATENCY_TOKENS} tokens per rank"
     return "InterNodeV1", f"{nodes} machines, and more than {LOW_LATENCY_TOKENS} tokens per rank"
@@ -160,7 +163,8 @@ def resolve(
     Returns:
       The choice. It is not checked against ``limits``: a number that the user gave may be refused there.
     """
-    kernel, why = choose_kernel(cfg.tuning, place.nodes, num_tokens)
+    experts = -(-cfg.num_experts // place.ranks)
+    kernel, why = choose_kernel(cfg.tuning, place.nodes, num_tokens, experts)
     sent = "float8_e4m3fnuz" if cfg.wire_dtype == "fp8" else dtype
     launches = [
         _launch(tables, place, kernel, phase, rows, num_tokens, cfg, zero_copy)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import queue
@@ -23,8 +24,8 @@ import jax
 import numpy as np
 
 from jax_moriep.errors import LibraryError, TransportError, rule
-from jax_moriep.mori import limits, wheel
-from jax_moriep.runtime import group
+from jax_moriep.mori import limits, network, wheel
+from jax_moriep.runtime import group, hosts
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
@@ -51,6 +52,12 @@ class Request:
     size: limits.HandleSize
     config: str
     kernels: tuple[Path, ...]
+
+    @property
+    def nodes(self) -> int:
+        """The machines that the handle spans."""
+        between = self.size.kernel in limits.INTER_NODE_V1
+        return self.size.ranks // self.size.gpus_per_node if between else 1
 
     @property
     def key(self) -> str:
@@ -82,7 +89,7 @@ def open_group(groups: group.Groups, *, again: bool = False) -> None:
     else:
         if again and group.has_failed(native, groups.name):
             opener.forget()
-        group.open_groups(groups, BACKEND, again=again)
+        group.open_groups(groups, BACKEND, again=again, far=True)
 
 
 def open_handle(groups: group.Groups, request: Request, *, wait: bool = False) -> str:
@@ -117,7 +124,7 @@ def library() -> ctypes.CDLL:
     for name, result, arguments in (
         ("moriep_mori_version", text, []),
         ("moriep_mori_unique_id", i32, [bytes_of, text, i64]),
-        ("moriep_mori_open_world", i32, [text, i64, bytes_of, text, i64]),
+        ("moriep_mori_open_world", i32, [text, i64, bytes_of, text, i32, text, i64]),
         ("moriep_mori_load_kernels", i32, [text, text, i64]),
         ("moriep_mori_open_handle", i32, [text, text, ctypes.POINTER(i64), text, i64]),
         ("moriep_mori_handle_failed", None, [text, text, text]),
@@ -205,9 +212,16 @@ class _Opener:
         group.wait_connected(self._native, self._name)
         store = self._store()
         deadline = time.monotonic() + timeout_seconds()
-        needed = limits.heap_bytes(request.size)
-        heap = self._heap or _heap_size(needed)
-        wanted = json.dumps({"handle": request.key, "config": request.config, "heap_mb": heap >> 20})
+        nodes = request.nodes
+        proxy = nodes > 1 and network.by_proxy(os.environ, network.adapters())[0]
+        needed = limits.heap_bytes(request.size) + limits.between_bytes(request.size)
+        if not self._heap:
+            self._heap_used += limits.notice_bytes(nodes)
+        heap = self._heap or _heap_size(needed, self._heap_used)
+        told = {"handle": request.key, "config": request.config, "heap_mb": heap >> 20}
+        if nodes > 1:
+            told["sent_by"] = "MORI's host proxy" if proxy else "the GPU"
+        wanted = json.dumps(told)
         for rank, theirs in self._exchange(store, key, wanted, deadline):
             if theirs != wanted:
                 raise TransportError(
@@ -224,7 +238,7 @@ class _Opener:
             )
         name = self._name.encode()
         if not self._heap:
-            self._open_world(store, heap, deadline)
+            self._open_world(store, heap, deadline, nodes, proxy)
         for folder in request.kernels:
             for path in sorted(folder.glob("*.hsaco")):
                 group.check(self._native.moriep_mori_load_kernels(str(path).encode(), *group.error_buffer()))
@@ -236,7 +250,7 @@ class _Opener:
         self._handles.add(request.key)
         self._heap_used += needed
 
-    def _open_world(self, store: Store, heap: int, deadline: float) -> None:
+    def _open_world(self, store: Store, heap: int, deadline: float, nodes: int, proxy: bool) -> None:
         key = self._key("unique-id")
         id_bytes = (ctypes.c_uint8 * _UNIQUE_ID_BYTES)()
         if self._rank == 0:
@@ -244,8 +258,12 @@ class _Opener:
             store.put(key, bytes(id_bytes))
         else:
             id_bytes[:] = store.get(key, deadline)
+        # What MORI takes for machines must be what we do.
+        node = hashlib.sha256(hosts.identity().encode()).hexdigest()[:16] if nodes > 1 else ""
         group.check(
-            self._native.moriep_mori_open_world(self._name.encode(), heap, id_bytes, *group.error_buffer())
+            self._native.moriep_mori_open_world(
+                self._name.encode(), heap, id_bytes, node.encode(), proxy, *group.error_buffer()
+            )
         )
         self._heap = heap
 
@@ -295,11 +313,11 @@ def _opener(groups: group.Groups) -> _Opener:
         return _openers[groups.name]
 
 
-def _heap_size(needed: int) -> int:
-    """The heap of a world whose first handle needs so many bytes, in whole MiB."""
+def _heap_size(needed: int, used: int) -> int:
+    """The heap of a world whose first handle needs so many bytes beside those in use, in whole MiB."""
     text = os.environ.get(HEAP_VARIABLE)
     if text is None:
-        wanted = max(_HEAP_LEAST, _HEAP_FACTOR * needed) + limits.HEAP_OWN_BYTES
+        wanted = max(_HEAP_LEAST, _HEAP_FACTOR * needed) + used
         return -(-wanted >> 20) << 20
     if not text.isdecimal() or int(text) < 1:
         raise TransportError(

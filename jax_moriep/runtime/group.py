@@ -146,7 +146,7 @@ def remember_mesh(mesh: jax.sharding.Mesh) -> None:
         _opened_meshes.append(mesh)
 
 
-def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
+def open_groups(groups: Groups, backend: str, *, again: bool = False, far: bool = False) -> None:
     """Opens a backend's groups of a mesh axis; does nothing for groups that are open.
 
     Arenas of this process's ranks are made and announced at once; the peers are connected in the background,
@@ -157,6 +157,7 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
       backend: "cpu", "cuda", "rocm" or "mori".
       again: make groups that have failed anew, and return only when every peer is connected; every process
         must do so.
+      far: whether ranks may be on other machines, to which the backend has a way of its own.
 
     Raises:
       LibraryError: the native library is missing or does not fit.
@@ -169,7 +170,7 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False) -> None:
         if state == 0 or (state == _FAILED and again):
             if backend == "cpu":
                 memory.keep_freed()
-            _open(native, backend, groups)
+            _open(native, backend, groups, far)
             if backend != "cpu":
                 _on_gpus[backend, groups.name] = native
             if any(d.process_index != jax.process_index() for d in groups.devices.flat):
@@ -203,7 +204,7 @@ def check_group(native: ctypes.CDLL, name: str) -> None:
         raise TransportError(why)
 
 
-def _open(native: ctypes.CDLL, backend: str, groups: Groups) -> None:
+def _open(native: ctypes.CDLL, backend: str, groups: Groups, far: bool) -> None:
     name = groups.name.encode()
     num_groups, num_ranks = groups.devices.shape
     me = jax.process_index()
@@ -237,7 +238,7 @@ def _open(native: ctypes.CDLL, backend: str, groups: Groups) -> None:
     deadline = time.monotonic() + timeout_seconds()
     threading.Thread(
         target=_connect,
-        args=(native, groups.name, prefix, store, host, missing, deadline),
+        args=(native, groups.name, prefix, store, host, far, missing, deadline),
         daemon=True,
         name="moriep-connect",
     ).start()
@@ -256,6 +257,7 @@ def _connect(
     prefix: str,
     store: Store,
     host: str,
+    far: bool,
     missing: list[tuple[int, int]],
     deadline: float,
 ) -> None:
@@ -263,12 +265,14 @@ def _connect(
     for g, r in missing:
         try:
             peer = json.loads(store.get(f"{prefix}/{g}/{r}", deadline))
-            if peer["host"] != host:
+            near = peer["host"] == host
+            if not near and not far:
                 raise TransportError(
                     "it runs on another machine, and this transport needs one machine; use "
                     "transport='collective'"
                 )
-            address = (ctypes.c_int64 * _ADDRESS_WORDS)(*peer["address"])
+            # Zeros: there is no memory in common.
+            address = (ctypes.c_int64 * _ADDRESS_WORDS)(*(peer["address"] if near else ()))
             check(native.moriep_group_connect(name.encode(), g, r, address, *error_buffer()))
         except Exception as e:  # noqa: BLE001 - a thread has nobody to raise to
             native.moriep_group_connect_failed(name.encode(), g, f"rank {r}: {e}".encode())

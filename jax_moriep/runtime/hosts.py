@@ -15,14 +15,23 @@ from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
 
+NODE_VARIABLE = "JAX_MORIEP_NODE"
+
+
 def identity() -> str:
-    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows."""
+    """Tells machines apart: the kernel's boot id, and the PID namespace that /proc shows.
+
+    ``JAX_MORIEP_NODE`` names the machine instead: processes with one name are on one machine, and those with
+    different names have no memory in common, wherever they run.
+    """
+    if named := os.environ.get(NODE_VARIABLE):
+        return f"named/{named}"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
-def count(processes: Iterable[int]) -> int:
-    """How many machines some processes run on; asks each of them once.
+def numbers(processes: Iterable[int]) -> tuple[int, ...]:
+    """On which machine each of some processes runs, numbered as they come; asks each of them once.
 
     Args:
       processes: process indices of jax.
@@ -30,7 +39,10 @@ def count(processes: Iterable[int]) -> int:
     Raises:
       TransportError: a process did not say within the time limit where it runs.
     """
-    return len(set(of_processes(processes).values()))
+    indices = list(processes)
+    machine = of_processes(indices)
+    number = {name: i for i, name in enumerate(dict.fromkeys(machine[index] for index in indices))}
+    return tuple(number[machine[index]] for index in indices)
 
 
 def of_processes(processes: Iterable[int]) -> dict[int, str]:

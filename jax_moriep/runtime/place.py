@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 
 from jax_moriep.runtime import compat, group, hosts, library, nodes, settings
 
@@ -54,17 +53,25 @@ class Place:
         return None if self.platform is None else library.backend_of(self.platform)
 
     @functools.cached_property
+    def node_of_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """For each group the machine of each rank, numbered as they come. Asks the other processes once.
+
+        Raises:
+          TransportError: a process does not answer.
+        """
+        if self.mesh is None or self.platform is None:
+            return ((0,) * self.num_ranks,)
+        devices = group.groups_of(self.mesh, self.axis_name).devices
+        return tuple(hosts.numbers(d.process_index for d in row) for row in devices)
+
+    @functools.cached_property
     def num_nodes(self) -> int:
         """The most machines that the ranks of one group are on. Asks the other processes once.
 
         Raises:
           TransportError: a process does not answer.
         """
-        if self.mesh is None or self.platform is None:
-            return 1
-        devices = group.groups_of(self.mesh, self.axis_name).devices
-        processes = np.array([[d.process_index for d in row] for row in devices])
-        return max(hosts.count(row.tolist()) for row in processes)
+        return max(len(set(row)) for row in self.node_of_ranks)
 
     @functools.cached_property
     def ranks_per_node(self) -> int:

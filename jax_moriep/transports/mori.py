@@ -8,6 +8,7 @@ keeps: any number of exchanges may lie between a dispatch and its combine.
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax_moriep import quant
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import MoriepError
-from jax_moriep.mori import kernels, limits, tuning, wheel, world
+from jax_moriep.mori import kernels, limits, network, tuning, wheel, world
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import compat, group, targets
 from jax_moriep.runtime.place import Place
@@ -37,6 +38,8 @@ class Own(NamedTuple):
     """i32[N]: which token of which rank lies at each place of this rank, as MORI numbers them."""
     count: jax.Array
     """i32[1]: how many tokens have come to this rank."""
+    between: jax.Array
+    """i32[B]: what went where between nodes (csrc/mori/flags.h); empty on one."""
 
 
 def unavailable_reason(place: Place) -> str | None:
@@ -47,11 +50,11 @@ def unavailable_reason(place: Place) -> str | None:
         return f"it needs AMD's GPUs; {_CURE}"
     if not place.architecture.startswith("gfx942"):
         return f"it runs on the MI300 series (gfx942), and this is {place.architecture}; {_CURE}"
-    if place.num_nodes > 1:
-        return f"it has run on one machine only; {_CURE}"
     try:
         limits.check_process(place.devices_per_process)
-        limits.gpus_per_node("IntraNode", place.num_ranks, place.num_nodes)
+        limits.check_nodes(place.node_of_ranks)
+        limits.gpus_per_node(_usual_kernel(place), place.num_ranks, place.num_nodes)
+        network.by_proxy(os.environ, network.adapters())
         world.library()
     except MoriepError as e:
         return str(e)
@@ -85,10 +88,13 @@ def open(  # noqa: A001 - the contract's name
     chosen, size = _chosen(place, cfg, shape, dtype)
     request = world.Request(size, cfg.describe(), ())
     fp8 = cfg.wire_dtype == "fp8"
-    if groups is not None and shape.num_tokens:
+    # Between nodes ranks meet by what a handle brings, also where nobody has a token.
+    if groups is not None and (shape.num_tokens or place.num_nodes > 1):
         limits.check_handle(size)
         # Only the plain kernel goes along a plan that the other has made.
-        types = dict.fromkeys((chosen.kernel, "IntraNode" if "LL" in chosen.kernel else chosen.kernel))
+        types = dict.fromkeys(
+            (chosen.kernel, "IntraNode" if chosen.kernel == "IntraNodeLL" else chosen.kernel)
+        )
         units = [kernels.Unit(kernel, dtype) for kernel in types]
         if fp8:
             units.append(kernels.Unit(chosen.kernel, "float8_e4m3fnuz"))
@@ -103,6 +109,7 @@ def open(  # noqa: A001 - the contract's name
             ("config", cfg.describe()),
             ("num_experts", shape.num_experts),
             ("num_local_experts", shape.num_local_experts),
+            ("num_nodes", place.num_nodes),
             ("handle", request.key),
             ("wire", "fp8" if fp8 else ""),
             ("dispatch_blocks", chosen.dispatch.block_num),
@@ -124,7 +131,10 @@ def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> 
             limits.check_handle(size)
     except MoriepError as e:
         return f"refuses it: {e}"
-    return str(chosen)
+    if place.num_nodes == 1:
+        return str(chosen)
+    proxy, why = network.by_proxy(os.environ, network.adapters())
+    return f"{chosen}\n  between machines: sent by {'a thread of MORI' if proxy else 'the GPU'} ({why})"
 
 
 def run_experts(
@@ -141,7 +151,7 @@ def run_experts(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``transports.RunsExperts.run_experts``."""
     shape = link.shape
-    ids = _experts_only(ids, shape)
+    ids = _experts_only(ids, link)
     carried = compat.pcast_varying(words, compat.varying_axes(x))
     num_arrivals = shape.num_ranks * shape.num_tokens
     quantised = shape.num_tokens if link.opened.quantises else 0
@@ -180,7 +190,7 @@ def send(
 ) -> tuple[Arrivals, Own, jax.Array, jax.Array]:
     """See ``transports.expand.TokenTransport.send``."""
     shape = link.shape
-    ids = _experts_only(ids, shape)
+    ids = _experts_only(ids, link)
     carried = compat.pcast_varying(words, compat.varying_axes(x))
     num_arrivals = shape.num_ranks * shape.num_tokens
     quantised = shape.num_tokens if link.opened.quantises else 0
@@ -192,24 +202,29 @@ def send(
         compat.result_type(x, (1,), jnp.int32),
         compat.result_type(x, (shape.num_tokens, shape.top_k), jnp.int32),
         compat.result_type(x, (num_arrivals,), jnp.int32),
+        compat.result_type(x, (_between_words(link),), jnp.int32),
         compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
         # Memory for the float8 rows and their scales until MORI has read them; nobody asks for it.
         compat.result_type(x, (quantised, x.shape[1]), jnp.uint8),
         compat.result_type(x, (quantised, quant.num_groups(x.shape[1])), jnp.float32),
         compat.result_type(x, (1,), jnp.int32),
     )
-    tokens, there_ids, there_weights, sources, count, places, origins, all_words, _, _, order = targets.call(
-        targets.SEND,
-        results,
-        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
-        attributes=link.opened.attributes,
+    tokens, there_ids, there_weights, sources, count, places, origins, between, all_words, _, _, order = (
+        targets.call(
+            targets.SEND,
+            results,
+            *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
+            attributes=link.opened.attributes,
+        )
     )
     arrivals = Arrivals(tokens, there_ids, there_weights, sources, count)
-    return arrivals, Own(ids, places, origins, count), all_words, order
+    return arrivals, Own(ids, places, origins, count, between), all_words, order
 
 
 def resend(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax.Array, jax.Array]:
     """See ``transports.expand.TokenTransport.resend``."""
+    if str(_attribute(link, "handle")).startswith("InterNodeV1LL/"):
+        return _sent_again(link, x, own, order=order)
     num_arrivals = link.shape.num_ranks * link.shape.num_tokens
     results = (
         compat.result_type(x, (num_arrivals, x.shape[1]), x.dtype),
@@ -222,6 +237,28 @@ def resend(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax
         attributes=link.opened.attributes,
     )
     return tokens, order
+
+
+def _sent_again(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Resends by a kernel that goes along no plan: sends anew, and puts what came into the plan's order."""
+    as_it_is = tuple((name, "" if name == "wire" else value) for name, value in link.opened.attributes)
+    opened = dataclasses.replace(link.opened, attributes=as_it_is, quantises=False)
+    weights = compat.zeros_like_varying(own.ids.shape, jnp.float32, x)
+    words = jnp.zeros((0,), jnp.int32)
+    again, _, _, order = send(
+        dataclasses.replace(link, opened=opened), x, own.ids, weights, words=words, order=order
+    )
+    num_tokens, num_arrivals = link.shape.num_tokens, again.tokens.shape[0]
+    if num_arrivals == 0:
+        return again.tokens, order
+    places = jnp.arange(num_arrivals, dtype=jnp.int32)
+    source = jnp.where(places < again.count, again.sources, num_arrivals)
+    place_of_source = (
+        compat.zeros_like_varying((num_arrivals,), jnp.int32, x).at[source].set(places, mode="drop")
+    )
+    # As MORI numbers tokens; those behind the last are of no rank.
+    wanted = own.origins // num_arrivals * num_tokens + own.origins % num_arrivals
+    return again.tokens[place_of_source[jnp.where(places < own.count, wanted, 0)]], order
 
 
 def give_back(
@@ -247,11 +284,27 @@ def give_back(
     return y, token_scalars if carried else None, order
 
 
-def _experts_only(ids: jax.Array, shape: ExchangeShape) -> jax.Array:
-    if shape.num_experts == shape.num_local_experts * shape.num_ranks:
+def _attribute(link: Link, name: str) -> int | str:
+    return dict(link.opened.attributes)[name]
+
+
+def _between_words(link: Link) -> int:
+    """B, as csrc/mori/flags.h has it."""
+    nodes, tokens = int(_attribute(link, "num_nodes")), link.shape.num_tokens
+    return 0 if nodes == 1 else nodes * (tokens * link.shape.top_k + tokens + -(-tokens // 64))
+
+
+def _usual_kernel(place: Place) -> str:
+    return "IntraNode" if place.num_nodes == 1 else "InterNodeV1"
+
+
+def _experts_only(ids: jax.Array, link: Link) -> jax.Array:
+    shape = link.shape
+    if _attribute(link, "num_nodes") == 1 and shape.num_experts == shape.num_local_experts * shape.num_ranks:
         return ids
-    # MORI takes an expert's number apart, and would send these to the last ranks.
-    return jnp.where(ids < shape.num_experts, ids, -1)
+    # MORI takes an expert's number apart: it would send these to the last ranks, and between nodes forget to
+    # say that they go nowhere.
+    return jnp.where((ids >= 0) & (ids < shape.num_experts), ids, -1)
 
 
 def _chosen(
@@ -274,7 +327,7 @@ def _handle_size(
         kernel=kernel,
         ranks=shape.num_ranks,
         gpus_per_node=limits.gpus_per_node(kernel, shape.num_ranks, place.num_nodes),
-        max_tokens=shape.num_tokens,
+        max_tokens=max(shape.num_tokens, 1) if place.num_nodes > 1 else shape.num_tokens,
         hidden=cfg.hidden_size,
         element_bytes=limits.ROWS[dtype],
         experts_per_rank=shape.num_local_experts,

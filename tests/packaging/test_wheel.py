@@ -162,7 +162,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         f"jax_moriep/lib/libmoriep_{name}.{kind}" for name in ("rocm", "mori") for kind in ("so", "txt")
     }
     libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
-    data = {f"jax_moriep/{name}" for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip")}
+    data = {
+        f"jax_moriep/{name}"
+        for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip", "mori/relay.h")
+    }
     assert others == data | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -52,7 +52,9 @@ class Job:
             tuning=tuning,
         )
         self.num_tokens = options.get("tokens", TOKENS)
+        self.full = options.get("full", False)
         place = Place.of(self.mesh, "ep")
+        self.per_node = ranks // place.num_nodes
         assert place.num_processes == ranks
         assert mori.unavailable_reason(place) is None, mori.unavailable_reason(place)
         self.shape = ExchangeShape.of(self.cfg, ranks, self.num_tokens)
@@ -65,11 +67,14 @@ class Job:
         rng = np.random.default_rng(seed)
         ranks, tokens, k = self.ranks, self.num_tokens, self.cfg.top_k
         ids = np.argsort(rng.random((ranks, tokens, self.experts)), axis=-1)[..., :k].astype(np.int32)
-        ids[rng.random(ids.shape) < 0.2] = -1
-        ids[rng.random(ids.shape) < 0.05] = self.experts + 1
-        ids[rng.random(ids.shape) < 0.02] = 2**31 - 1
-        if tokens:
-            ids[:, 0] = -1
+        if not self.full:
+            ids[rng.random(ids.shape) < 0.2] = -1
+            ids[rng.random(ids.shape) < 0.05] = self.experts + 1
+            ids[rng.random(ids.shape) < 0.02] = 2**31 - 1
+            if tokens:
+                ids[:, 0] = -1
+            if seed == 1:
+                ids[-self.per_node :] = -1  # the last node has no token
         x = rng.normal(size=(ranks, tokens, self.cfg.hidden_size)).astype(self.dtype)
         if self.cfg.wire_dtype == "fp8":
             x = wire_oracle.wild(rng, x.shape, self.dtype)
@@ -126,14 +131,24 @@ class Job:
         return pairs
 
     def sums(self, drawn: dict, x: np.ndarray) -> np.ndarray:
-        """What give_back brings of ``factor(rank) * x``: the f32 sum over the ranks, rounded once."""
+        """What give_back brings of ``factor(rank) * x``: the f32 sum over the ranks, rounded once; between
+        nodes first over the ranks of each, rounded there too."""
         y = np.zeros_like(x)
         for t in range(self.num_tokens):
-            total = np.zeros(x.shape[1], np.float32)
+            of_nodes = {}
             for r in self.ranks_of(drawn["ids"][self.rank, t]):
-                total += (x[t].astype(np.float32) * factor(r)).astype(self.dtype).astype(np.float32)
-            y[t] = total.astype(self.dtype)
+                of_nodes.setdefault(r // self.per_node, []).append(
+                    (x[t].astype(np.float32) * factor(r)).astype(self.dtype)
+                )
+            sums = [self.sum(of_nodes[node], x.shape[1]) for node in sorted(of_nodes)]
+            y[t] = self.sum(sums, x.shape[1])
         return y
+
+    def sum(self, rows: list[np.ndarray], width: int) -> np.ndarray:
+        total = np.zeros(width, np.float32)
+        for row in rows:
+            total += row.astype(np.float32)
+        return total.astype(self.dtype)
 
     def check_scalars(self, drawn: dict, scalars: np.ndarray) -> None:
         """Each route's own number comes back to it, 0 where there is no route."""
@@ -257,6 +272,21 @@ def send_alone(job: Job, options: dict) -> None:
     print(f"came and gone: {arrivals['count'][0]} {len(gone)}", flush=True)
 
 
+def counted(job: Job, options: dict) -> None:
+    """One send and one give_back, whose bytes are counted; says how many copies went to other nodes."""
+    del options
+    step, arguments, want = there_and_back(job)
+    np.testing.assert_array_equal(f32(local(step(*arguments)[0])), f32(want))
+    group.check_failures()
+    said = mori.describe(Place.of(job.mesh, "ep"), job.cfg, job.shape, np.dtype(job.dtype).name)
+    assert said is not None
+    assert "between machines: sent by a thread of MORI" in said
+    ids = job.draw(0)["ids"][job.rank]
+    here = job.rank // job.per_node
+    gone = [{rank // job.per_node for rank in job.ranks_of(one)} - {here} for one in ids]
+    print(f"crossing: {sum(map(len, gone))}", flush=True)
+
+
 def there_and_back(job: Job):
     """A program of one send and one give_back, and its arguments."""
 
@@ -353,6 +383,7 @@ CASES = {
     "another_config": another_config,
     "round_trip": round_trip,
     "send_alone": send_alone,
+    "counted": counted,
     "any_order": any_order,
     "killed": killed,
     "stopped_inside": stopped_inside,
@@ -367,6 +398,9 @@ def main(cases: list[tuple[str, dict]]) -> None:
         CASES[case](Job(ranks, rank, options), options)
     print(f"rank {rank} agrees", flush=True)
     if any(options.get("abrupt") for _, options in cases):
+        # The first process serves jax.distributed, and who comes later ends with it.
+        if rank == 0:
+            time.sleep(max(options.get("linger", 0) for _, options in cases))
         # Not the long way out: jax.distributed would wait for the dead.
         os._exit(0)
 

@@ -39,16 +39,26 @@ def start(ranks: int, *command: object, each: list[dict[str, str]] | None = None
     ]
 
 
-def start_module(count: int, module: str, *arguments: str, **more: str) -> list[subprocess.Popen]:
-    """Starts a module in so many processes of one job."""
+def start_module(
+    count: int, module: str, *arguments: str, nodes: int = 1, **more: str
+) -> list[subprocess.Popen]:
+    """Starts a module in so many processes of one job, which play so many machines."""
     port = free_port()
     each = [{"JAX_MORIEP_TEST_JOB": f"{port} {count} {index}"} for index in range(count)]
+    if nodes > 1:
+        for index, one in enumerate(each):
+            one["JAX_MORIEP_NODE"] = f"machine {index * nodes // count}"
+        libraries = simulated.environment(count)["LD_LIBRARY_PATH"]
+        more = {
+            "LD_LIBRARY_PATH": f"{simulated.BUILD / 'nic'}:{libraries}:{MORI}",
+            "MORI_IB_GID_INDEX": "0",
+        } | more
     return start(count, simulated.PYTHON, "-m", module, *arguments, each=each, **more)
 
 
-def start_cases(ranks: int, *cases: tuple[str, dict], **more: str) -> list[subprocess.Popen]:
+def start_cases(ranks: int, *cases: tuple[str, dict], nodes: int = 1, **more: str) -> list[subprocess.Popen]:
     """Starts cases of mori_job.py, one after the other."""
-    return start_module(ranks, "tests.rocm.mori_job", json.dumps(cases), **more)
+    return start_module(ranks, "tests.rocm.mori_job", json.dumps(cases), nodes=nodes, **more)
 
 
 def kill_at(process: subprocess.Popen, kernel: str, time: int) -> None:
@@ -80,10 +90,15 @@ def finish(processes: list[subprocess.Popen], deadline: float, lost: int = -1) -
 
 
 def run_cases(
-    ranks: int, *cases: tuple[str, dict], deadline: float = 300, lost: int = -1, **more: str
+    ranks: int,
+    *cases: tuple[str, dict],
+    nodes: int = 1,
+    deadline: float = 300,
+    lost: int = -1,
+    **more: str,
 ) -> list[str]:
     """Runs cases of mori_job.py on all ranks to their end; gives what each said."""
-    said = finish(start_cases(ranks, *cases, **more), deadline, lost)
+    said = finish(start_cases(ranks, *cases, nodes=nodes, **more), deadline, lost)
     for rank, out in enumerate(said):
         assert f"rank {rank} agrees" in out, out
     return said

@@ -1,7 +1,8 @@
 """One process of test_mori_layer.py, which is one rank: python -m tests.rocm.mori_layer_job EP CASE...
 
 The cases of a job share its start, which takes longer than most of them. Each runs training steps with
-transport="mori" and compares values and gradients with the contract suite's oracle, with native, or both.
+transport="mori" and compares values and gradients with the contract suite's oracle, with another transport,
+or both. CASE is a name, or a name and a kernel type of MORI's: every_routing:InterNodeV1.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 import jax_moriep as jm
 from jax_moriep.runtime import group
+from jax_moriep.runtime.place import Place
 from tests import processes
 from tests.contract import oracle
 
@@ -29,8 +31,8 @@ REMAT = {
 }
 
 
-def config(transport: str, **options) -> jm.MoEConfig:
-    tuning = jm.Tuning(block_num=2, warp_num_per_block=4) if transport == "mori" else None
+def config(transport: str, kernel: str = "auto", **options) -> jm.MoEConfig:
+    tuning = jm.Tuning(kernel, block_num=2, warp_num_per_block=4) if transport == "mori" else None
     return jm.MoEConfig(EXPERTS, TOP_K, HIDDEN, INNER, transport=transport, tuning=tuning, **options)
 
 
@@ -76,12 +78,19 @@ class Job:
     """The mesh, two layers and their tokens; every process draws the same."""
 
     def __init__(self, num_ranks: int):
+        self.kernel = "auto"
         self.mesh = Mesh(np.array(jax.devices()).reshape(-1, num_ranks), ("dp", "ep"))
         self.count = jax.device_count() * TOKENS - 1
         rng = np.random.default_rng(17)
         self.layers = [oracle.random_layer(rng, EXPERTS, TOP_K, HIDDEN, INNER) for _ in range(2)]
         self.x, self.dy = rng.normal(size=(2, self.count, HIDDEN)).astype(np.float32)
         self.some = rng.random(self.count) < 0.6
+        # What MORI is compared with: native stays on one machine.
+        self.other = "native" if Place.of(self.mesh, "ep").num_nodes == 1 else "collective"
+
+    def configs(self, **options) -> tuple[jm.MoEConfig, jm.MoEConfig]:
+        """Of MORI and of what it is compared with."""
+        return config("mori", self.kernel, **options), config(self.other, **options)
 
     def stack(self, layers=None) -> jm.MoEParams:
         layers = layers or self.layers
@@ -115,12 +124,12 @@ def every_routing(job: Job) -> None:
         "no token": (job.layers, job.x, ~everyone),
         "the first experts only": ((crowded, job.layers[1]), np.abs(job.x), everyone),
     }
-    step, native = (two_layers(config(name), job.mesh) for name in ("mori", "native"))
+    step, other = (two_layers(cfg, job.mesh) for cfg in job.configs())
     for what, (layers, x, mask) in cases.items():
         given = (x, job.stack(layers), job.dy, mask)
         got = values(step(*given))
         close(got, job.want(layers, x, job.dy, mask), 3e-5, what)
-        close(got, values(native(*given)), 3e-5, f"{what}, native")
+        close(got, values(other(*given)), 3e-5, f"{what}, {job.other}")
 
 
 def bfloat16(job: Job) -> None:
@@ -130,8 +139,7 @@ def bfloat16(job: Job) -> None:
     ids, _, _ = keeps_some(job.x @ job.layers[0].router, None, config("mori"))
     assert (np.asarray(ids) < 0).any()
     got, want = (
-        values(two_layers(config(name, router=keeps_some), job.mesh, "policy")(*given))
-        for name in ("mori", "native")
+        values(two_layers(cfg, job.mesh, "policy")(*given)) for cfg in job.configs(router=keeps_some)
     )
     assert np.abs(want["router"]).max() > 0
     close(got, want, 3e-2, "bfloat16")
@@ -140,10 +148,7 @@ def bfloat16(job: Job) -> None:
 def fp8_wire(job: Job) -> None:
     """Rematerialised without a policy, so that the exchanges run anew."""
     given = (job.x, job.stack(), job.dy, job.some)
-    got, want = (
-        values(two_layers(config(name, wire_dtype="fp8"), job.mesh, "plain")(*given))
-        for name in ("mori", "native")
-    )
+    got, want = (values(two_layers(cfg, job.mesh, "plain")(*given)) for cfg in job.configs(wire_dtype="fp8"))
     close(got, want, 3e-5, "fp8")
     exact = job.want(job.layers, job.x, job.dy, job.some)["y"]
     assert 0 < np.abs(want["y"] - exact).mean() < 0.1, "the wire did not round"
@@ -151,7 +156,7 @@ def fp8_wire(job: Job) -> None:
 
 def all_forward_then_all_backward(job: Job) -> None:
     """Three batches: their dispatches lie behind each other before the first is given back along its way."""
-    cfg, layer = config("mori"), job.layers[0]
+    cfg, layer = job.configs()[0], job.layers[0]
     params = jax.tree.map(lambda leaf: leaf[0], job.stack())
     xs = np.stack([job.x, 2 * job.x[::-1], job.x * job.some[:, None]])
 
@@ -214,7 +219,9 @@ def main(num_ranks: str, *cases: str) -> None:
     processes.join()
     job = Job(int(num_ranks))
     for case in cases:
-        CASES[case](job)
+        name, _, kernel = case.partition(":")
+        job.kernel = kernel or "auto"
+        CASES[name](job)
         print(f"rank {jax.process_index()} agrees: {case}", flush=True)
 
 

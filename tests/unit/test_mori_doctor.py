@@ -6,6 +6,7 @@ import pytest
 
 from jax_moriep import cli
 from jax_moriep.cli import doctor, doctor_mori
+from jax_moriep.errors import TransportError
 from jax_moriep.mori import network
 from tests.unit.test_mori_kernels import make_program
 from tests.unit.test_mori_wheel import make_wheel
@@ -31,6 +32,7 @@ def machine(monkeypatch, tmp_path):
     """A machine that has all."""
     monkeypatch.setenv("JAX_MORIEP_MORI_DIR", str(make_wheel(tmp_path / "wheel")))
     monkeypatch.setattr(network, "interfaces", lambda: ["lo", "eth0"])
+    monkeypatch.setattr(network, "adapters", lambda: ["mlx5_core"])
     make_program(tmp_path / "rocm" / "bin" / "hipcc")
     return tmp_path
 
@@ -49,15 +51,16 @@ def test_with_mori(machine):
         (kept / name).mkdir(parents=True)
         (kept / name / "IntraNode.hsaco").touch()
     lines = doctor_mori.lines(doctor_mori.examine())
-    assert lines[:5] == [
+    assert lines[:6] == [
         "MORI",
         f"  ok  amd-mori: 1.2.4 at {machine}/wheel/mori",
         f"  ok  compiler of its kernels: {machine}/rocm/bin/hipcc",
         "  ok  interface between ranks: eth0",
+        "  ok  sending between machines: by the GPU itself, for a GPU can drive mlx5",
         "  ok  settings: nothing is set that forbids its use",
     ]
-    assert lines[5] == f"      kernels in {kept}: IntraNode-bf16-gfx942-1.2.4-0123"
-    assert "MORI binds the thread that opens a group" in lines[6]
+    assert lines[6] == f"      kernels in {kept}: IntraNode-bf16-gfx942-1.2.4-0123"
+    assert "MORI binds the thread that opens a group" in lines[7]
 
 
 def test_what_is_wrong_is_said_with_its_cure(machine, monkeypatch):
@@ -136,3 +139,27 @@ def test_numa_nodes(tmp_path, count, said):
         (tmp_path / f"node{number}").mkdir()
     (tmp_path / "online").touch()
     assert said in doctor_mori._affinity(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "proxy", "why"),
+    [
+        ({}, [], True, "no adapter here is of a kind that a GPU can drive"),
+        ({}, ["irdma"], True, "no adapter here"),
+        ({}, ["ionic", "mlx5_core", "mlx5_core"], False, "a GPU can drive ionic, mlx5"),
+        ({"MORI_DEVICE_NIC": "bnxt"}, [], False, "MORI_DEVICE_NIC=bnxt"),
+        ({"MORI_ENABLE_HOST_PROXY": "1"}, ["mlx5_core"], True, "MORI_ENABLE_HOST_PROXY=1"),
+        ({"MORI_ENABLE_HOST_PROXY": "0"}, [], False, "MORI_ENABLE_HOST_PROXY=0"),
+    ],
+)
+def test_who_sends_between_machines(environment, found, proxy, why):
+    by_proxy, said = network.by_proxy(environment, found)
+    assert by_proxy == proxy
+    assert said.startswith(why)
+
+
+def test_a_switch_that_is_neither_on_nor_off():
+    with pytest.raises(
+        TransportError, match="MORI_ENABLE_HOST_PROXY='yes' must be 0 or 1; unset it or fix it"
+    ):
+        network.by_proxy({"MORI_ENABLE_HOST_PROXY": "yes"}, [])

@@ -178,6 +178,7 @@ def test_the_key_is_the_content(machine):
 
 def test_the_network_is_part_of_the_key_where_it_is_used(machine, monkeypatch):
     monkeypatch.setattr(kernels, "_commonest_adapter", lambda: "mlx5")
+    monkeypatch.setenv("MORI_ENABLE_HOST_PROXY", "0")
     unit = Unit("InterNodeV1", "bfloat16")
     (one,) = machine.obtain(unit)
     assert one.name.startswith("InterNodeV1-bf16-gfx942-1.2.4-mlx5-")
@@ -351,4 +352,6 @@ def test_every_kernel_of_the_source_is_listed():
                 yield from names(bodies[macro])
 
     for kernel, listed in kernels.KERNELS.items():
-        assert {*names(bodies[f"KERNELS_OF_{kernel}"])} == {name.split("_{}")[0] for name in listed}
+        # The relay is ours, and of no type of rows.
+        moris = {name.split("_{}")[0] for name in listed if "{}" in name}
+        assert {*names(bodies[f"KERNELS_OF_{kernel}"])} == moris

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_kernel_types():
         limits.check_kernel(kernel, nodes)
     check = limits.check_kernel
     for kernel in ("InterNode", "AsyncLL"):
-        text = f"mori_kernel={kernel!r} must be one of IntraNode, IntraNodeLL, InterNodeV1, InterNodeV1LL, …"
+        text = f"mori_kernel={kernel!r} must be one of IntraNode, IntraNodeLL, InterNodeV1, InterNodeV1LL; …"
         for nodes in (1, 2):
             refused(ConfigError, text, check, kernel, nodes)
     for kernel in ("InterNodeV1", "InterNodeV1LL"):
@@ -240,3 +241,46 @@ def test_blocks_for_the_network():
     for bad in (0, 64):
         text = f"rdma_block_num={bad} must be at least 1 and leave one of block_num=64 to the machine's own …"
         refused(ConfigError, text, check, size, 304, 64, 8, bad)
+
+
+def test_ranks_of_a_node_are_next_to_each_other():
+    for good in (((0, 0, 0),), ((0, 1),), ((0, 0, 1, 1), (0, 0, 1, 1))):
+        limits.check_nodes(good)
+    for bad in ((0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 1)):
+        text = f"node_of_ranks={bad} must be as many on each machine, and those of a machine next to each …"
+        refused(TransportError, text, limits.check_nodes, (bad,))
+
+
+def test_what_the_kernels_between_nodes_cannot_do():
+    size = HandleSize("InterNodeV1", 16, 8, 64, 256, 2, 2, 2)
+    limits.check_handle(size)
+    check = limits.check_handle
+    text = "top_k=1 must be at least the 2 machines with InterNodeV1; use transport='collective'"
+    refused(ConfigError, text, check, dataclasses.replace(size, top_k=1))
+    text = (
+        "hidden_size=33 must make rows of whole 32-bit words of x, which have 66 bytes, with InterNodeV1; …"
+    )
+    refused(ConfigError, text, check, dataclasses.replace(size, hidden=33))
+    text = "hidden_size=34 must make rows of whole 32-bit words of wire, which have 34 bytes, …"
+    refused(ConfigError, text, check, dataclasses.replace(size, hidden=34, scales=1))
+    low_latency = dataclasses.replace(size, kernel="InterNodeV1LL")
+    limits.check_handle(low_latency)
+    text = (
+        "experts_per_rank=1 must be at least 2 with InterNodeV1LL; use mori_kernel='InterNodeV1', or 'auto'"
+    )
+    refused(ConfigError, text, check, dataclasses.replace(low_latency, experts_per_rank=1))
+
+
+def test_memory_between_nodes():
+    one = HandleSize("IntraNode", 8, 8, 64, 256, 2, 8, 8)
+    assert (limits.between_bytes(one), limits.notice_bytes(1)) == (0, 0)
+    # Three sets of flags, one for 64 tokens and one total for each of two nodes.
+    assert limits.between_bytes(HandleSize("InterNodeV1", 16, 8, 65, 256, 2, 8, 8)) == 256
+    assert limits.between_bytes(HandleSize("InterNodeV1LL", 16, 8, 4096, 256, 2, 8, 8)) == 3328
+
+
+def test_notices_are_as_large_as_their_header_says():
+    header = (Path(limits.__file__).parent / "relay.h").read_text()
+    notice = int(re.findall(r"kNoticeBytes = size_t{(\d+)} << 10", header)[0]) << 10
+    counts = int(re.findall(r"kCountBytes = (\d+)", header)[0])
+    assert limits.notice_bytes(4) == counts + 2 * 5 * notice
