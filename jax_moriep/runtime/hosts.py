@@ -14,7 +14,6 @@ from jax_moriep.errors import TransportError
 from jax_moriep.runtime.settings import timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
-
 NODE_VARIABLE = "JAX_MORIEP_NODE"
 
 
