@@ -58,7 +58,7 @@ class MoEConfig:
       score_bias: a per-expert bias [E] used for the selection only; it has no gradient.
       router_bias: a per-expert bias [E] on the logits (gpt-oss).
       activation: "silu", "gelu" (exact, erf) or "swiglu_clamped"; always gated.
-      activation_limit: clamp of "swiglu_clamped".
+      activation_limit: clamp of "swiglu_clamped", positive.
       activation_alpha: sigmoid slope of "swiglu_clamped".
       shared_intermediate_size: width of the shared expert; None means there is none.
       shared_gate: multiply the shared expert's output by ``sigmoid(x @ shared_gate)``.
@@ -115,6 +115,10 @@ class MoEConfig:
                 raise ConfigError(rule(name, getattr(self, name), "be True or False", "pass a bool"))
         for name in ("routed_scaling", "activation_limit", "activation_alpha"):
             self._store_float(name)
+        if self.activation_limit <= 0:
+            raise ConfigError(
+                rule("activation_limit", self.activation_limit, "be positive", "use a clamp above 0, as 7.0")
+            )
         if self.capacity_factor is not None:
             self._store_float("capacity_factor")
             if self.capacity_factor <= 0:

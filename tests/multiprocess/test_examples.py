@@ -44,9 +44,9 @@ def test_flax_models_learn(command):
     assert last < first / 2
 
 
-@pytest.mark.parametrize("options", [[], ["--quant", "fp8_block"]], ids=["floating", "fp8_block"])
-def test_a_server_compiles_before_it_serves_and_decodes_as_without_a_cache(options):
-    shown = run(ROOT / "examples" / "serve.py", "--requests", "6", *options)
+def test_a_server_compiles_before_it_serves_and_decodes_as_without_a_cache():
+    # Floating experts are served by the same lines.
+    shown = run(ROOT / "examples" / "serve.py", "--requests", "6", "--quant", "fp8_block")
     assert "6 programs for 4 devices" in shown
     assert shown.count(" 0 compilations") == 2
     assert shown.count("tokens are those of a forward pass without a cache") == 2

@@ -89,7 +89,7 @@ print(jax.jit(jm.interop.dlpack_call(triple, jax.ShapeDtypeStruct((2,), x.dtype)
 def run(*command, **variables):
     """Runs a command as a user would whose shell knows nothing of this checkout; returns its stdout."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    for name in ("JAX_MORIEP_LIB_DIR", "XLA_FLAGS"):
+    for name in ("CMAKE_ARGS", "JAX_MORIEP_LIB_DIR", "XLA_FLAGS"):
         environment.pop(name, None)
     done = subprocess.run(
         [str(word) for word in command], env=environment | variables, capture_output=True, text=True, cwd="/"

@@ -42,6 +42,7 @@ def call(x=None, params=None, cfg=CFG, **options):
         ({"num_experts": 8.0}, "num_experts=8.0 must be an integer"),
         ({"num_experts": True}, "num_experts=True must be an integer"),
         ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be positive; use None"),
+        ({"activation_limit": 0}, "activation_limit=0.0 must be positive; use a clamp above 0"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan must be a finite number"),
         ({"block": 0}, "block=0 must be at least 1"),
         ({"transport": "carrier_pigeon"}, "transport='carrier_pigeon' must be one of"),
