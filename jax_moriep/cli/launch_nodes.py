@@ -60,7 +60,8 @@ class Nodes:
         host, _, port = self.coordinator.rpartition(":")
         if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 1 << 16:
             cure = "pass an address of node 0 and a free port, the same on every node"
-            raise ConfigError(rule("coordinator", self.coordinator, "be HOST:PORT", cure))
+            must = "be HOST:PORT, with brackets around an IPv6 address"
+            raise ConfigError(rule("coordinator", self.coordinator, must, cure))
 
     @property
     def host(self) -> str:
@@ -80,7 +81,12 @@ class Nodes:
 
 
 def _is_host(text: str) -> bool:
-    """Whether sockets take it for a name or an address: what they cannot encode is no OSError of theirs."""
+    """Whether sockets take it for a name or an address: what they cannot encode is no OSError of theirs.
+
+    Without brackets jax takes the end of an IPv6 address for a port, and waits at it.
+    """
+    if ":" in text and not (text.startswith("[") and text.endswith("]")):
+        return False
     try:
         return bool(text.encode("idna"))
     except UnicodeError:

@@ -205,6 +205,7 @@ def test_a_stranger_is_ignored(address, capfd):
         ((2, 0, "host"), "coordinator='host' must be HOST:PORT"),
         ((2, 0, "host:70000"), "coordinator='host:70000' must be HOST:PORT"),
         ((2, 0, "a..b:1"), "coordinator='a..b:1' must be HOST:PORT"),
+        ((2, 0, "::1:29400"), "must be HOST:PORT, with brackets around an IPv6 address"),
         ((2, 0, "host:1", 0.0), "lost_after=0.0 must be positive"),
         ((2, 0, "host:1", 1.0, float("inf")), r"join_timeout=inf must be positive, and at most 1e\+09"),
     ],
