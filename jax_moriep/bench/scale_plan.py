@@ -282,8 +282,8 @@ def _measured(path: str, cfg: MoEConfig) -> np.ndarray:
 def _model(args: argparse.Namespace) -> Model:
     model = MODELS[args.model]
     if args.config is not None:
-        layers = hf_config.num_layers(args.config)
-        model = Model(layers or 1, MoEConfig.from_hf(args.config))
+        found = hf_config.num_moe_layers(args.config) if args.layers is None else None
+        model = Model(1 if found is None else found, MoEConfig.from_hf(args.config))
     names = {
         "experts": "num_experts",
         "top_k": "top_k",
