@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep import hf_config, quant
+from jax_moriep import hf_layers, quant
 from jax_moriep.bench import scale, scale_routes
 from jax_moriep.bench.scale_routes import Destinations
 from jax_moriep.config import MoEConfig
@@ -282,7 +282,7 @@ def _measured(path: str, cfg: MoEConfig) -> np.ndarray:
 def _model(args: argparse.Namespace) -> Model:
     model = MODELS[args.model]
     if args.config is not None:
-        found = hf_config.num_moe_layers(args.config) if args.layers is None else None
+        found = hf_layers.num_moe_layers(args.config) if args.layers is None else None
         model = Model(1 if found is None else found, MoEConfig.from_hf(args.config))
     names = {
         "experts": "num_experts",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jax_moriep import hf_config
+from jax_moriep import hf_layers
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 
@@ -346,11 +346,11 @@ def test_files_that_hold_something_else(tmp_path, content, text):
     ],
 )
 def test_dense_layers_are_not_counted(keys, layers):
-    assert hf_config.num_moe_layers({**QWEN3, **keys}) == layers
-    assert hf_config.num_moe_layers({"model_type": "outer", "text_config": {**QWEN3, **keys}}) == layers
+    assert hf_layers.num_moe_layers({**QWEN3, **keys}) == layers
+    assert hf_layers.num_moe_layers({"model_type": "outer", "text_config": {**QWEN3, **keys}}) == layers
 
 
 @pytest.mark.parametrize(("name", "value"), [("first_k_dense_replace", [1]), ("decoder_sparse_step", 0)])
 def test_a_number_of_layers_that_is_none_is_refused(name, value):
     with pytest.raises(ConfigError, match=name):
-        hf_config.num_moe_layers({**QWEN3, "num_hidden_layers": 4, name: value})
+        hf_layers.num_moe_layers({**QWEN3, "num_hidden_layers": 4, name: value})
