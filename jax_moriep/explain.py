@@ -70,6 +70,9 @@ def explain(
 ) -> Explanation:
     """Says what ``ep_moe`` would run for a config on a mesh, and why not something else.
 
+    Asks the other processes of the mesh once; they answer when they call this too, or trace a layer with any
+    transport but "collective" and "reference".
+
     Args:
       cfg: the layer.
       mesh: the mesh.
@@ -84,6 +87,7 @@ def explain(
     Raises:
       ConfigError: ``cfg`` is no config.
       ShardingError: ``mesh`` is no mesh, or has no such axis.
+      TransportError: a process does not answer, or its ``JAX_MORIEP_RANKS_PER_NODE`` is another.
     """
     check_type("cfg", cfg, MoEConfig, "call explain(cfg, mesh)")
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):

@@ -84,14 +84,18 @@ def num_layers(config: Any) -> int | None:
     Raises:
       ConfigError: it is no config, or the number is none.
     """
-    whole = to_dict(config)
-    part = _language_part(whole) or _part_with(whole, _NUM_LAYERS) or {}
-    found = part.get(_NUM_LAYERS)
+    found = decoder_part(config).get(_NUM_LAYERS)
     if found is not None and type(found) is not int:
         raise ConfigError(
             rule(f"config[{_NUM_LAYERS!r}]", found, "be an integer", f"pass the model's own {FILE}")
         )
     return found
+
+
+def decoder_part(config: Any) -> Mapping[str, Any]:
+    """The part of a config that has the decoder's layers; empty where none has."""
+    whole = to_dict(config)
+    return _language_part(whole) or _part_with(whole, _NUM_LAYERS) or {}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

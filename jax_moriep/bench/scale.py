@@ -39,6 +39,7 @@ class Sizes:
       weight_bytes: of one of the experts' weights.
       capacity: C.
       words: W, what a dispatch carries from each rank to each.
+      to_every_node: MORI's kernel for few tokens sends each of them to every other node, and back.
     """
 
     ranks: int
@@ -55,6 +56,7 @@ class Sizes:
     weight_bytes: float
     capacity: int
     words: int
+    to_every_node: bool = False
 
     @property
     def nodes(self) -> int:
@@ -140,12 +142,14 @@ def two_level(sizes: Sizes, to: Destinations) -> Exchange:
 def mori(sizes: Sizes, to: Destinations) -> Exchange:
     """A token with its routing and source to each rank, between nodes once to each node; rows come back so.
 
-    On one machine the ranks also tell each other the words and signal; between nodes only what the routes
-    require is counted.
+    Nodes are those that have an expert for it, or all (``Sizes.to_every_node``). On one machine the ranks
+    also tell each other the words and signal; between nodes only tokens and what is beside them are counted.
     """
     parcel = sizes.row_bytes + sizes.routing_bytes + _WORD
     out, into = (sizes.tokens * share for share in to.to_other_places(to.to_rank))
     away, arriving = (sizes.tokens * share for share in to.to_other_nodes())
+    if sizes.to_every_node:
+        away = arriving = np.full(sizes.ranks, float((sizes.nodes - 1) * sizes.tokens))
     alone = sizes.nodes == 1
     meeting = (sizes.ranks - 1) * _SIGNAL if alone else 0
     words = (sizes.ranks - 1) * _WORD * sizes.words if alone else 0

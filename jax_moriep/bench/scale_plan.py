@@ -12,12 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep import hf_config, quant
+from jax_moriep import hf_layers, quant
 from jax_moriep.bench import scale, scale_routes
 from jax_moriep.bench.scale_routes import Destinations
 from jax_moriep.config import MoEConfig
-from jax_moriep.errors import ConfigError, rule
-from jax_moriep.mori import limits
+from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.mori import limits, tuning
 from jax_moriep.plan import ExchangeShape
 
 FORMAT = "jax-moriep bench plan 1"
@@ -110,12 +110,16 @@ def of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """
     model = _model(args)
     machine = MACHINES[args.machine]
-    given = {"inside": (args.inside, 1e9), "between": (args.between, 1e9), "flops": (args.tflops, 1e12)}
-    for name, (value, unit) in given.items():
+    given = {
+        "inside": (args.inside, "inside", 1e9),
+        "between": (args.between, "between", 1e9),
+        "tflops": (args.tflops, "flops", 1e12),
+    }
+    for name, (value, speed, unit) in given.items():
         if value is not None:
-            if not value > 0:
-                raise ConfigError(rule(name, value, "be positive", "correct it"))
-            machine = dataclasses.replace(machine, **{name: value * unit})
+            if not 0 < value < float("inf"):
+                raise ConfigError(rule(name, value, "be positive and finite", "correct it"))
+            machine = dataclasses.replace(machine, **{speed: value * unit})
     if args.tokens < 1:
         raise ConfigError(rule("tokens", args.tokens, "be at least 1", "pass a positive int"))
     ranks = _ranks(args.ranks, args.per_node)
@@ -170,7 +174,11 @@ def plan(
             continue
         exchange = formula(sizes, to)
         if name == "mori":
-            exchange = dataclasses.replace(exchange, buffers=_heap_bytes(sizes, model.cfg))
+            try:
+                exchange = dataclasses.replace(exchange, buffers=_heap_bytes(sizes, model.cfg, dtype))
+            except MoriepError as error:
+                transports[name] = {"reason": str(error)}
+                continue
         transports[name] = {
             "dispatch": _moved(exchange.dispatch, machine),
             "combine": _moved(exchange.combine, machine),
@@ -213,6 +221,7 @@ def sizes_of(model: Model, tokens: int, dtype: str, ranks: int, per_node: int) -
         capacity=ExchangeShape.of(cfg, ranks, tokens).capacity,
         # A layer's statistics: counts and scores of each expert, two losses' sums and the number of tokens.
         words=2 * cfg.num_experts + 3,
+        to_every_node=_kernel(cfg, tokens, ranks, ranks // per_node) == "InterNodeV1LL",
     )
 
 
@@ -262,14 +271,19 @@ def _measured(path: str, cfg: MoEConfig) -> np.ndarray:
         shape = f"{found.dtype}{list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"
         must = f"hold integers {shapes}, and holds {shape}"
         raise ConfigError(rule("routing", path, must, "save counts of experts, or tokens' routes"))
+    # Counts are how often, routes are which.
+    leads_somewhere = found.any() if found.ndim == 1 else ((found >= 0) & (found < cfg.num_experts)).any()
+    if not leads_somewhere:
+        must = f"lead to at least one of the {cfg.num_experts} experts"
+        raise ConfigError(rule("routing", path, must, "save what tokens of this model chose"))
     return found
 
 
 def _model(args: argparse.Namespace) -> Model:
     model = MODELS[args.model]
     if args.config is not None:
-        layers = hf_config.num_layers(args.config)
-        model = Model(layers or 1, MoEConfig.from_hf(args.config))
+        found = hf_layers.num_moe_layers(args.config) if args.layers is None else None
+        model = Model(1 if found is None else found, MoEConfig.from_hf(args.config))
     names = {
         "experts": "num_experts",
         "top_k": "top_k",
@@ -300,20 +314,33 @@ def _ranks(text: str, per_node: int) -> list[int]:
     return ranks
 
 
-def _heap_bytes(sizes: scale.Sizes, cfg: MoEConfig) -> int:
-    return limits.HEAP_OWN_BYTES + limits.heap_bytes(
-        limits.HandleSize(
-            kernel="IntraNode" if sizes.nodes == 1 else "InterNodeV1",
-            ranks=sizes.ranks,
-            gpus_per_node=sizes.per_node,
-            max_tokens=sizes.tokens,
-            hidden=sizes.hidden,
-            element_bytes=sizes.value_bytes,
-            experts_per_rank=-(-sizes.experts // sizes.ranks),
-            top_k=sizes.top_k,
-            scales=quant.num_groups(sizes.hidden) if cfg.wire_dtype == "fp8" else 0,
-        )
+def _kernel(cfg: MoEConfig, tokens: int, ranks: int, nodes: int) -> str:
+    """The type of MORI's kernels that would run."""
+    return tuning.choose_kernel(cfg.tuning, nodes, tokens, -(-cfg.num_experts // ranks))[0]
+
+
+def _heap_bytes(sizes: scale.Sizes, cfg: MoEConfig, dtype: str) -> int:
+    """MORI's memory of a rank.
+
+    Raises:
+      MoriepError: MORI does not run there.
+    """
+    limits.check_rows("dtype", dtype)
+    kernel = _kernel(cfg, sizes.tokens, sizes.ranks, sizes.nodes)
+    size = limits.HandleSize(
+        kernel=kernel,
+        ranks=sizes.ranks,
+        gpus_per_node=limits.gpus_per_node(kernel, sizes.ranks, sizes.nodes),
+        max_tokens=sizes.tokens,
+        hidden=sizes.hidden,
+        element_bytes=sizes.value_bytes,
+        experts_per_rank=-(-sizes.experts // sizes.ranks),
+        top_k=sizes.top_k,
+        scales=quant.num_groups(sizes.hidden) if cfg.wire_dtype == "fp8" else 0,
     )
+    limits.check_handle(size)
+    own = limits.HEAP_OWN_BYTES + limits.notice_bytes(sizes.nodes) + limits.between_bytes(size)
+    return own + limits.heap_bytes(size)
 
 
 def _moved(moved: scale.Moved, machine: Machine) -> dict[str, Any]:

@@ -22,21 +22,8 @@ from jax_moriep.transports import delivery
 from jax_moriep.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "matplotlib", "torch")
-VARIABLES = (
-    "JAX_MORIEP_TIMEOUT",
-    "JAX_MORIEP_RANKS_PER_NODE",
-    "JAX_MORIEP_LIB_DIR",
-    "JAX_MORIEP_MORI_DIR",
-    "JAX_MORIEP_MORI_KERNELS",
-    "JAX_MORIEP_MORI_HEAP_MB",
-    "JAX_MORIEP_ARENA_MB",
-    "JAX_MORIEP_NATIVE_DISPATCH",
-    "JAX_MORIEP_CACHE_DIR",
-    "JAX_MORIEP_ROCM_PATH",
-    "JAX_PLATFORMS",
-    "XLA_FLAGS",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)
+VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Not ours, and they matter too."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,7 +60,7 @@ def examine() -> dict[str, Any]:
       - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
       - mori: as ``doctor_mori.examine`` says.
-      - environment: the variables that matter and are set.
+      - environment: the variables that are set, of ours all, so that one that is not read is seen too.
       - ok: whether "auto" finds a transport and experts on the default platform.
     """
     # To look at a GPU is no reason to reserve most of its memory.
@@ -98,7 +85,7 @@ def examine() -> dict[str, Any]:
         "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
         "mori": doctor_mori.examine(),
-        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "environment": _environment(),
         "ok": default is not None and None not in chosen[default].values(),
     }
 
@@ -146,6 +133,11 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _line(name: str, reason: str | None, detail: str = "can run") -> str:
     return f"  ok  {name}: {detail}" if reason is None else f"  no  {name}: {reason}"
+
+
+def _environment() -> dict[str, str]:
+    ours = sorted(name for name in os.environ if name.startswith("JAX_MORIEP_"))
+    return {name: os.environ[name] for name in (*ours, *VARIABLES) if name in os.environ}
 
 
 def _versions() -> dict[str, str | None]:

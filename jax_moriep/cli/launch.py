@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from jax_moriep.cli import launch_nodes, launch_process
 from jax_moriep.cli.launch_nodes import Nodes
 from jax_moriep.cli.launch_process import Event, Process
-from jax_moriep.cli.launch_wait import wait
+from jax_moriep.cli.launch_wait import check_seconds, wait
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.runtime import compat, settings
 
@@ -93,19 +93,24 @@ def launch(
       same on all machines.
 
     Raises:
-      ConfigError: ``nprocs`` or ``devices_per_process`` is not positive, there is no such script, or
-        the nodes were started differently.
+      ConfigError: ``nprocs`` or ``devices_per_process`` is not positive, a time cannot be waited, there is no
+        such script, or the nodes were started differently.
       TransportError: a node has not come in time.
     """
     for name, value in (("nprocs", nprocs), ("devices_per_process", devices_per_process)):
         if value < 1:
             raise ConfigError(rule(name, value, "be at least 1", "pass a positive int"))
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+    check_seconds("grace", grace, zero=True)
     if not module and not Path(script).is_file():
         raise ConfigError(rule("script", os.fspath(script), "be an existing file", "correct the path"))
 
     environment = _environment(env, platform, devices_per_process)
-    nodes = nodes or Nodes(1, 0, "127.0.0.1:1")
-    if nodes.count > 1 and environment.get("JAX_PLATFORMS") == "cpu":
+    if nodes is None or nodes.count == 1:
+        # Of one machine nobody needs the coordinator's address, and jax ends this process if it is another's.
+        nodes = Nodes(1, 0, "127.0.0.1:1")
+    if nodes.count > 1 and not nodes.on_one_machine and environment.get("JAX_PLATFORMS") == "cpu":
         if (why := launch_nodes.why_name_misleads()) is not None:
             raise ConfigError(why)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax_moriep.cli.launch_process import Event
-from jax_moriep.cli.launch_wait import describe, say
+from jax_moriep.cli.launch_wait import TIMEOUT_CODE, check_seconds, describe, say
 from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
 
 _FORMAT = "jax-moriep launch 1"
@@ -56,12 +56,12 @@ class Nodes:
             must = f"be from 0 to nodes-1={self.count - 1}"
             raise ConfigError(rule("node", self.index, must, "give each node a number of its own"))
         for name, value in (("lost_after", self.lost_after), ("join_timeout", self.join_timeout)):
-            if not value > 0:
-                raise ConfigError(rule(name, value, "be positive", "pass a number of seconds"))
+            check_seconds(name, value)
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 1 << 16:
             cure = "pass an address of node 0 and a free port, the same on every node"
-            raise ConfigError(rule("coordinator", self.coordinator, "be HOST:PORT", cure))
+            must = "be HOST:PORT, with brackets around an IPv6 address"
+            raise ConfigError(rule("coordinator", self.coordinator, must, cure))
 
     @property
     def host(self) -> str:
@@ -72,6 +72,25 @@ class Nodes:
     def address(self) -> tuple[str, int]:
         """Of the coordinator, as sockets want it."""
         return self.host.strip("[]"), int(self.coordinator.rpartition(":")[2])
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all are on this machine, as in a trial: nobody else reaches the coordinator."""
+        host, _ = self.address
+        return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _is_host(text: str) -> bool:
+    """Whether sockets take it for a name or an address: what they cannot encode is no OSError of theirs.
+
+    Without brackets jax takes the end of an IPv6 address for a port, and waits at it.
+    """
+    if ":" in text and not (text.startswith("[") and text.endswith("]")):
+        return False
+    try:
+        return bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 class _Wire:
@@ -111,6 +130,19 @@ class _Wire:
         if not isinstance(said, dict):
             raise ValueError("no object of JSON")
         return said
+
+    def is_closed(self) -> bool:
+        """Whether the other has gone before it has said anything more."""
+        seconds = self._connection.gettimeout()
+        self._connection.settimeout(0)
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._connection.settimeout(seconds)
 
     def close(self) -> None:
         # A thread that still reads is told, which closing alone does not do.
@@ -177,7 +209,7 @@ class Party:
                 over = self._heard(node, wire.receive())
             except (OSError, ValueError, KeyError, TypeError) as error:
                 if not self._over.is_set():
-                    self._events.put(self._lost(node, wire, error))
+                    self._report(node, self._lost(node, wire, error))
                 return
 
     def _heard(self, node: int, said: dict[str, Any]) -> bool:
@@ -195,13 +227,25 @@ class Party:
         elif "verdict" in said:
             code = int(said["verdict"])
             says = f"has ended the job with {describe(code)}"
-            self._events.put(Event(who, code, verdict=True, says=says))
+            self._events.put(Event(who, code, verdict=True, lost=code == TIMEOUT_CODE, says=says))
             return True
         elif "left" in said:
             code = int(said["left"])
-            self._events.put(Event(who, code or _OWN_FAULT, says=f"was ended, with {describe(code)}"))
+            says = f"was ended, with {describe(code)}"
+            # One runs out of time first: what it waited for is to be seen on the others too.
+            self._report(node, Event(who, code or _OWN_FAULT, lost=code == TIMEOUT_CODE, says=says))
             return True
+        elif "who" in said:
+            who, says = str(said["who"]), str(said["says"])
+            self._events.put(Event(who, int(said["code"]), ends=0, lost=bool(said["lost"]), says=says))
         return False
+
+    def _report(self, node: int, event: Event) -> None:
+        """Takes an end of another launcher for one, and tells the rest, who hear of it by node 0 only."""
+        for other, to in self._wires.items():
+            if other != node:
+                to.send(who=event.title, says=event.says, code=event.code, lost=event.lost)
+        self._events.put(event)
 
     def _lost(self, node: int, wire: _Wire, error: Exception) -> Event:
         first = node * self._nprocs
@@ -260,7 +304,12 @@ def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, _Wire]) -> Non
                     f"of {nodes.count} nodes these did not come to {nodes.coordinator} within "
                     f"{nodes.join_timeout:g} s: {missing}; start `jax-moriep launch` on each"
                 ) from None
-            wire = _Wire(connection, _GREETING_SECONDS)
+            try:
+                wire = _Wire(connection, _GREETING_SECONDS)
+            except OSError:
+                # It has gone already, as what looks for open ports does.
+                connection.close()
+                continue
             try:
                 said = wire.receive()
                 node, format_ = int(said["node"]), said["format"]
@@ -274,9 +323,12 @@ def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, _Wire]) -> Non
                     f"node {node} ({wire.peer}) was started with {theirs} by {format_!r}, node 0 with "
                     f"{shape} by {_FORMAT!r}; start all nodes alike"
                 )
-            elif node in wires or not 0 < node < nodes.count:
+            elif not 0 < node < nodes.count or (node in wires and not wires[node].is_closed()):
                 text = rule("node", node, "be another on each node", f"{wire.peer} gave it; correct one")
             else:
+                if node in wires:
+                    say(f"node {node} was started again, by {wire.peer}")
+                    wires[node].close()
                 wires[node] = wire
                 continue
             wire.send(refused=text)

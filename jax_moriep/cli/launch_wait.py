@@ -10,9 +10,12 @@ import time
 from typing import Protocol
 
 from jax_moriep.cli.launch_process import Event
+from jax_moriep.errors import ConfigError, rule
 
 TIMEOUT_CODE = 124
 """Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""
+_MOST_SECONDS = 1e9
+"""What threads and sockets can wait ends somewhere; this is thirty years."""
 _SETTLE_SECONDS = 1.0
 """Within this time after the first failure a killed process counts as the one that failed first: the
 kernel tells of it when all its memory is given back, and its peers may have ended before that."""
@@ -101,6 +104,22 @@ def wait(
             first_failure = code
             say(f"{event.title} failed with {describe(code)}, which others noticed first")
     return Outcome(first_failure)
+
+
+def check_seconds(name: str, value: float, *, zero: bool = False) -> None:
+    """Refuses a time that nothing can wait.
+
+    Args:
+      name: of the argument.
+      value: its seconds.
+      zero: none at all are a time too.
+
+    Raises:
+      ConfigError: it is negative, not a number, or endless.
+    """
+    if not (0 < value <= _MOST_SECONDS or (zero and value == 0)):
+        must = f"be {'at least 0' if zero else 'positive'}, and at most {_MOST_SECONDS:g}"
+        raise ConfigError(rule(name, value, must, "pass a number of seconds"))
 
 
 def _was_killed(code: int) -> bool:

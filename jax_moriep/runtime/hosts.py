@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 
 from jax_moriep.errors import TransportError
-from jax_moriep.runtime.settings import timeout_seconds
+from jax_moriep.runtime.settings import RANKS_PER_NODE_VARIABLE, timeout_seconds
 from jax_moriep.runtime.store import DistributedStore, Store
 
 NODE_VARIABLE = "JAX_MORIEP_NODE"
+_HOST, _LIMIT = "host", "ranks_per_node"
 
 
 def identity() -> str:
@@ -59,11 +60,27 @@ def of_processes(processes: Iterable[int]) -> dict[int, str]:
     return {index: _of_process(index) for index in indices}
 
 
-@functools.cache
+def limit_of(process: int) -> str:
+    """A process's ``JAX_MORIEP_RANKS_PER_NODE`` as it is written, or "unset".
+
+    Each process tells it together with its machine: one may look at transport="two_level" (``jm.explain``)
+    while the others run another.
+
+    Raises:
+      TransportError: the process did not say it within the time limit.
+    """
+    return _told(_LIMIT, process)
+
+
 def _of_process(index: int) -> str:
+    return _told(_HOST, index)
+
+
+@functools.cache
+def _told(what: str, index: int) -> str:
     store = _announced_store()
     try:
-        return store.get(f"jax_moriep/host/{index}", time.monotonic() + timeout_seconds()).decode()
+        return store.get(f"jax_moriep/{what}/{index}", time.monotonic() + timeout_seconds()).decode()
     except TimeoutError as e:
         raise TransportError(
             f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does "
@@ -74,5 +91,7 @@ def _of_process(index: int) -> str:
 @functools.cache
 def _announced_store() -> Store:
     store = DistributedStore()
-    store.put(f"jax_moriep/host/{jax.process_index()}", identity().encode())
+    told = {_HOST: identity(), _LIMIT: os.environ.get(RANKS_PER_NODE_VARIABLE, "unset")}
+    for what, value in told.items():
+        store.put(f"jax_moriep/{what}/{jax.process_index()}", value.encode())
     return store

@@ -6,10 +6,9 @@ machine are not adjacent along the axis, nodes are as large as fits everywhere; 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import time
+import os
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -17,7 +16,6 @@ import jax
 from jax_moriep.errors import TransportError, rule
 from jax_moriep.runtime import hosts, settings
 from jax_moriep.runtime.group import Groups
-from jax_moriep.runtime.store import DistributedStore, Store
 
 
 def size_of(machines: Iterable[Sequence[str]], most: int | None) -> int:
@@ -46,29 +44,16 @@ def ranks_per_node(groups: Groups) -> int:
 
 def _check_equal(processes: frozenset[int]) -> None:
     """Raises TransportError unless all processes have the same setting: they would run different programs."""
-    mine = str(settings.ranks_per_node())
     if processes == {jax.process_index()}:
         return
-    store = _announced_store(mine)
+    mine = os.environ.get(settings.RANKS_PER_NODE_VARIABLE, "unset")
     for process in sorted(processes):
-        deadline = time.monotonic() + settings.timeout_seconds()
-        if (theirs := store.get(_key(process), deadline).decode()) != mine:
+        if (theirs := hosts.limit_of(process)) != mine:
             raise TransportError(
                 rule(
-                    "JAX_MORIEP_RANKS_PER_NODE",
+                    settings.RANKS_PER_NODE_VARIABLE,
                     f"{mine} in process {jax.process_index()} and {theirs} in process {process}",
                     "be the same in all processes",
                     "set it for the whole job, or unset it",
                 )
             )
-
-
-@functools.cache
-def _announced_store(value: str) -> Store:
-    store = DistributedStore()
-    store.put(_key(jax.process_index()), value.encode())
-    return store
-
-
-def _key(process: int) -> str:
-    return f"jax_moriep/ranks_per_node/{process}"

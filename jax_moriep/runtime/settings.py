@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from jax_moriep.errors import TransportError, rule
 
+RANKS_PER_NODE_VARIABLE = "JAX_MORIEP_RANKS_PER_NODE"
+
 
 def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
     """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
@@ -38,12 +40,12 @@ def ranks_per_node() -> int | None:
     Raises:
       TransportError: the variable is no whole number of at least 1.
     """
-    text = os.environ.get("JAX_MORIEP_RANKS_PER_NODE")
+    text = os.environ.get(RANKS_PER_NODE_VARIABLE)
     if text is None:
         return None
     if not text.isdecimal() or int(text) < 1:
         cure = "unset it or fix it"
-        raise TransportError(rule("JAX_MORIEP_RANKS_PER_NODE", text, "be a whole number of at least 1", cure))
+        raise TransportError(rule(RANKS_PER_NODE_VARIABLE, text, "be a whole number of at least 1", cure))
     return int(text)
 
 

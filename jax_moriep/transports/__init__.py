@@ -16,7 +16,7 @@ import jax
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
-from jax_moriep.runtime import library
+from jax_moriep.runtime import library, settings
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import collective, mori, native, reference, two_level
 from jax_moriep.transports.expand import expanded
@@ -159,7 +159,8 @@ def choose(name: str, place: Place) -> str:
       place: where.
 
     Raises:
-      TransportError: the named transport cannot run; the text says why and the cure.
+      TransportError: the named transport cannot run, or "auto" needs a setting that is wrong; the text says
+        why and the cure.
     """
     if name == "auto":
         broken: set[str] = set()
@@ -167,6 +168,9 @@ def choose(name: str, place: Place) -> str:
             why = transport.unavailable_reason(place)
             if why is None:
                 return candidate
+            if candidate == "two_level":
+                # A wrong setting is no reason to take what is slower, beside processes with a right one.
+                settings.ranks_per_node()
             # Of several that need the library, the first is the best of them.
             if place.backend is not None and why == library.why_broken(place.backend) and why not in broken:
                 broken.add(why)

@@ -40,3 +40,21 @@ def test_processes_must_agree_on_the_size_of_nodes(tmp_path):
     assert result.returncode == 1
     told = "JAX_MORIEP_RANKS_PER_NODE='1 in process 0 and 2 in process 1' must be the same in all processes"
     assert any(told in text for text in result.outputs), result.outputs
+
+
+def test_one_process_may_ask_what_would_run(tmp_path):
+    """The others take native, and never look at nodes: process 0 would wait for them, and they for it."""
+    script = tmp_path / "explains.py"
+    script.write_text(
+        "import jax, jax_moriep as jm\n"
+        "from tests.multiprocess import common\n"
+        "mesh, cfg = common.mesh(), common.config('auto')\n"
+        "if jax.process_index() == 0:\n"
+        "    print(jm.explain(cfg, mesh, num_tokens=8))\n"
+        "jm.initialize(mesh, cfg=cfg, num_tokens=8)\n"
+        # Who ends first takes along the memory that the other has yet to open.
+        "common.meet('opened')\n"
+    )
+    result = start(script, 2, timeout=60)
+    assert result.returncode == 0, result.outputs
+    assert "transport: native" in result.outputs[0]

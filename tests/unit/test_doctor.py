@@ -37,6 +37,15 @@ def test_this_machine(found):
     assert found["ok"]
 
 
+def test_all_variables_of_ours_are_shown(monkeypatch, capsys):
+    """Also those that change where ranks are, and one whose name is wrong and that nobody reads."""
+    for name in ("JAX_MORIEP_NODE", "JAX_MORIEP_RANK_PER_NODE"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    assert cli.main(["doctor"]) == 0
+    assert "environment\n  JAX_MORIEP_NODE=7\n  JAX_MORIEP_RANK_PER_NODE=7\n" in capsys.readouterr().out
+
+
 def test_text_names_everything(found, capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out

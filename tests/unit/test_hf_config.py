@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from jax_moriep import hf_layers
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 
@@ -328,3 +329,28 @@ def test_files_that_hold_something_else(tmp_path, content, text):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=text):
         MoEConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"num_hidden_layers": 61, "first_k_dense_replace": 3, "moe_layer_freq": 1}, 58),
+        ({"num_hidden_layers": 48, "mlp_only_layers": [0, 5], "decoder_sparse_step": 1}, 46),
+        ({"num_hidden_layers": 9, "decoder_sparse_step": 2}, 4),
+        ({"num_hidden_layers": 28, "moe_layer_start_index": 1, "moe_layer_end_index": 27}, 27),
+        ({"num_hidden_layers": 28, "moe_layer_start_index": 1, "moe_layer_end_index": -1}, 27),
+        ({"num_hidden_layers": 48, "interleave_moe_layer_step": 2}, 24),
+        ({"num_hidden_layers": 48, "moe_layers": [1, 3], "interleave_moe_layer_step": 1}, 2),
+        ({"num_hidden_layers": 32, "mlp_only_layers": None}, 32),
+        ({}, None),
+    ],
+)
+def test_dense_layers_are_not_counted(keys, layers):
+    assert hf_layers.num_moe_layers({**QWEN3, **keys}) == layers
+    assert hf_layers.num_moe_layers({"model_type": "outer", "text_config": {**QWEN3, **keys}}) == layers
+
+
+@pytest.mark.parametrize(("name", "value"), [("first_k_dense_replace", [1]), ("decoder_sparse_step", 0)])
+def test_a_number_of_layers_that_is_none_is_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        hf_layers.num_moe_layers({**QWEN3, "num_hidden_layers": 4, name: value})

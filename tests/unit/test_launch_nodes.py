@@ -82,6 +82,81 @@ def test_nonsense_is_a_loss(address):
     second.close(1)
 
 
+def test_the_rest_hear_which_node_was_lost(address):
+    """Node 2 has a wire to node 0 only, and would else read no more than that node 0 ended the job."""
+    met = [future.result() for future in meet_all(address, [(2, 1)] * 3)]
+    (_, heard0), (second, _), (_, heard2) = met
+    second._wires[0].close()
+    lost = heard2.get(timeout=20)
+    assert (lost.code, lost.lost, lost.ends) == (1, True, 0)
+    assert lost.title == "node 1 (127.0.0.1, processes 2 to 3)"
+    assert (lost.title, lost.says) == ((event := heard0.get(timeout=20)).title, event.says)
+    for party, _ in met:
+        party.close(1)
+
+
+def test_stacks_are_wanted_where_another_node_ran_out_of_time(address):
+    met = [future.result() for future in meet_all(address, [(1, 1)] * 3)]
+    met[1][0].close(124)
+    for _, heard in (met[0], met[2]):
+        left = heard.get(timeout=20)
+        assert (left.title, left.code, left.lost) == ("node 1's launcher", 124, True)
+    for party, _ in met:
+        party.close(124)
+
+
+def test_a_node_that_is_started_again_takes_its_place(address, capfd):
+    """Its launcher was ended while others were still to come."""
+    with ThreadPoolExecutor() as pool:
+        events = [queue.SimpleQueue() for _ in range(3)]
+        nodes = [Nodes(3, node, address, join_timeout=20) for node in range(3)]
+        futures = [pool.submit(launch_nodes.meet, nodes[0], 1, 1, 1234, events[0])]
+        shape = {"nodes": 3, "nprocs": 1, "devices_per_process": 1}
+        while True:
+            try:
+                gone = socket.create_connection(nodes[1].address)
+                break
+            except ConnectionRefusedError:
+                continue
+        wire = launch_nodes._Wire(gone, 5)
+        wire.send(format=launch_nodes._FORMAT, node=1, **shape)
+        wire.close()
+        futures += [pool.submit(launch_nodes.meet, nodes[i], 1, 1, 1, events[i]) for i in (1, 2)]
+        parties = [future.result() for future in futures]
+    assert [party.service_port for party in parties] == [1234] * 3
+    assert "node 1 was started again, by 127.0.0.1" in capfd.readouterr().err
+    for party in parties:
+        party.close(0)
+
+
+def test_two_nodes_with_one_number_are_refused(address):
+    events = [queue.SimpleQueue() for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        futures = [
+            pool.submit(launch_nodes.meet, Nodes(3, node, address, join_timeout=8), 1, 1, 1, events[i])
+            for i, node in enumerate((0, 1, 1))
+        ]
+        errors = [future.exception() for future in futures]
+    text = "node=1 must be another on each node; 127.0.0.1 gave it; correct one"
+    assert str(errors[0]) == text
+    assert {str(error) for error in errors[1:]} == {f"node 0 refused node 1: {text}"}
+
+
+def test_a_look_for_open_ports_ends_nothing(address):
+    """A connection that is reset before it is taken has no peer's name any more."""
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(meet_all, address, [(1, 1)], 2, 20.0)
+        host, port = address.split(":")
+        for _ in range(20):
+            with socket.socket() as scan:
+                scan.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                scan.connect_ex((host, int(port)))
+        second = launch_nodes.meet(Nodes(2, 1, address, join_timeout=20), 1, 1, 0, queue.SimpleQueue())
+        first, _ = futures.result()[0].result()
+    first.close(0)
+    second.close(0)
+
+
 def test_nodes_that_were_started_differently_are_told_both_values(address):
     first, second = (future.exception() for future in meet_all(address, [(2, 1), (3, 1)]))
     assert isinstance(first, ConfigError)
@@ -129,7 +204,10 @@ def test_a_stranger_is_ignored(address, capfd):
         ((2, 2, "host:1"), "node=2 must be from 0 to nodes-1=1"),
         ((2, 0, "host"), "coordinator='host' must be HOST:PORT"),
         ((2, 0, "host:70000"), "coordinator='host:70000' must be HOST:PORT"),
+        ((2, 0, "a..b:1"), "coordinator='a..b:1' must be HOST:PORT"),
+        ((2, 0, "::1:29400"), "must be HOST:PORT, with brackets around an IPv6 address"),
         ((2, 0, "host:1", 0.0), "lost_after=0.0 must be positive"),
+        ((2, 0, "host:1", 1.0, float("inf")), r"join_timeout=inf must be positive, and at most 1e\+09"),
     ],
 )
 def test_wrong_values_are_refused(values, text):

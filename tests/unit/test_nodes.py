@@ -74,6 +74,16 @@ def test_auto_takes_it_where_there_are_several_machines(monkeypatch):
     assert told.transport_reasons["native"].endswith("on one machine; use transport='two_level'")
 
 
+def test_auto_takes_nothing_else_for_a_bad_setting(monkeypatch):
+    """Else a process with a typing error would run collective beside others that run two_level."""
+    monkeypatch.setenv(SETTING, "x")
+    assert transports.choose("auto", Place.of(mesh(2), "ep")) == "native"
+    monkeypatch.setattr(Place, "num_nodes", 2)
+    with pytest.raises(jm.TransportError, match=f"{SETTING}='x' must be a whole number"):
+        transports.choose("auto", Place.of(mesh(2), "ep"))
+    assert transports.choose("collective", Place.of(mesh(2), "ep")) == "collective"
+
+
 def test_groups_of_two_axes_are_cut_alike(monkeypatch):
     """Each group along the axis has its nodes; all have the same, because they run one program."""
     monkeypatch.setenv(SETTING, "2")

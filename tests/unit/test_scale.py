@@ -208,23 +208,51 @@ def planned(*argv):
 
 def test_a_plan_by_hand():
     """Mixtral on four ranks, a node of two each: every number in its own words."""
-    argv = "--model mixtral-8x7b --ranks 4 --per-node 2 --tokens 100 --inside 100 --between 10 --tflops 500"
+    argv = "--model mixtral-8x7b --ranks 4 --per-node 2 --tokens 400 --inside 100 --between 10 --tflops 500"
     (of_ranks,) = planned(*argv.split())["plans"]
     cfg = scale_plan.MODELS["mixtral-8x7b"].cfg
-    assert of_ranks["capacity"] == ExchangeShape.of(cfg, 4, 100).capacity
+    assert of_ranks["capacity"] == ExchangeShape.of(cfg, 4, 400).capacity
     assert of_ranks["weight_bytes"] == 32 * 2 * (2 * 3 * 4096 * 14336 + 8 * 4096)
-    assert of_ranks["expert_seconds"] == pytest.approx(200 * 6 * 4096 * 14336 / 500e12)
+    assert of_ranks["expert_seconds"] == pytest.approx(800 * 6 * 4096 * 14336 / 500e12)
     assert of_ranks["transports"]["native"] == {"reason": "it needs the ranks of a group on one machine"}
     # A token goes to another node unless both of its two experts are among this one's four.
-    away = 100 * (1 - (4 * 3) / (8 * 7))
+    away = 400 * (1 - (4 * 3) / (8 * 7))
     combine = of_ranks["transports"]["mori"]["combine"]
     assert combine["between"]["in"]["max"] == pytest.approx(away * 8192)
     assert combine["seconds"] == pytest.approx(away * 8192 / 10e9)
     collective = of_ranks["transports"]["collective"]
-    assert collective["combine"]["between"]["out"]["mean"] == 2 * 100 * 8192
-    assert collective["dispatch"]["between"]["out"]["max"] == 3 * (100 * (8192 + 16) + 4 * 19)
+    assert collective["combine"]["between"]["out"]["mean"] == 2 * 400 * 8192
+    assert collective["dispatch"]["between"]["out"]["max"] == 3 * (400 * (8192 + 16) + 4 * 19)
     moving = collective["dispatch"]["seconds"] + collective["combine"]["seconds"]
     assert collective["share"]["forward"] == pytest.approx(moving / (moving + of_ranks["expert_seconds"]))
+
+
+def test_mori_sends_few_tokens_to_every_node():
+    """Its kernel for them (InterNodeV1LL) does, and brings a row back for each."""
+    few = "--model mixtral-8x7b --ranks 4 --per-node 2 --tokens 256".split()
+    (of_ranks,) = planned(*few)["plans"]
+    mori = of_ranks["transports"]["mori"]
+    for what in ("out", "in"):
+        assert mori["dispatch"]["between"][what]["max"] == 256 * (8192 + 16 + 4)
+        assert mori["combine"]["between"][what]["max"] == 256 * 8192
+    # Not where a rank has one expert: the kernel cannot do that.
+    (of_ranks,) = planned(*few, "--experts", "4")["plans"]
+    assert of_ranks["transports"]["mori"]["combine"]["between"]["out"]["max"] < 256 * 8192
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ("--ranks 128", "top_k=8 must be at least the 16 machines with InterNodeV1"),
+        ("--ranks 32 --per-node 16", "ranks=32 must be at most 8 on a machine with MORI"),
+        ("--ranks 6 --per-node 3", "gpus_per_node=3 must be a power of two"),
+        ("--ranks 8 --dtype float16", "dtype='float16' must be one of"),
+    ],
+)
+def test_mori_is_not_planned_where_it_is_refused(argv, text):
+    (of_ranks,) = planned(*argv.split())["plans"]
+    assert of_ranks["transports"]["mori"]["reason"].startswith(text)
+    assert "reason" not in of_ranks["transports"]["two_level"]
 
 
 def test_the_command_plans_a_config_and_measured_routes(tmp_path, capsys):
@@ -259,7 +287,8 @@ def test_the_command_plans_a_config_and_measured_routes(tmp_path, capsys):
         ("--ranks x", "ranks='x' must be"),
         ("--per-node 0", "per_node=0 must be at least 1"),
         ("--tokens 0", "tokens=0 must be at least 1"),
-        ("--between 0", "between=0.0 must be positive"),
+        ("--between 0", "between=0.0 must be positive and finite"),
+        ("--tflops inf", "tflops=inf must be positive and finite"),
         ("--layers 0", "layers=0 must be at least 1"),
         ("--routing nowhere.npy", "routing='nowhere.npy' must be uniform, zipf, or a file of NumPy"),
     ],
@@ -273,3 +302,11 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     np.save(tmp_path / "few.npy", np.arange(7))
     with pytest.raises(ConfigError, match=r"hold integers \[256\] or \[N, 8\], and holds int64\[7\]"):
         scale_plan.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
+
+
+@pytest.mark.parametrize("routes", [np.zeros((0, 2), int), np.full((9, 2), 8), np.zeros(8, int)])
+def test_routes_that_lead_nowhere_are_refused(tmp_path, routes):
+    """No tokens, another model's experts, counts of nothing."""
+    np.save(tmp_path / "of.npy", routes)
+    with pytest.raises(ConfigError, match="must lead to at least one of the 8 experts"):
+        scale_plan.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))

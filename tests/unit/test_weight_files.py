@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
+from jax_moriep import hf_layers
 from jax_moriep.weights import FAMILIES, from_hf, load, moe_layers, to_hf
 
 CHECKPOINTS = by_model("checkpoints")
@@ -106,6 +107,7 @@ def test_layers_compute_what_transformers_blocks_compute(folders, model):
     params = load(folders[model], cfg, mesh=mesh)
     layers = layers_of(model)
     assert moe_layers(folders[model]) == layers
+    assert hf_layers.num_moe_layers(folders[model]) == len(layers)
     assert all(w.shape[0] == len(layers) for w in jax.tree.leaves(params))
 
     @jax.jit
