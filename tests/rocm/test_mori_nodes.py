@@ -42,7 +42,12 @@ def test_two_nodes_of_two():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, ("every_routing:InterNodeV1", "fp8_wire")), (4, ("every_routing", "bfloat16"))]
+    ("ranks", "cases"),
+    [
+        (2, ("every_routing:InterNodeV1", "fp8_wire")),
+        (4, ("every_routing", "bfloat16")),
+        (8, ("bfloat16:InterNodeV1",)),
+    ],
 )
 def test_training_steps(ranks, cases):
     """Values and gradients against an oracle and another transport; "auto" is InterNodeV1LL here."""
