@@ -108,7 +108,7 @@ def launch(
 
     environment = _environment(env, platform, devices_per_process)
     if nodes is None or nodes.count == 1:
-        # Of one machine nobody needs the coordinator's address, and jax ends this process if it is another's.
+        # Of one machine nobody needs the coordinator's address.
         nodes = Nodes(1, 0, "127.0.0.1:1")
     if nodes.count > 1 and not nodes.on_one_machine and environment.get("JAX_PLATFORMS") == "cpu":
         if (why := launch_nodes.why_name_misleads()) is not None:
