@@ -71,7 +71,8 @@ def make_data(case: Case, world: World) -> Data:
         )
         windows = max(1, case.tokens // settings.context) * case.ranks
         # Adam moves every weight as far, so a sum over more of them takes smaller steps.
-        rate = settings.learning_rate * demo_model.ModelConfig.width / max(case.hidden, 128)
+        width = demo_model.ModelConfig.width
+        rate = settings.learning_rate * width / max(width, case.hidden)
         settings = dataclasses.replace(settings, windows=windows, learning_rate=rate)
         model = demo_model.ModelConfig(
             case.experts,
