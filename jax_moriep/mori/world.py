@@ -23,13 +23,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_moriep.errors import LibraryError, TransportError, rule
+from jax_moriep.errors import LibraryError, TransportError
 from jax_moriep.mori import limits, network, wheel
-from jax_moriep.runtime import group, hosts
-from jax_moriep.runtime.settings import timeout_seconds
+from jax_moriep.runtime import group, hosts, settings
 from jax_moriep.runtime.store import DistributedStore, Store
 
-HEAP_VARIABLE = "JAX_MORIEP_MORI_HEAP_MB"
 BACKEND = "mori"
 _UNIQUE_ID_BYTES = 128
 # As MORI's C++ numbers them.
@@ -173,10 +171,10 @@ class _Opener:
             done = self._asked[request] = threading.Event()
             self._jobs.put((self._key(f"handle/{len(self._asked)}"), request, done))
         if wait:
-            if not done.wait(timeout_seconds()):
+            if not done.wait(settings.TIMEOUT.value()):
                 raise TransportError(
-                    f"MORI's handle {request.key} was not made within {timeout_seconds():g} s; does every "
-                    "process run the same program?"
+                    f"MORI's handle {request.key} was not made within {settings.TIMEOUT.value():g} s; does "
+                    "every process run the same program?"
                 )
             group.check_group(self._native, self._name)
         return request.key
@@ -190,7 +188,7 @@ class _Opener:
         """Makes the failed group as it was before its first step; all ranks meet before and after."""
         store = self._store()
         self._generation += 1
-        deadline = time.monotonic() + timeout_seconds()
+        deadline = time.monotonic() + settings.TIMEOUT.value()
         list(self._exchange(store, self._key("anew"), "", deadline))
         group.check(self._native.moriep_mori_reset(self._name.encode(), *group.error_buffer()))
         list(self._exchange(store, self._key("begun"), "", deadline))
@@ -211,7 +209,7 @@ class _Opener:
     def _make(self, key: str, request: Request) -> None:
         group.wait_connected(self._native, self._name)
         store = self._store()
-        deadline = time.monotonic() + timeout_seconds()
+        deadline = time.monotonic() + settings.TIMEOUT.value()
         nodes = request.nodes
         proxy = nodes > 1 and network.by_proxy(os.environ, network.adapters())[0]
         needed = limits.heap_bytes(request.size) + limits.between_bytes(request.size)
@@ -233,7 +231,7 @@ class _Opener:
         if self._heap_used + needed > heap:
             raise TransportError(
                 f"the handle {request.key} needs {needed} bytes of MORI's heap, of whose {heap} bytes "
-                f"{self._heap_used} are in use; set {HEAP_VARIABLE} to at least "
+                f"{self._heap_used} are in use; set {settings.MORI_HEAP_MB.name} to at least "
                 f"{(self._heap_used + needed >> 20) + 1} before the program starts"
             )
         name = self._name.encode()
@@ -277,8 +275,8 @@ class _Opener:
                 yield rank, store.get(f"{key}/{rank}", deadline).decode()
             except TimeoutError as e:
                 raise TransportError(
-                    f"rank {rank} did not come to open MORI within {timeout_seconds():g} s; does every "
-                    "process run the same program? Restart the job"
+                    f"rank {rank} did not come to open MORI within {settings.TIMEOUT.value():g} s; does "
+                    "every process run the same program? Restart the job"
                 ) from e
 
     def _key(self, what: str) -> str:
@@ -315,15 +313,11 @@ def _opener(groups: group.Groups) -> _Opener:
 
 def _heap_size(needed: int, used: int) -> int:
     """The heap of a world whose first handle needs so many bytes beside those in use, in whole MiB."""
-    text = os.environ.get(HEAP_VARIABLE)
-    if text is None:
+    megabytes = settings.MORI_HEAP_MB.value()
+    if megabytes is None:
         wanted = max(_HEAP_LEAST, _HEAP_FACTOR * needed) + used
         return -(-wanted >> 20) << 20
-    if not text.isdecimal() or int(text) < 1:
-        raise TransportError(
-            rule(HEAP_VARIABLE, text, "be a positive whole number of MiB", "unset it or fix it")
-        )
-    return int(text) << 20
+    return megabytes << 20
 
 
 def _numbers(size: limits.HandleSize) -> ctypes.Array[ctypes.c_int64]:

@@ -21,8 +21,7 @@ import jax
 import numpy as np
 
 from jax_moriep.errors import ShardingError, TransportError, rule
-from jax_moriep.runtime import compat, hosts, library, memory, targets, watchdog
-from jax_moriep.runtime.settings import timeout_seconds
+from jax_moriep.runtime import compat, hosts, library, memory, settings, targets, watchdog
 from jax_moriep.runtime.store import DistributedStore, Store
 
 _ERROR_BYTES = 1024
@@ -161,8 +160,9 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False, far: bool 
 
     Raises:
       LibraryError: the native library is missing or does not fit.
-      TransportError: a group could not be opened or connected.
+      TransportError: a group could not be opened or connected, or an environment variable breaks its rule.
     """
+    settings.check()
     targets.register(backend)
     native = loaded(backend)
     with _lock:
@@ -217,7 +217,7 @@ def _open(native: ctypes.CDLL, backend: str, groups: Groups, far: bool) -> None:
             num_ranks,
             ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
             local.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)),
-            timeout_seconds(),
+            settings.TIMEOUT.value(),
             *error_buffer(),
         )
     )
@@ -235,7 +235,7 @@ def _open(native: ctypes.CDLL, backend: str, groups: Groups, far: bool) -> None:
             check(native.moriep_group_address(name, g, int(r), address, *error_buffer()))
             store.put(f"{prefix}/{g}/{r}", json.dumps({"host": host, "address": list(address)}).encode())
     missing = [(g, int(r)) for g in mine for r in np.flatnonzero(~local[g].astype(bool))]
-    deadline = time.monotonic() + timeout_seconds()
+    deadline = time.monotonic() + settings.TIMEOUT.value()
     threading.Thread(
         target=_connect,
         args=(native, groups.name, prefix, store, host, far, missing, deadline),
@@ -290,7 +290,7 @@ def wait_connected(native: ctypes.CDLL, name: str) -> None:
     Raises:
       TransportError: the group has failed, or a rank has not come in time.
     """
-    deadline = time.monotonic() + timeout_seconds()
+    deadline = time.monotonic() + settings.TIMEOUT.value()
     while native.moriep_group_state(name.encode()) != _CONNECTED:
         if native.moriep_group_state(name.encode()) == _FAILED:
             raise TransportError(
@@ -299,8 +299,8 @@ def wait_connected(native: ctypes.CDLL, name: str) -> None:
             )
         if time.monotonic() > deadline:
             raise TransportError(
-                f"group {name} was not connected within {timeout_seconds():g} s; does every process call "
-                "jm.initialize?"
+                f"group {name} was not connected within {settings.TIMEOUT.value():g} s; does every process "
+                "call jm.initialize?"
             )
         time.sleep(0.005)
 

@@ -81,7 +81,7 @@ class Place:
           TransportError: a process does not answer, or the setting is wrong or another there.
         """
         if self.mesh is None or self.platform is None:
-            return nodes.size_of([[""] * self.num_ranks], settings.ranks_per_node())
+            return nodes.size_of([[""] * self.num_ranks], settings.RANKS_PER_NODE.value())
         return nodes.ranks_per_node(group.groups_of(self.mesh, self.axis_name))
 
     @property

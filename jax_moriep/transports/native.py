@@ -137,12 +137,11 @@ def attributes(
 def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
     """See ``transports.Describes``."""
     del shape, dtype
-    if place.platform != "gpu" or place.num_ranks == 1:
-        return None
     try:
-        return delivery.describe(place, cfg)
+        said = delivery.describe(place, cfg)
     except TransportError as error:
         return f"refuses every exchange: {error}"
+    return said if place.platform == "gpu" and place.num_ranks > 1 else None
 
 
 def dispatch(

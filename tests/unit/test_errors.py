@@ -341,7 +341,7 @@ def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
 def test_timeout_variable(monkeypatch, text):
     monkeypatch.setenv("JAX_MORIEP_TIMEOUT", text)
     with pytest.raises(jm.TransportError, match="must be a positive number of seconds"):
-        settings.timeout_seconds()
+        settings.TIMEOUT.value()
 
 
 def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():
