@@ -7,6 +7,7 @@ import jax
 import pytest
 
 import jax_moriep as jm
+from jax_moriep import cli
 from jax_moriep.runtime import settings
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +124,11 @@ def test_lines_for_people():
         "\n  no  JAX_MORIEP_TIMOUT: 7\n      JAX_MORIEP_TIMOUT='7' must have the name of a setting; "
         "unset it, or correct its name"
     )
+
+
+def test_doctor_shows_what_is_in_force(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_MORIEP_TIMEOUT", "7")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "\nsettings\n  ok  JAX_MORIEP_TIMEOUT: 7\n  ok  JAX_MORIEP_WATCHDOG: 1 (default)\n" in text
