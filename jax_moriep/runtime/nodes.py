@@ -14,7 +14,7 @@ import jax
 
 from jax_moriep.errors import TransportError, rule
 from jax_moriep.runtime import hosts, settings
-from jax_moriep.runtime.group import Groups
+from jax_moriep.runtime.mesh import Groups
 
 
 def size_of(machines: Iterable[Sequence[str]], most: int | None) -> int:
