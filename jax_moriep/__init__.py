@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from jax_moriep import interop, weights
+from jax_moriep.balance import update_score_bias
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import (
     CapacityOverflow,
@@ -21,7 +22,7 @@ from jax_moriep.padding import pad_like, unpad_params
 from jax_moriep.params import init_params, pad_params, param_specs
 from jax_moriep.plan import Dispatched, Plan
 from jax_moriep.prepare import prepare_params, quantize_params
-from jax_moriep.routing import ROUTERS, Route, route, update_score_bias
+from jax_moriep.routing import ROUTERS, Route, route
 from jax_moriep.stats import check_stats
 from jax_moriep.tuning_options import Tuning
 from jax_moriep.version import __version__

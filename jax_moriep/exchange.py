@@ -17,10 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_moriep import experts, quant
 from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.operands import check_tokens
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
-from jax_moriep.runtime import compat, group
-from jax_moriep.runtime import order as order_chain
+from jax_moriep.runtime import compat
 from jax_moriep.runtime.derivatives import first_order, reverse_only
+from jax_moriep.runtime.mesh import mesh_in_shard_map, remember_mesh
+from jax_moriep.runtime.order import as_count, chained, forget, of_count
 from jax_moriep.runtime.place import Place
 from jax_moriep.runtime.unbatched import unbatched
 from jax_moriep.transports import IMPLEMENTATIONS, choose, with_experts
@@ -69,11 +71,10 @@ def dispatch(
     """
     link = link_in_shard_map(x, ids, weights, cfg, axis_name)
     x, ids, weights = unbatched(reverse_only((x, ids, weights), "dispatch"), _VMAP_CURE)
-    key = _chain_key(link, x, ids, weights)
-    token = order_chain.last(key)
-    token = order_chain.start() if token is None else token
-    disp, _, token = ordered_dispatch(link, cfg, x, ids, weights, jnp.zeros(0, jnp.int32), token)
-    order_chain.leave(key, token)
+    with chained(_chain_key(link, x, ids, weights)) as chain:
+        disp, _, chain.order = ordered_dispatch(
+            link, cfg, x, ids, weights, jnp.zeros(0, jnp.int32), chain.order
+        )
     return disp
 
 
@@ -112,10 +113,8 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
             )
         )
     rows = unbatched(reverse_only(rows, "combine"), _VMAP_CURE)
-    key = _chain_key(plan.link, rows, *jax.tree.leaves(plan.own))
-    token = order_chain.last(key)
-    y, token = ordered_combine(rows, plan, order_chain.start() if token is None else token)
-    order_chain.leave(key, token)
+    with chained(_chain_key(plan.link, rows, *jax.tree.leaves(plan.own))) as chain:
+        y, chain.order = ordered_combine(rows, plan, chain.order)
     return y
 
 
@@ -126,9 +125,9 @@ def ordered_dispatch(
     ids: jax.Array,
     weights: jax.Array,
     words: jax.Array,
-    token: jax.Array,
+    order: jax.Array,
 ) -> tuple[Dispatched, jax.Array, jax.Array]:
-    """dispatch with the order token in the caller's hands; f32[1] goes in and comes out.
+    """dispatch with the order in the caller's hands; f32[1] goes in and comes out.
 
     Args:
       link: the static side of the exchange.
@@ -137,28 +136,28 @@ def ordered_dispatch(
       ids: i32[T, K].
       weights: floating [T, K].
       words: i32[W], for every rank.
-      token: f32[1].
+      order: f32[1].
 
     Returns:
-      What the experts see, every rank's words i32[R, W], and the order token.
+      What the experts see, every rank's words i32[R, W], and the order.
     """
-    x, ids, weights, token = _varying_over(link.axis_name, x, ids, weights, token)
+    x, ids, weights, order = _varying_over(link.axis_name, x, ids, weights, order)
     # Not over the other operands' axes: what the words say there, all_words says too.
     (words,) = _varying_over(link.axis_name, words)
     with jax.named_scope("moriep.dispatch"):
         packed = cfg.wire_dtype == "fp8" and not link.opened.quantises
-        outputs: Any = _dispatch(link, packed, x, ids, weights.astype(jnp.float32), words, token)
-    rows, row_weights, group_sizes, all_words, plan, token = outputs
-    return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), all_words, token
+        outputs: Any = _dispatch(link, packed, x, ids, weights.astype(jnp.float32), words, order)
+    rows, row_weights, group_sizes, all_words, plan, order = outputs
+    return Dispatched(rows, row_weights, group_sizes, plan, block=link.shape.block), all_words, order
 
 
-def ordered_combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """combine with the order token in the caller's hands; f32[1] goes in and comes out."""
+def ordered_combine(rows: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """combine with the order in the caller's hands; f32[1] goes in and comes out."""
     leaves, tree = jax.tree.flatten(plan.own)
-    rows, token, ids, *leaves = _varying_over(plan.link.axis_name, rows, token, plan.ids, *leaves)
+    rows, order, ids, *leaves = _varying_over(plan.link.axis_name, rows, order, plan.ids, *leaves)
     plan = dataclasses.replace(plan, ids=ids, own=jax.tree.unflatten(tree, leaves))
     with jax.named_scope("moriep.combine"):
-        return _combine(rows, plan, token)
+        return _combine(rows, plan, order)
 
 
 def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, axis_name: str) -> Link:
@@ -213,7 +212,7 @@ def initialize(
         check_type("cfg", cfg, MoEConfig, "pass the layer's config")
     if num_tokens is not None and num_tokens < 0:
         raise ConfigError(rule("num_tokens", num_tokens, "be 0 or more", "pass the tokens of one rank"))
-    order_chain.forget()
+    forget()
     place = Place.of(mesh, ep_axis)
     shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose("auto" if cfg is None else cfg.transport, place)
@@ -223,14 +222,14 @@ def initialize(
         runs_experts = with_experts(transport)
         experts.open_for(cfg, place, None if runs_experts is None else runs_experts.BACKEND)
     # After it has opened: a mesh that was refused must not be found by its shape later.
-    group.remember_mesh(mesh)
+    remember_mesh(mesh)
 
 
 def link_in_shard_map(
     x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, axis_name: str
 ) -> Link:
     """Checks the operands of a dispatch and finds the mesh, the transport and the sizes."""
-    check_tokens(x, cfg)
+    check_tokens(x, cfg, in_rows=True)
     want = (x.shape[0], cfg.top_k)
     for name, array in (("ids", ids), ("weights", weights)):
         if array.shape != want:
@@ -241,17 +240,7 @@ def link_in_shard_map(
         raise ConfigError(rule("ids.dtype", str(ids.dtype), "be int32", "cast them"))
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ConfigError(rule("weights.dtype", str(weights.dtype), "be floating", "cast them to float32"))
-    return make_link(cfg, group.mesh_in_shard_map(axis_name), x.shape[0], x.dtype, axis_name)
-
-
-def check_tokens(x: jax.Array, cfg: MoEConfig) -> None:
-    """Raises ConfigError unless x is [T, hidden_size] of a dtype that rows can have."""
-    if x.ndim != 2 or x.shape[1] != cfg.hidden_size:
-        raise ConfigError(
-            rule("x.shape", x.shape, f"be (T, hidden_size={cfg.hidden_size})", "reshape x to [T, H]")
-        )
-    if str(x.dtype) not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(rule("x.dtype", str(x.dtype), "be float32, bfloat16 or float16", "cast x"))
+    return make_link(cfg, mesh_in_shard_map(axis_name), x.shape[0], x.dtype, axis_name)
 
 
 def _varying_over(axis_name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -264,14 +253,6 @@ def _chain_key(link: Link, *arrays: jax.Array) -> tuple[Any, ...]:
     return (link.axis_name, link.opened.group, axes | {link.axis_name})
 
 
-def _to_order(token: jax.Array) -> jax.Array:
-    return token.astype(jnp.int32)
-
-
-def _to_token(order: jax.Array) -> jax.Array:
-    return order.astype(jnp.float32)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(
     link: Link,
@@ -280,9 +261,9 @@ def _dispatch(
     ids: jax.Array,
     weights: jax.Array,
     words: jax.Array,
-    token: jax.Array,
+    order: jax.Array,
 ) -> Any:
-    return _dispatch_fwd(link, packed, x, ids, weights, words, token)[0]
+    return _dispatch_fwd(link, packed, x, ids, weights, words, order)[0]
 
 
 def _dispatch_fwd(
@@ -292,59 +273,59 @@ def _dispatch_fwd(
     ids: jax.Array,
     weights: jax.Array,
     words: jax.Array,
-    token: jax.Array,
+    order: jax.Array,
 ) -> tuple[Any, Plan]:
     x, weights = first_order((x, weights), "dispatch")
     transport = IMPLEMENTATIONS[link.transport]
     fp8 = quant.format_of(link.architecture)
     wire = quant.pack(x, fp8) if packed else x
-    rows, row_weights, group_sizes, all_words, own, order = transport.dispatch(
-        link, wire, ids, weights, words, _to_order(token)
+    rows, row_weights, group_sizes, all_words, own, count = transport.dispatch(
+        link, wire, ids, weights, words, as_count(order)
     )
     plan = Plan(ids, own, link)
     # Named together and here, so that a checkpoint policy saves all of them or none: rows made again beside
     # a saved plan would be an exchange that nothing orders.
-    rows, row_weights, group_sizes, all_words, plan, order = checkpoint_name(
-        (rows, row_weights, group_sizes, all_words, plan, order), DISPATCH_NAME
+    rows, row_weights, group_sizes, all_words, plan, count = checkpoint_name(
+        (rows, row_weights, group_sizes, all_words, plan, count), DISPATCH_NAME
     )
     if packed:
         rows = quant.unpack(rows, x.shape[1], x.dtype, fp8)
-    return (rows, row_weights, group_sizes, all_words, plan, _to_token(order)), plan
+    return (rows, row_weights, group_sizes, all_words, plan, of_count(count)), plan
 
 
 def _dispatch_bwd(link: Link, packed: bool, plan: Plan, cotangents: Any) -> tuple[Any, ...]:
     del packed  # The gradient passes the quantisation as if it were not there (straight through).
-    d_rows, d_row_weights, _, _, _, d_token = unbatched(cotangents, _VMAP_BACK_CURE)
-    d_x, d_weights, order = IMPLEMENTATIONS[link.transport].combine(
-        link, d_rows, plan.ids, plan.own, _to_order(d_token), row_scalars=d_row_weights
+    d_rows, d_row_weights, _, _, _, d_order = unbatched(cotangents, _VMAP_BACK_CURE)
+    d_x, d_weights, count = IMPLEMENTATIONS[link.transport].combine(
+        link, d_rows, plan.ids, plan.own, as_count(d_order), row_scalars=d_row_weights
     )
-    return d_x, None, d_weights, None, _to_token(order)
+    return d_x, None, d_weights, None, of_count(count)
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _combine_fwd(rows, plan, token)[0]
+def _combine(rows: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _combine_fwd(rows, plan, order)[0]
 
 
-def _combine_fwd(rows: jax.Array, plan: Plan, token: jax.Array) -> tuple[Any, tuple[Plan, jax.Array]]:
+def _combine_fwd(rows: jax.Array, plan: Plan, order: jax.Array) -> tuple[Any, tuple[Plan, jax.Array]]:
     rows = first_order(rows, "combine")
     transport = IMPLEMENTATIONS[plan.link.transport]
-    y, _, order = transport.combine(plan.link, rows, plan.ids, plan.own, _to_order(token))
-    y, order = checkpoint_name((y, order), COMBINE_NAME)
-    return (y, _to_token(order)), (plan, order)
+    y, _, count = transport.combine(plan.link, rows, plan.ids, plan.own, as_count(order))
+    y, count = checkpoint_name((y, count), COMBINE_NAME)
+    return (y, of_count(count)), (plan, count)
 
 
 def _combine_bwd(residuals: tuple[Plan, jax.Array], cotangents: Any) -> tuple[Any, ...]:
     plan, forward = residuals
-    d_y, d_token = unbatched(cotangents, _VMAP_BACK_CURE)
+    d_y, d_order = unbatched(cotangents, _VMAP_BACK_CURE)
     # Where the loss is linear in y, neither cotangent depends on the forward pass. The maximum does, so that
     # no rank begins the way back before it has ended the way there.
-    order = jnp.maximum(_to_order(d_token), forward)
-    d_rows, order = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan.ids, plan.own, order)
-    return d_rows, None, _to_token(order)
+    count = jnp.maximum(as_count(d_order), forward)
+    d_rows, count = IMPLEMENTATIONS[plan.link.transport].replay(plan.link, d_y, plan.ids, plan.own, count)
+    return d_rows, None, of_count(count)
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

@@ -17,6 +17,7 @@ from jax_moriep import exchange, experts, transports
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.plan import Link
 from jax_moriep.runtime import compat
+from jax_moriep.runtime.order import as_count, of_count
 from jax_moriep.runtime.place import Place
 
 
@@ -57,12 +58,12 @@ class Tokens(NamedTuple):
     """i32[W], carried to all ranks."""
     params: MoEParams
     """This rank's experts."""
-    token: jax.Array
-    """The order token, f32[1]."""
+    order: jax.Array
+    """f32[1]."""
 
 
 Results = tuple[jax.Array, jax.Array, jax.Array]
-"""y [T, H], the words of all ranks i32[R, W], and the order token."""
+"""y [T, H], the words of all ranks i32[R, W], and the order."""
 
 
 def run(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
@@ -74,7 +75,7 @@ def run(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
       given: the tokens, where they go, and the experts here.
 
     Returns:
-      y [T, H], the words of all ranks i32[R, W], and the order token.
+      y [T, H], the words of all ranks i32[R, W], and the order.
     """
     if given.params.layout != "plain":
         place = Place(link.platform, link.architecture)
@@ -90,21 +91,21 @@ def _varying(given: Tokens, axis_name: str) -> Tokens:
     axes = frozenset({axis_name})
     coded = experts.without_gradients(given.params)
     # The words are the same along other axes, and so are all ranks' words.
-    others = (given.x, given.ids, given.weights.astype(jnp.float32), coded, given.token)
+    others = (given.x, given.ids, given.weights.astype(jnp.float32), coded, given.order)
     leaves, tree = jax.tree.flatten(others)
     leaves = compat.union_varying(*(compat.pcast_varying(leaf, axes) for leaf in leaves))
-    x, ids, weights, params, token = jax.tree.unflatten(tree, leaves)
-    return Tokens(x, ids, weights, compat.pcast_varying(given.words, axes), params, token)
+    x, ids, weights, params, order = jax.tree.unflatten(tree, leaves)
+    return Tokens(x, ids, weights, compat.pcast_varying(given.words, axes), params, order)
 
 
 def _three_calls(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
-    disp, all_words, token = exchange.ordered_dispatch(
-        link, cfg, given.x, given.ids, given.weights, given.words, given.token
+    disp, all_words, order = exchange.ordered_dispatch(
+        link, cfg, given.x, given.ids, given.weights, given.words, given.order
     )
     with jax.named_scope("moriep.experts"):
         rows = experts.expert_mlp(disp, given.params, cfg)
-    y, token = exchange.ordered_combine(rows, disp.plan, token)
-    return y, all_words, token
+    y, order = exchange.ordered_combine(rows, disp.plan, order)
+    return y, all_words, order
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -115,30 +116,30 @@ def _one_call(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
         given.params, cfg, link, backend=transport.BACKEND, fp8_wire=link.opened.quantises
     )
     with jax.named_scope("moriep.fused"):
-        y, all_words, order = transport.run_experts(
+        y, all_words, count = transport.run_experts(
             link,
             *(given.x, given.ids, given.weights),
             operands=layer.operands,
             attributes=layer.attributes,
             scratch=(layer.code_rows, layer.row_scales, layer.words),
             words=given.words,
-            order=given.token.astype(jnp.int32),
+            order=as_count(given.order),
         )
-    return y, all_words, order.astype(jnp.float32)
+    return y, all_words, of_count(count)
 
 
 def _one_call_fwd(link: Link, cfg: MoEConfig, given: Tokens) -> tuple[Any, Any]:
-    def run(x: jax.Array, weights: jax.Array, token: jax.Array) -> Results:
-        return _three_calls(link, cfg, given._replace(x=x, weights=weights, token=token))
+    def run(x: jax.Array, weights: jax.Array, order: jax.Array) -> Results:
+        return _three_calls(link, cfg, given._replace(x=x, weights=weights, order=order))
 
-    return jax.vjp(run, given.x, given.weights, given.token)
+    return jax.vjp(run, given.x, given.weights, given.order)
 
 
 def _one_call_bwd(link: Link, cfg: MoEConfig, pull: Any, cotangents: Any) -> tuple[Any, ...]:
     del link, cfg
-    d_x, d_weights, d_token = pull(cotangents)
+    d_x, d_weights, d_order = pull(cotangents)
     none: Any = None
-    return (Tokens(d_x, none, d_weights, none, none, d_token),)
+    return (Tokens(d_x, none, d_weights, none, none, d_order),)
 
 
 _one_call.defvjp(_one_call_fwd, _one_call_bwd)

@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_moriep.errors import ShardingError, rule
-from jax_moriep.runtime import compat, group
+from jax_moriep.runtime import compat, order
+from jax_moriep.runtime.mesh import check_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Layout:
 
     @classmethod
     def of(cls, mesh: Any, ep_axis: str, token_axes: Any, tp_axis: str | None) -> Layout:
-        group.check_axis(mesh, ep_axis, "ep_axis")
+        check_axis(mesh, ep_axis, "ep_axis")
         if tp_axis is not None:
-            group.check_axis(mesh, tp_axis, "tp_axis")
+            check_axis(mesh, tp_axis, "tp_axis")
             if tp_axis == ep_axis:
                 raise ShardingError(rule("tp_axis", tp_axis, "differ from ep_axis", "use two mesh axes"))
         spec = token_axes if isinstance(token_axes, PartitionSpec) else None
@@ -41,7 +43,7 @@ class Layout:
         else:
             names = tuple(token_axes)
         for axis in names:
-            group.check_axis(mesh, axis, "token_axes")
+            check_axis(mesh, axis, "token_axes")
         if ep_axis not in names:
             raise ShardingError(
                 rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks")
@@ -79,6 +81,37 @@ class Layout:
 
     def vary_over_tp(self, array: jax.Array) -> jax.Array:
         return array if self.tp_axis is None else compat.pcast_varying(array, frozenset({self.tp_axis}))
+
+    def first_order(self, mesh: Any, router: jax.Array) -> jax.Array:
+        """The order that a chain of layers begins with, one value per device."""
+        size = math.prod(self.mesh_shape[axis] for axis in self.order_axes)
+        first = jnp.broadcast_to(order.start(router), (size,))
+        return jax.sharding.reshard(first, NamedSharding(mesh, self.order_spec)) if self.explicit else first
+
+    def place_tokens(
+        self, mesh: Any, x: jax.Array, token_mask: jax.Array | None, route: Any
+    ) -> tuple[jax.Array, jax.Array | None, Any, PartitionSpec]:
+        """Tokens as the devices can divide them, with what goes beside them, and how they are split.
+
+        Where they cannot be divided as they are, they are flattened to [N, H], and masked ones fill the last
+        shard, so that nothing sees them.
+        """
+        spec, divides = self.spec_of_tokens(x)
+        if not divides:
+            x, token_mask, route = _filled(x, token_mask, route, self.num_shards)
+            spec = PartitionSpec(self.token_axes)
+        if self.explicit:
+            sharding = NamedSharding(mesh, spec)
+            x, token_mask, route = jax.tree.map(
+                lambda a: jax.sharding.reshard(a, sharding), (x, token_mask, route)
+            )
+        return x, token_mask, route, spec
+
+    def as_given(self, y: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+        """y without the tokens that were added, in the leading dimensions that the caller's x has."""
+        if y.shape[:-1] == lead:
+            return y
+        return y[: math.prod(lead)].reshape(*lead, y.shape[-1])
 
     def spec_of_tokens(self, x: jax.Array) -> tuple[PartitionSpec, bool]:
         """How x is split, and whether its sizes allow it."""
@@ -142,3 +175,17 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
         if part is not None:
             axes.extend(part if isinstance(part, tuple) else (part,))
     return tuple(axes)
+
+
+def _filled(
+    x: jax.Array, token_mask: jax.Array | None, route: Any, num_shards: int
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Flattens x to [N, H] and pads N to a multiple of the shards; the added tokens are masked."""
+    count = math.prod(x.shape[:-1])
+    added = -count % num_shards
+    mask = jnp.ones(count, jnp.bool_) if token_mask is None else token_mask.reshape(-1)
+
+    def padded(array: jax.Array) -> jax.Array:
+        return jnp.pad(array.reshape(count, array.shape[-1]), ((0, added), (0, 0)))
+
+    return padded(x), jnp.pad(mask, (0, added)), jax.tree.map(padded, route)

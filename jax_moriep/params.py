@@ -1,4 +1,4 @@
-"""The weights of a layer: making them, their shardings, and padding the experts to the number of ranks."""
+"""The weights of a layer: making them, padding them, and how they lie on a mesh; tensor parallelism."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import schemes
 from jax_moriep.config import LAYOUTS, PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
-from jax_moriep.errors import ConfigError, rule
+from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.layout import Layout, axes_of
 from jax_moriep.plan import experts_per_rank
 
 
@@ -231,3 +234,107 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
                     f"pad them alike, by jm.pad_params(params, {num_ranks})",
                 )
             )
+
+
+def check_split(params: MoEParams, cfg: MoEConfig, tp_axis: str, size: int) -> None:
+    """Raises ShardingError unless the experts can be split over the devices of a tensor-parallel axis."""
+    if params.layout != "plain":
+        cure = "prepare the weights for experts='triton' or 'blocked', or drop tp_axis"
+        raise ShardingError(
+            rule("params.layout", params.layout, f"be 'plain' with tp_axis={tp_axis!r}", cure)
+        )
+    by_block = params.w1_scale is not None and cfg.expert_quant == "fp8_block"
+    unit = size * schemes.BLOCK if by_block else size
+    for name in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
+        value = getattr(cfg, name)
+        whole = size if name.startswith("shared") else unit
+        if value is not None and value % whole:
+            blocks = "" if whole == size else f" times {schemes.BLOCK}, the side of a block of weights,"
+            must = f"be divisible by the {size} devices of tp_axis={tp_axis!r}{blocks}"
+            raise ShardingError(rule(name, value, must.rstrip(","), "change one"))
+
+
+def placed(
+    params: MoEParams, cfg: MoEConfig, layout: Layout, mesh: jax.sharding.Mesh | AbstractMesh
+) -> MoEParams:
+    """The weights as a layer takes them: padded, and on an Explicit mesh sharded by ``param_specs``.
+
+    Raises:
+      ShardingError: on an Explicit mesh weights that need no padding lie otherwise.
+    """
+    padded = pad_params(params, layout.num_ranks)
+    if not layout.explicit:
+        return padded
+    specs = param_specs(cfg, layout.ep_axis, layout.tp_axis, params=params)
+    done: dict[str, Any] = {"layout": params.layout}
+    for name in WEIGHT_NAMES:
+        spec, value = getattr(specs, name), getattr(padded, name)
+        if value is None:
+            done[name] = None
+        elif value is not getattr(params, name):
+            done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
+        else:
+            got = jax.typeof(value).sharding.spec
+            if _trim(got, layout) != _trim(spec, layout):
+                raise ShardingError(
+                    rule(
+                        f"params.{name}.sharding",
+                        got,
+                        f"be {spec}",
+                        "place the weights with jax.device_put or jax.sharding.reshard by jm.param_specs",
+                    )
+                )
+            # Free: they differ by axes of one device at most.
+            done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
+    return MoEParams(**done)
+
+
+def _trim(spec: P, layout: Layout) -> tuple[Any, ...]:
+    """A spec without what says nothing: axes of one device, and trailing Nones."""
+    parts: list[Any] = []
+    for part in spec:
+        split = tuple(axis for axis in axes_of(P(part)) if layout.mesh_shape[axis] > 1)
+        parts.append(split or None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return tuple(parts)
+
+
+def tp_part(params: MoEParams, cfg: MoEConfig, layout: Layout) -> MoEParams:
+    """This tensor-parallel rank's part of the experts: I / tp gates, their ups, their columns of w2.
+
+    Inside shard_map; where there is no tensor-parallel axis, the weights as they are.
+    """
+    axis = layout.tp_axis
+    if axis is None:
+        return params
+    by_block = cfg.expert_quant == "fp8_block"
+    size, index = layout.mesh_shape[axis], lax.axis_index(axis)
+
+    def rows_for_hidden(w: jax.Array) -> jax.Array:
+        """[.., 2*I, H/tp] -> [.., 2*I/tp, H]: trades the split of H for one that keeps gate by up."""
+        inner = w.shape[-2] // 2
+        halves = w.reshape(*w.shape[:-2], 2, inner, w.shape[-1])
+        halves = lax.all_to_all(halves, axis, halves.ndim - 2, halves.ndim - 1, tiled=True)
+        return halves.reshape(*w.shape[:-2], 2 * (inner // size), w.shape[-1] * size)
+
+    def slice_b1(b1: jax.Array) -> jax.Array:
+        inner = b1.shape[-1] // 2
+        halves = b1.reshape(*b1.shape[:-1], 2, inner)
+        part = lax.dynamic_slice_in_dim(halves, index * (inner // size), inner // size, -1)
+        return part.reshape(*b1.shape[:-1], 2 * (inner // size))
+
+    def once(b2: jax.Array) -> jax.Array:
+        return jnp.where(index == 0, b2, 0)  # the ranks' outputs are added, a bias must be in one of them
+
+    def apply(fn: Any, value: Any) -> Any:
+        return None if value is None else fn(value)
+
+    return dataclasses.replace(
+        params,
+        w1=rows_for_hidden(params.w1),
+        b1=apply(slice_b1, params.b1),
+        b2=apply(once, params.b2),
+        w1_scale=apply(rows_for_hidden if by_block else slice_b1, params.w1_scale),
+        shared_w1=apply(rows_for_hidden, params.shared_w1),
+    )

@@ -1,5 +1,6 @@
-"""Routing: which experts a token goes to and with what weight, one function per published formula, and the
-losses that keep the load even. Each formula is that of transformers 5.24.0, forward and gradient.
+"""Routing: which experts a token goes to and with what weight, one function per published formula.
+
+Each formula is that of transformers 5.24.0, forward and gradient.
 
 Every router maps f32 logits [T, E] to ``(ids i32[T, K], weights f32[T, K], scores f32[T, E])``. The ids come
 in falling order of what they were chosen by, and of equal candidates the lower id wins. ``scores`` is what
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.operands import check_array
 
 Routed = tuple[jax.Array, jax.Array, jax.Array]
 Router = Callable[[jax.Array, jax.Array | None, MoEConfig], Routed]
@@ -27,33 +29,18 @@ Router = Callable[[jax.Array, jax.Array | None, MoEConfig], Routed]
 class Route:
     """Where each token goes. The leading dimensions are those of the x that was routed."""
 
-    ids: Any
+    ids: jax.Array
     """i32[..., K], expert ids; -1 means no route."""
-    weights: Any
+    weights: jax.Array
     """f32[..., K], what each chosen expert's result is multiplied by (llama4: what its input is)."""
-    scores: Any
+    scores: jax.Array
     """f32[..., E], the router's scores of all experts, none negative; not yet normalised."""
-    logits: Any
+    logits: jax.Array
     """f32[..., E]"""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterSums:
-    """Sums over some tokens of what the losses average; sums over more tokens are the sums of these."""
-
-    scores: Any
-    """f32[E], of the scores normalised to 1 per token."""
-    z: Any
-    """f32[], of the squared logsumexp of the logits."""
-    entropy: Any
-    """f32[], of the entropy of the normalised scores, in nats."""
-    tokens: Any
-    """f32[], number of real tokens."""
-
-
 @jax.custom_jvp
-def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator``, and 0 where the denominator is 0 or subnormal.
 
     The stock derivative of a quotient squares the denominator, which gives NaN for the tiny sums that a
@@ -63,10 +50,10 @@ def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(small, 0, numerator / jnp.where(small, 1, denominator))
 
 
-@_divide.defjvp
+@divide.defjvp
 def _divide_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    quotient = _divide(*primals)
-    return quotient, _divide(tangents[0] - quotient * tangents[1], primals[1])
+    quotient = divide(*primals)
+    return quotient, divide(tangents[0] - quotient * tangents[1], primals[1])
 
 
 def _top_ids(choice: jax.Array, k: int) -> jax.Array:
@@ -85,7 +72,7 @@ def _sum(chosen: jax.Array) -> jax.Array:
 
 def _weights(chosen: jax.Array, total: jax.Array, cfg: MoEConfig) -> jax.Array:
     """The chosen scores, over ``total`` with ``norm_topk``, times ``routed_scaling``."""
-    shares = _divide(chosen, total) if cfg.norm_topk else chosen
+    shares = divide(chosen, total) if cfg.norm_topk else chosen
     return shares * cfg.routed_scaling
 
 
@@ -240,8 +227,7 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
         or not asked for, or a callable router returned other shapes.
     """
     cure = "pass route(x, params, cfg)"
-    if not (hasattr(x, "dtype") and hasattr(x, "ndim")):
-        raise ConfigError(rule("x", type(x).__name__, "be an array", cure))
+    check_array("x", x, cure)
     check_type("params", params, MoEParams, cure)
     check_type("cfg", cfg, MoEConfig, cure)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -250,6 +236,11 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
         raise ConfigError(
             rule("x.shape", x.shape, f"end with hidden_size={cfg.hidden_size}", "pass [..., hidden_size]")
         )
+    return choose(x, params, cfg)
+
+
+def choose(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
+    """``route`` of tokens that have been checked already."""
     experts = cfg.num_experts
     weight = _expert_slice("router", params.router, True, (cfg.hidden_size, experts))
     router_bias = _expert_slice("router_bias", params.router_bias, cfg.router_bias, (experts,))
@@ -301,14 +292,23 @@ def check_route(route: Any, lead: tuple[int, ...], cfg: MoEConfig) -> None:
     )
     for name, kind, last in wanted:
         array, want = getattr(route, name), (*lead, last)
-        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
-            raise ConfigError(rule(f"route.{name}", type(array).__name__, "be an array", "pass one"))
+        check_array(f"route.{name}", array, "pass one")
         if array.shape != want:
             cure = "make it for this x and this cfg"
             raise ConfigError(rule(f"route.{name}.shape", array.shape, f"be {want}", cure))
         if not jnp.issubdtype(array.dtype, kind):
             must = f"be of kind {kind.__name__}"
             raise ConfigError(rule(f"route.{name}.dtype", str(array.dtype), must, "cast it"))
+
+
+def in_rows(route: Route) -> Route:
+    """A route that a caller gave, of any leading dimensions, as ``choose`` makes it of tokens in rows."""
+
+    def as_rows(array: jax.Array) -> jax.Array:
+        integer = jnp.issubdtype(array.dtype, jnp.integer)
+        return array.reshape(-1, array.shape[-1]).astype(jnp.int32 if integer else jnp.float32)
+
+    return jax.tree.map(as_rows, route)
 
 
 def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> Any:
@@ -331,81 +331,3 @@ def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> 
             )
         )
     return jnp.asarray(array)[..., : shape[-1]].astype(jnp.float32)
-
-
-def router_sums(route: Route, token_mask: jax.Array | None = None) -> RouterSums:
-    """Sums over this rank's tokens what ``losses`` needs; add them over ranks (psum) before that.
-
-    Args:
-      route: as ``route`` returns it.
-      token_mask: bool[...], the leading dimensions of ``route``; False leaves the token out.
-
-    Returns:
-      RouterSums, all f32. Tokens that are left out add exactly 0, even where their logits are NaN.
-    """
-    # Shaped like the logits, not a bare constant, so that inside shard_map it varies over the same axes.
-    real = jnp.ones_like(route.logits[..., 0], dtype=bool) if token_mask is None else token_mask
-    column = real[..., None]
-    axes = tuple(range(real.ndim))
-    scores = jnp.where(column, route.scores, 0)
-    shares = _divide(scores, scores.sum(axis=-1, keepdims=True))
-    logs = jnp.log(jnp.where(shares > 0, shares, 1))
-    z = jax.nn.logsumexp(jnp.where(column, route.logits, 0), axis=-1)
-    return RouterSums(
-        scores=shares.sum(axis=axes),
-        z=jnp.where(real, z * z, 0).sum(),
-        entropy=-(shares * logs).sum(),
-        tokens=real.sum(dtype=jnp.float32),
-    )
-
-
-def losses(
-    sums: RouterSums, expert_counts: jax.Array, cfg: MoEConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The load-balance loss, the router z-loss and the router's entropy.
-
-    * Load balance: ``E * sum_e f_e * p_e`` with f_e the fraction of routes and p_e the mean normalised score
-      of expert e (Fedus et al. 2021, arXiv:2101.03961). It is 1.0 when balanced, for every top_k; the
-      transformers function of that purpose gives K times as much.
-    * z: mean of the squared logsumexp of the logits (Zoph et al. 2022, arXiv:2202.08906).
-    * Entropy: mean over tokens of the entropy of the normalised scores, in nats.
-
-    Args:
-      sums: over all tokens.
-      expert_counts: i32[E], routes per expert over the same tokens, before any drop.
-      cfg: gives E and K.
-
-    Returns:
-      Three f32 scalars, all 0 when there is no token. Gradients flow through ``sums`` only.
-    """
-    tokens = jnp.maximum(sums.tokens, 1)
-    fractions = expert_counts.astype(jnp.float32) / (tokens * cfg.top_k)
-    balance = cfg.num_experts * jnp.sum(fractions * (sums.scores / tokens))
-    return balance, sums.z / tokens, sums.entropy / tokens
-
-
-def update_score_bias(score_bias: jax.Array, expert_counts: jax.Array, rate: float) -> jax.Array:
-    """One step of loss-free balancing: a busy expert's bias falls by ``rate``, an idle one's rises.
-
-    The sign rule of Wang et al. 2024 (arXiv:2408.15664), used by DeepSeek-V3. Call it after the optimizer
-    step, outside of the gradient.
-
-    Args:
-      score_bias: f32[E], or longer where padded; the padding stays as it is.
-      expert_counts: i32[E], of the whole batch (``stats.expert_counts``).
-      rate: step size; DeepSeek-V3 trained with 0.001.
-
-    Returns:
-      The new bias, of score_bias's shape and dtype.
-
-    Raises:
-      ConfigError: the bias is shorter than the counts.
-    """
-    experts = expert_counts.shape[0]
-    if score_bias.shape[0] < experts:
-        raise ConfigError(
-            rule("score_bias.shape", score_bias.shape, f"hold {experts} experts", "pass this layer's bias")
-        )
-    counts = expert_counts.astype(jnp.float32)
-    step = rate * jnp.sign(counts.mean() - counts)
-    return score_bias.at[:experts].add(step.astype(score_bias.dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_moriep import routing
+from jax_moriep import balance, routing
 from jax_moriep.config import MoEConfig, MoEStats, check_type
 from jax_moriep.errors import CapacityOverflow
 from jax_moriep.plan import ExchangeShape, kept_counts
@@ -18,7 +18,7 @@ from jax_moriep.runtime import compat, group
 
 def counted(
     route: routing.Route, token_mask: jax.Array | None, cfg: MoEConfig
-) -> tuple[jax.Array, routing.RouterSums]:
+) -> tuple[jax.Array, balance.RouterSums]:
     """Measures this rank's tokens.
 
     Args:
@@ -32,17 +32,17 @@ def counted(
     ids = route.ids.reshape(-1)
     valid = (ids >= 0) & (ids < cfg.num_experts)
     counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1]
-    return counts.astype(jnp.int32), routing.router_sums(route, token_mask)
+    return counts.astype(jnp.int32), balance.router_sums(route, token_mask)
 
 
-def as_words(counts: jax.Array, sums: routing.RouterSums) -> jax.Array:
+def as_words(counts: jax.Array, sums: balance.RouterSums) -> jax.Array:
     """One rank's measurements as the i32[W] words that its dispatch carries to every rank."""
     return jnp.concatenate([counts, lax.bitcast_convert_type(_flat(sums), jnp.int32)])
 
 
 def collected(
     all_words: jax.Array,
-    sums: routing.RouterSums,
+    sums: balance.RouterSums,
     cfg: MoEConfig,
     shape: ExchangeShape,
     ep_axis: str,
@@ -79,7 +79,7 @@ def collected(
         recv_rows = lax.pmax(recv_rows, other_axes)
         dropped = lax.psum(dropped, other_axes)
         total = lax.psum(total, other_axes)
-    load_balance_loss, z_loss, entropy = routing.losses(total, group_counts, cfg)
+    load_balance_loss, z_loss, entropy = balance.losses(total, group_counts, cfg)
     return MoEStats(
         expert_counts=group_counts,
         recv_rows=recv_rows,
@@ -91,12 +91,12 @@ def collected(
     )
 
 
-def _flat(sums: routing.RouterSums) -> jax.Array:
+def _flat(sums: balance.RouterSums) -> jax.Array:
     """All of a rank's sums in one f32 array, in the order of their tree."""
     return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(sums)])
 
 
-def _unflat(flat: jax.Array, like: routing.RouterSums) -> routing.RouterSums:
+def _unflat(flat: jax.Array, like: balance.RouterSums) -> balance.RouterSums:
     leaves, tree = jax.tree.flatten(like)
     ends = np.cumsum([leaf.size for leaf in leaves])
     parts = jnp.split(flat, ends[:-1].tolist())

@@ -16,7 +16,7 @@ import jax
 
 from jax_moriep.aiter import code_object, wheel
 from jax_moriep.errors import LibraryError
-from jax_moriep.runtime import group, library
+from jax_moriep.runtime import library, native_api
 
 FOLDER = "fmoe/silu"
 LEAST_HIDDEN = 512
@@ -152,7 +152,7 @@ def load(backend: str, kernel: Kernel) -> None:
     for device in jax.local_devices(backend="gpu"):
         ordinal = device.local_hardware_id
         names = (kernel.name.encode(), image, kernel.symbol.encode())
-        group.check(function(ordinal, *names, *group.error_buffer()))
+        native_api.call(function, ordinal, *names)
 
 
 def read(kernel: Kernel) -> bytes:

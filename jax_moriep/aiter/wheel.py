@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import re
 from pathlib import Path
 
 from jax_moriep.errors import LibraryError, rule
+from jax_moriep.runtime import settings
 
 DISTRIBUTION = "amd-aiter"
 VERSION = "0.1.7.post2.dev18"
-FOLDER_VARIABLE = "JAX_MORIEP_AITER_DIR"
 INSTALL = f"run: pip install --no-deps {DISTRIBUTION}=={VERSION}"
 # In the wheel, for the MI300 series.
 CODE = Path("aiter_meta") / "hsa" / "gfx942"
@@ -41,8 +40,8 @@ def find() -> Wheel:
     Raises:
       LibraryError: there is none; the text has the cure.
     """
-    named = os.environ.get(FOLDER_VARIABLE)
-    return _named(Path(named)) if named else _installed()
+    named = settings.AITER_DIR.value()
+    return _installed() if named is None else _named(named)
 
 
 def unavailable_reason() -> str | None:
@@ -59,7 +58,7 @@ def _named(root: Path) -> Wheel:
     folder = root / CODE
     if not folder.is_dir():
         cure = f"name the folder into which a {DISTRIBUTION} wheel was unpacked, or unset the variable"
-        raise LibraryError(rule(FOLDER_VARIABLE, str(root), f"hold the folder {CODE}", cure))
+        raise LibraryError(rule(settings.AITER_DIR.name, str(root), f"hold the folder {CODE}", cure))
     for metadata in root.glob("amd_aiter-*.dist-info/METADATA"):
         if match := re.search(r"^Version: (\S+)$", metadata.read_text(), re.MULTILINE):
             return Wheel(folder, match[1])

@@ -16,7 +16,7 @@ import jax
 from jax_moriep import experts, transports
 from jax_moriep.cli import doctor_mori
 from jax_moriep.errors import LibraryError, TransportError
-from jax_moriep.runtime import compat, library
+from jax_moriep.runtime import compat, library, settings
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import delivery
 from jax_moriep.version import __version__
@@ -60,6 +60,7 @@ def examine() -> dict[str, Any]:
       - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
       - mori: as ``doctor_mori.examine`` says.
+      - settings: our variables, as ``settings.describe`` says.
       - environment: the variables that are set, of ours all, so that one that is not read is seen too.
       - ok: whether "auto" finds a transport and experts on the default platform.
     """
@@ -85,6 +86,7 @@ def examine() -> dict[str, Any]:
         "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
         "mori": doctor_mori.examine(),
+        "settings": settings.describe(),
         "environment": _environment(),
         "ok": default is not None and None not in chosen[default].values(),
     }
@@ -124,6 +126,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append("what the native transport needs of this machine")
     lines += [_line(name, why) for name, why in found["machine"].items()]
     lines += doctor_mori.lines(found["mori"])
+    lines += settings.lines(found["settings"])
     if found["environment"]:
         lines.append("environment")
         lines += [f"  {name}={value}" for name, value in found["environment"].items()]

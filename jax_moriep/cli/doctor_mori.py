@@ -11,6 +11,7 @@ from typing import Any
 
 from jax_moriep.errors import LibraryError, TransportError
 from jax_moriep.mori import compiler, kernels, limits, network, wheel
+from jax_moriep.runtime import settings
 
 _AFFINITY_VARIABLE = "MORI_IGNORE_CPU_AFFINITY"
 
@@ -79,7 +80,7 @@ def _compiler() -> dict[str, str | None]:
 
 
 def _kernels() -> dict[str, Any]:
-    folder = Path(os.environ.get(kernels.GIVEN_VARIABLE) or kernels.cache_folder())
+    folder = settings.MORI_KERNELS.value() or kernels.cache_folder()
     # Those whose name begins with a dot are being made.
     names = sorted(path.parent.name for path in folder.glob("[!.]*/*.hsaco"))
     return {"folder": str(folder), "names": names}

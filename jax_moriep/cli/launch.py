@@ -165,7 +165,7 @@ def _environment(env: Mapping[str, str] | None, platform: str | None, devices: i
     flags = [f for f in merged.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT_FLAG)]
     if not any(f.startswith(_COLLECTIVE_TIMEOUT_FLAG) for f in flags):
         # Left alone, jax's collectives between CPUs wait far longer for a rank that does not come.
-        flags.append(f"{_COLLECTIVE_TIMEOUT_FLAG}={math.ceil(settings.timeout_seconds(merged))}")
+        flags.append(f"{_COLLECTIVE_TIMEOUT_FLAG}={math.ceil(settings.TIMEOUT.value(merged))}")
     merged["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT_FLAG}={devices}"])
     return merged
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jax_moriep import layer
+from jax_moriep.balance import update_score_bias
 from jax_moriep.config import LAYOUTS, QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.flax import shared
-from jax_moriep.routing import update_score_bias
 
 # The collection of quantised experts, by their layout, so that it is never forgotten.
 _QUANTISED = {layout: "quantised" if layout == "plain" else f"quantised_{layout}" for layout in LAYOUTS}

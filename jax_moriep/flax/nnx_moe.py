@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_moriep import layer
+from jax_moriep.balance import update_score_bias
 from jax_moriep.config import QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.flax import shared
-from jax_moriep.routing import update_score_bias
 
 
 class ScoreBias(nnx.Variable):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_moriep import params as parameters
 from jax_moriep.config import WEIGHT_NAMES, MoEConfig, MoEParams
 from jax_moriep.errors import ShardingError
-from jax_moriep.runtime import group
+from jax_moriep.runtime.mesh import check_axis
 
 
 def init_padded(
@@ -82,9 +82,9 @@ def _checked_mesh(mesh: Any, ep_axis: str, tp_axis: str | None) -> Any:
         raise ShardingError(
             "mesh=None must find a mesh in context; pass mesh=, or make the module under jax.set_mesh(mesh)"
         )
-    group.check_axis(mesh, ep_axis, "ep_axis")
+    check_axis(mesh, ep_axis, "ep_axis")
     if tp_axis is not None:
-        group.check_axis(mesh, tp_axis, "tp_axis")
+        check_axis(mesh, tp_axis, "tp_axis")
     return mesh
 
 

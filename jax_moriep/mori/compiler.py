@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_moriep.errors import LibraryError
+from jax_moriep.runtime import settings
 
-ROCM_VARIABLE = "JAX_MORIEP_ROCM_PATH"
 # The oldest clang that MORI's kernels were seen to compile with.
 OLDEST_CLANG = 19
 _NEWEST_CLANG = 30
 _INSTALL = (
-    f"install ROCm's hipcc, name a ROCm installation in {ROCM_VARIABLE}, or give compiled kernels in "
-    "JAX_MORIEP_MORI_KERNELS"
+    f"install ROCm's hipcc, name a ROCm installation in {settings.ROCM_PATH.name}, or give compiled "
+    f"kernels in {settings.MORI_KERNELS.name}"
 )
 # A builtin of newer clangs. Where it is missing, the older builtin fences for the whole system, which is the
 # widest scope and so right for every use.
@@ -82,7 +82,7 @@ def find() -> Compiler:
     Raises:
       LibraryError: there is none; the text says where was looked, and the cure.
     """
-    named = os.environ.get(ROCM_VARIABLE)
+    named = settings.ROCM_PATH.value()
     roots = [named] if named else [os.environ.get("ROCM_PATH") or "/opt/rocm", "/opt/rocm"]
     installations = [Path(root) for root in dict.fromkeys(roots)]
     for root in installations:

@@ -27,9 +27,8 @@ from pathlib import Path
 from jax_moriep.errors import LibraryError, rule
 from jax_moriep.mori import compiler, network
 from jax_moriep.mori.wheel import VERSION, Wheel
+from jax_moriep.runtime import settings
 
-CACHE_VARIABLE = "JAX_MORIEP_CACHE_DIR"
-GIVEN_VARIABLE = "JAX_MORIEP_MORI_KERNELS"
 SOURCE = Path(__file__).with_name("kernels.hip")
 _HEADER = Path(__file__).with_name("relay.h")
 
@@ -106,9 +105,9 @@ class Unit:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept: ``mori`` in ``JAX_MORIEP_CACHE_DIR`` or in the user's cache folder."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named) / "mori"
+    named = settings.CACHE_DIR.value()
+    if named is not None:
+        return named / "mori"
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches) if caches else Path.home() / ".cache") / "jax_moriep" / "mori"
 
@@ -133,9 +132,9 @@ def obtain(
     """
     # A warning, because it is shown without any settings: who waits for a minute wants to know for what.
     say = progress or logging.getLogger(__name__).warning
-    given = os.environ.get(GIVEN_VARIABLE)
-    if given:
-        return [_given(Path(given), unit, arch) for unit in units]
+    given = settings.MORI_KERNELS.value()
+    if given is not None:
+        return [_given(given, unit, arch) for unit in units]
     chosen = compiler.find()
     with ThreadPoolExecutor(max(1, len(units))) as pool:
         return list(pool.map(lambda unit: _compiled(wheel, chosen, arch, unit, say), units))
@@ -148,10 +147,17 @@ def _given(root: Path, unit: Unit, arch: str) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise LibraryError(
-            rule(GIVEN_VARIABLE, str(root), f"hold one folder {label}-*, and holds {names}", _GIVEN_CURE)
+            rule(
+                settings.MORI_KERNELS.name,
+                str(root),
+                f"hold one folder {label}-*, and holds {names}",
+                _GIVEN_CURE,
+            )
         )
     if why := _defect(found[0], unit):
-        raise LibraryError(rule(GIVEN_VARIABLE, str(root), f"hold good kernels, but {why}", _GIVEN_CURE))
+        raise LibraryError(
+            rule(settings.MORI_KERNELS.name, str(root), f"hold good kernels, but {why}", _GIVEN_CURE)
+        )
     return found[0]
 
 
@@ -214,8 +220,8 @@ def _compiled(
                 shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise LibraryError(
-            f"MORI's kernels cannot be kept in {root} ({error}); set {CACHE_VARIABLE} to a folder that can "
-            f"be written, or give compiled kernels in {GIVEN_VARIABLE}"
+            f"MORI's kernels cannot be kept in {root} ({error}); set {settings.CACHE_DIR.name} to a folder "
+            f"that can be written, or give compiled kernels in {settings.MORI_KERNELS.name}"
         ) from error
     return folder
 

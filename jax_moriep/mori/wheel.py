@@ -12,15 +12,14 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 from pathlib import Path
 
 from jax_moriep.errors import LibraryError, rule
+from jax_moriep.runtime import settings
 
 DISTRIBUTION = "amd-mori"
 VERSION = "1.2.4"
-FOLDER_VARIABLE = "JAX_MORIEP_MORI_DIR"
 INSTALL = f"run: pip install {DISTRIBUTION}=={VERSION}"
 # In the order in which each finds the symbols it needs in those before it.
 LIBRARIES = ("application", "shmem", "cco", "ops")
@@ -86,8 +85,8 @@ def find() -> Wheel:
     Raises:
       LibraryError: there is none, it has another version, or a part is missing; the text has the cure.
     """
-    named = os.environ.get(FOLDER_VARIABLE)
-    wheel = _named(Path(named)) if named else _installed()
+    named = settings.MORI_DIR.value()
+    wheel = _installed() if named is None else _named(named)
     if wheel.version != VERSION:
         raise LibraryError(
             f"amd-mori {wheel.version} at {wheel.folder} must be version {VERSION}, whose C++ classes this "
@@ -117,7 +116,7 @@ def _named(folder: Path) -> Wheel:
         folder = folder / "mori"
     if not (folder / "_jit-sources").is_dir():
         cure = f"name the folder mori of an unpacked {DISTRIBUTION} wheel, or unset the variable"
-        raise LibraryError(rule(FOLDER_VARIABLE, str(folder), "hold the folder _jit-sources", cure))
+        raise LibraryError(rule(settings.MORI_DIR.name, str(folder), "hold the folder _jit-sources", cure))
     for metadata in folder.parent.glob("amd_mori-*.dist-info/METADATA"):
         if match := re.search(r"^Version: (\S+)$", metadata.read_text(), re.MULTILINE):
             return Wheel(folder.resolve(), match[1])

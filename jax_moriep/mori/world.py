@@ -23,13 +23,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_moriep.errors import LibraryError, TransportError, rule
+from jax_moriep.errors import LibraryError, TransportError
 from jax_moriep.mori import limits, network, wheel
-from jax_moriep.runtime import group, hosts
-from jax_moriep.runtime.settings import timeout_seconds
+from jax_moriep.runtime import group, hosts, native_api, settings
+from jax_moriep.runtime.mesh import Groups
 from jax_moriep.runtime.store import DistributedStore, Store
 
-HEAP_VARIABLE = "JAX_MORIEP_MORI_HEAP_MB"
 BACKEND = "mori"
 _UNIQUE_ID_BYTES = 128
 # As MORI's C++ numbers them.
@@ -69,7 +68,7 @@ class Request:
         )
 
 
-def open_group(groups: group.Groups, *, again: bool = False) -> None:
+def open_group(groups: Groups, *, again: bool = False) -> None:
     """Opens the part of a group that needs no shape; does nothing for one that is open.
 
     Args:
@@ -84,15 +83,15 @@ def open_group(groups: group.Groups, *, again: bool = False) -> None:
     limits.check_environment(os.environ)
     native = library()
     opener = _opener(groups)
-    if again and group.has_failed(native, groups.name) and opener.has_world:
+    if again and native_api.has_failed(native, groups.name) and opener.has_world:
         opener.begin_anew()
     else:
-        if again and group.has_failed(native, groups.name):
+        if again and native_api.has_failed(native, groups.name):
             opener.forget()
         group.open_groups(groups, BACKEND, again=again, far=True)
 
 
-def open_handle(groups: group.Groups, request: Request, *, wait: bool = False) -> str:
+def open_handle(groups: Groups, request: Request, *, wait: bool = False) -> str:
     """Has a handle made in the background, once for each shape and config.
 
     Args:
@@ -118,7 +117,7 @@ def library() -> ctypes.CDLL:
     """
     found = wheel.find()
     wheel.load(found)
-    native = group.loaded(BACKEND)
+    native = native_api.loaded(BACKEND)
     i64, i32, text = ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     bytes_of = ctypes.POINTER(ctypes.c_uint8)
     for name, result, arguments in (
@@ -144,7 +143,7 @@ def library() -> ctypes.CDLL:
 class _Opener:
     """Opens what one group of this process asks for."""
 
-    def __init__(self, groups: group.Groups) -> None:
+    def __init__(self, groups: Groups) -> None:
         me = jax.process_index()
         places = [
             (int(g), int(r)) for g, r in np.ndindex(groups.devices.shape) if _process(groups, g, r) == me
@@ -173,12 +172,12 @@ class _Opener:
             done = self._asked[request] = threading.Event()
             self._jobs.put((self._key(f"handle/{len(self._asked)}"), request, done))
         if wait:
-            if not done.wait(timeout_seconds()):
+            if not done.wait(settings.TIMEOUT.value()):
                 raise TransportError(
-                    f"MORI's handle {request.key} was not made within {timeout_seconds():g} s; does every "
-                    "process run the same program?"
+                    f"MORI's handle {request.key} was not made within {settings.TIMEOUT.value():g} s; does "
+                    "every process run the same program?"
                 )
-            group.check_group(self._native, self._name)
+            native_api.check_group(self._native, self._name)
         return request.key
 
     def forget(self) -> None:
@@ -190,9 +189,9 @@ class _Opener:
         """Makes the failed group as it was before its first step; all ranks meet before and after."""
         store = self._store()
         self._generation += 1
-        deadline = time.monotonic() + timeout_seconds()
+        deadline = time.monotonic() + settings.TIMEOUT.value()
         list(self._exchange(store, self._key("anew"), "", deadline))
-        group.check(self._native.moriep_mori_reset(self._name.encode(), *group.error_buffer()))
+        native_api.call(self._native.moriep_mori_reset, self._name.encode())
         list(self._exchange(store, self._key("begun"), "", deadline))
         self._asked.clear()
 
@@ -211,7 +210,7 @@ class _Opener:
     def _make(self, key: str, request: Request) -> None:
         group.wait_connected(self._native, self._name)
         store = self._store()
-        deadline = time.monotonic() + timeout_seconds()
+        deadline = time.monotonic() + settings.TIMEOUT.value()
         nodes = request.nodes
         proxy = nodes > 1 and network.by_proxy(os.environ, network.adapters())[0]
         needed = limits.heap_bytes(request.size) + limits.between_bytes(request.size)
@@ -233,7 +232,7 @@ class _Opener:
         if self._heap_used + needed > heap:
             raise TransportError(
                 f"the handle {request.key} needs {needed} bytes of MORI's heap, of whose {heap} bytes "
-                f"{self._heap_used} are in use; set {HEAP_VARIABLE} to at least "
+                f"{self._heap_used} are in use; set {settings.MORI_HEAP_MB.name} to at least "
                 f"{(self._heap_used + needed >> 20) + 1} before the program starts"
             )
         name = self._name.encode()
@@ -241,11 +240,9 @@ class _Opener:
             self._open_world(store, heap, deadline, nodes, proxy)
         for folder in request.kernels:
             for path in sorted(folder.glob("*.hsaco")):
-                group.check(self._native.moriep_mori_load_kernels(str(path).encode(), *group.error_buffer()))
-        group.check(
-            self._native.moriep_mori_open_handle(
-                name, request.key.encode(), _numbers(request.size), *group.error_buffer()
-            )
+                native_api.call(self._native.moriep_mori_load_kernels, str(path).encode())
+        native_api.call(
+            self._native.moriep_mori_open_handle, name, request.key.encode(), _numbers(request.size)
         )
         self._handles.add(request.key)
         self._heap_used += needed
@@ -254,16 +251,14 @@ class _Opener:
         key = self._key("unique-id")
         id_bytes = (ctypes.c_uint8 * _UNIQUE_ID_BYTES)()
         if self._rank == 0:
-            group.check(self._native.moriep_mori_unique_id(id_bytes, *group.error_buffer()))
+            native_api.call(self._native.moriep_mori_unique_id, id_bytes)
             store.put(key, bytes(id_bytes))
         else:
             id_bytes[:] = store.get(key, deadline)
         # What MORI takes for machines must be what we do.
         node = hashlib.sha256(hosts.identity().encode()).hexdigest()[:16] if nodes > 1 else ""
-        group.check(
-            self._native.moriep_mori_open_world(
-                self._name.encode(), heap, id_bytes, node.encode(), proxy, *group.error_buffer()
-            )
+        native_api.call(
+            self._native.moriep_mori_open_world, self._name.encode(), heap, id_bytes, node.encode(), proxy
         )
         self._heap = heap
 
@@ -277,8 +272,8 @@ class _Opener:
                 yield rank, store.get(f"{key}/{rank}", deadline).decode()
             except TimeoutError as e:
                 raise TransportError(
-                    f"rank {rank} did not come to open MORI within {timeout_seconds():g} s; does every "
-                    "process run the same program? Restart the job"
+                    f"rank {rank} did not come to open MORI within {settings.TIMEOUT.value():g} s; does "
+                    "every process run the same program? Restart the job"
                 ) from e
 
     def _key(self, what: str) -> str:
@@ -298,7 +293,7 @@ class _Alone:
         raise TimeoutError(key)
 
 
-def _process(groups: group.Groups, g: int, r: int) -> int:
+def _process(groups: Groups, g: int, r: int) -> int:
     return groups.devices[g, r].process_index
 
 
@@ -306,7 +301,7 @@ _openers: dict[str, _Opener] = {}
 _lock = threading.Lock()
 
 
-def _opener(groups: group.Groups) -> _Opener:
+def _opener(groups: Groups) -> _Opener:
     with _lock:
         if groups.name not in _openers:
             _openers[groups.name] = _Opener(groups)
@@ -315,15 +310,11 @@ def _opener(groups: group.Groups) -> _Opener:
 
 def _heap_size(needed: int, used: int) -> int:
     """The heap of a world whose first handle needs so many bytes beside those in use, in whole MiB."""
-    text = os.environ.get(HEAP_VARIABLE)
-    if text is None:
+    megabytes = settings.MORI_HEAP_MB.value()
+    if megabytes is None:
         wanted = max(_HEAP_LEAST, _HEAP_FACTOR * needed) + used
         return -(-wanted >> 20) << 20
-    if not text.isdecimal() or int(text) < 1:
-        raise TransportError(
-            rule(HEAP_VARIABLE, text, "be a positive whole number of MiB", "unset it or fix it")
-        )
-    return int(text) << 20
+    return megabytes << 20
 
 
 def _numbers(size: limits.HandleSize) -> ctypes.Array[ctypes.c_int64]:

@@ -11,10 +11,9 @@ from pathlib import Path
 import jax
 
 from jax_moriep.errors import TransportError
-from jax_moriep.runtime.settings import RANKS_PER_NODE_VARIABLE, timeout_seconds
+from jax_moriep.runtime import settings
 from jax_moriep.runtime.store import DistributedStore, Store
 
-NODE_VARIABLE = "JAX_MORIEP_NODE"
 _HOST, _LIMIT = "host", "ranks_per_node"
 
 
@@ -24,7 +23,7 @@ def identity() -> str:
     ``JAX_MORIEP_NODE`` names the machine instead: processes with one name are on one machine, and those with
     different names have no memory in common, wherever they run.
     """
-    if named := os.environ.get(NODE_VARIABLE):
+    if named := settings.NODE.value():
         return f"named/{named}"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -80,18 +79,18 @@ def _of_process(index: int) -> str:
 def _told(what: str, index: int) -> str:
     store = _announced_store()
     try:
-        return store.get(f"jax_moriep/{what}/{index}", time.monotonic() + timeout_seconds()).decode()
+        return store.get(f"jax_moriep/{what}/{index}", time.monotonic() + settings.TIMEOUT.value()).decode()
     except TimeoutError as e:
         raise TransportError(
-            f"process {index} did not say within {timeout_seconds():g} s which machine it runs on; does "
-            "every process trace the same program?"
+            f"process {index} did not say within {settings.TIMEOUT.value():g} s which machine it runs on; "
+            "does every process trace the same program?"
         ) from e
 
 
 @functools.cache
 def _announced_store() -> Store:
     store = DistributedStore()
-    told = {_HOST: identity(), _LIMIT: os.environ.get(RANKS_PER_NODE_VARIABLE, "unset")}
+    told = {_HOST: identity(), _LIMIT: settings.RANKS_PER_NODE.text() or "unset"}
     for what, value in told.items():
         store.put(f"jax_moriep/{what}/{jax.process_index()}", value.encode())
     return store

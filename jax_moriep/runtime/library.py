@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 from jax_moriep.errors import LibraryError
-from jax_moriep.runtime import compat
+from jax_moriep.runtime import compat, settings
 
 BACKENDS = ("cpu", "cuda", "rocm", "mori")
 _BUILD_HINT = (
@@ -39,8 +38,7 @@ def backend_of(platform: str) -> str | None:
 
 def folder() -> Path:
     """The folder that is searched: ``JAX_MORIEP_LIB_DIR``, or ``lib`` in the installed package."""
-    override = os.environ.get("JAX_MORIEP_LIB_DIR")
-    return Path(override) if override else Path(__file__).resolve().parent.parent / "lib"
+    return settings.LIB_DIR.value() or Path(__file__).resolve().parent.parent / "lib"
 
 
 def _hint(backend: str) -> str:

@@ -34,7 +34,7 @@ def keep_freed() -> bool:
     Raises:
       TransportError: ``JAX_MORIEP_KEEP_MEMORY`` is neither 0 nor 1.
     """
-    if not settings.keep_memory() or _set_by_user():
+    if not settings.KEEP_MEMORY.value() or _set_by_user():
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

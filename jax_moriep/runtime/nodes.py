@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterable, Sequence
 
 import jax
 
 from jax_moriep.errors import TransportError, rule
 from jax_moriep.runtime import hosts, settings
-from jax_moriep.runtime.group import Groups
+from jax_moriep.runtime.mesh import Groups
 
 
 def size_of(machines: Iterable[Sequence[str]], most: int | None) -> int:
@@ -39,19 +38,19 @@ def ranks_per_node(groups: Groups) -> int:
     processes = [[d.process_index for d in ranks] for ranks in groups.devices]
     _check_equal(frozenset(itertools.chain(*processes)))
     machine = hosts.of_processes(itertools.chain(*processes))
-    return size_of([[machine[p] for p in ranks] for ranks in processes], settings.ranks_per_node())
+    return size_of([[machine[p] for p in ranks] for ranks in processes], settings.RANKS_PER_NODE.value())
 
 
 def _check_equal(processes: frozenset[int]) -> None:
     """Raises TransportError unless all processes have the same setting: they would run different programs."""
     if processes == {jax.process_index()}:
         return
-    mine = os.environ.get(settings.RANKS_PER_NODE_VARIABLE, "unset")
+    mine = settings.RANKS_PER_NODE.text() or "unset"
     for process in sorted(processes):
         if (theirs := hosts.limit_of(process)) != mine:
             raise TransportError(
                 rule(
-                    settings.RANKS_PER_NODE_VARIABLE,
+                    settings.RANKS_PER_NODE.name,
                     f"{mine} in process {jax.process_index()} and {theirs} in process {process}",
                     "be the same in all processes",
                     "set it for the whole job, or unset it",

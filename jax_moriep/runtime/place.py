@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jax_moriep.runtime import compat, group, hosts, library, nodes, settings
+from jax_moriep.runtime import compat, hosts, library, nodes, settings
+from jax_moriep.runtime.mesh import check_axis, groups_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Place:
         Raises:
           ShardingError: the mesh has no such axis.
         """
-        group.check_axis(mesh, axis_name, "ep_axis")
+        check_axis(mesh, axis_name, "ep_axis")
         num_ranks = mesh.shape[axis_name]
         if isinstance(mesh, jax.sharding.AbstractMesh):
             return cls(None, num_ranks=num_ranks, mesh=mesh, axis_name=axis_name)
@@ -61,7 +62,7 @@ class Place:
         """
         if self.mesh is None or self.platform is None:
             return ((0,) * self.num_ranks,)
-        devices = group.groups_of(self.mesh, self.axis_name).devices
+        devices = groups_of(self.mesh, self.axis_name).devices
         return tuple(hosts.numbers(d.process_index for d in row) for row in devices)
 
     @functools.cached_property
@@ -81,8 +82,8 @@ class Place:
           TransportError: a process does not answer, or the setting is wrong or another there.
         """
         if self.mesh is None or self.platform is None:
-            return nodes.size_of([[""] * self.num_ranks], settings.ranks_per_node())
-        return nodes.ranks_per_node(group.groups_of(self.mesh, self.axis_name))
+            return nodes.size_of([[""] * self.num_ranks], settings.RANKS_PER_NODE.value())
+        return nodes.ranks_per_node(groups_of(self.mesh, self.axis_name))
 
     @property
     def devices_per_process(self) -> int:

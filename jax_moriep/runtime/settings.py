@@ -1,86 +1,253 @@
-"""The environment variables that steer the runtime, validated where they are read."""
+"""The environment variables that steer the package: names, defaults, meanings and rules, all here.
+
+Each is read where it is needed, and when: a variable that is set after the import counts. ``jax-moriep
+doctor`` shows what is in force, and ``docs/settings.md`` is compared with this list by a test.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from jax_moriep.errors import TransportError, rule
 
-RANKS_PER_NODE_VARIABLE = "JAX_MORIEP_RANKS_PER_NODE"
+Value = TypeVar("Value")
+_PREFIX = "JAX_MORIEP_"
 
 
-def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
-    """How long a rank waits for another: ``JAX_MORIEP_TIMEOUT`` seconds, 300 by default.
+@dataclasses.dataclass(frozen=True)
+class Setting(Generic[Value]):
+    """An environment variable.
 
-    Args:
-      environment: where the variable is looked up.
-
-    Raises:
-      TransportError: the variable is no positive number.
+    Attributes:
+      name: of the variable.
+      default: what holds where it is unset, for people.
+      meaning: what it does, for people.
+      must: what a value must be, as an error text goes on after "must be".
+      parse: makes a value of a text; None where the text breaks the rule.
+      unset: the value where the variable is unset.
+      empty_is_unset: an empty text counts as unset.
     """
-    text = environment.get("JAX_MORIEP_TIMEOUT", "300")
+
+    name: str
+    default: str
+    meaning: str
+    must: str
+    parse: Callable[[str], Value | None]
+    unset: Value
+    empty_is_unset: bool = False
+
+    def text(self, environment: Mapping[str, str] = os.environ) -> str | None:
+        """What is written in the variable; None where it is unset."""
+        written = environment.get(self.name)
+        return None if self.empty_is_unset and not written else written
+
+    def value(self, environment: Mapping[str, str] = os.environ) -> Value:
+        """The value in force.
+
+        Args:
+          environment: where the variable is looked up.
+
+        Raises:
+          TransportError: what is written breaks the rule.
+        """
+        written = self.text(environment)
+        if written is None:
+            return self.unset
+        value = self.parse(written)
+        if value is None:
+            raise TransportError(rule(self.name, written, f"be {self.must}", "unset it or fix it"))
+        return value
+
+
+def _seconds(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise TransportError(
-            rule("JAX_MORIEP_TIMEOUT", text, "be a positive number of seconds", "unset it or fix it")
-        )
-    return value
+        return None
+    return value if 0 < value < math.inf else None
 
 
-def ranks_per_node() -> int | None:
-    """The most ranks that form a node of transport="two_level": ``JAX_MORIEP_RANKS_PER_NODE``.
+def _whole_number(most: float = math.inf) -> Callable[[str], int | None]:
+    return lambda text: int(text) if text.isdecimal() and 1 <= int(text) <= most else None
+
+
+def _switch(text: str) -> bool | None:
+    return {"0": False, "1": True}.get(text)
+
+
+def _one_of(*names: str) -> Callable[[str], str | None]:
+    return lambda text: text if text in names else None
+
+
+def _folder(name: str, default: str, meaning: str) -> Setting[Path | None]:
+    """What must lie in a folder is checked, and said, where it is looked for."""
+    return Setting(name, default, meaning, "a folder", Path, None, empty_is_unset=True)
+
+
+TIMEOUT: Setting[float] = Setting(
+    "JAX_MORIEP_TIMEOUT",
+    "300",
+    "seconds that a rank waits for another one before that is an error",
+    "a positive number of seconds",
+    _seconds,
+    300.0,
+)
+WATCHDOG: Setting[bool] = Setting(
+    "JAX_MORIEP_WATCHDOG",
+    "1",
+    "1: a process that still waits beside a failed exchange is ended after the timeout; 0: it waits",
+    "0 or 1",
+    _switch,
+    True,
+)
+KEEP_MEMORY: Setting[bool] = Setting(
+    "JAX_MORIEP_KEEP_MEMORY",
+    "1",
+    "1: on CPUs the process keeps large buffers that it frees; 0: they go back to the system",
+    "0 or 1",
+    _switch,
+    True,
+)
+NATIVE_DISPATCH: Setting[str | None] = Setting(
+    "JAX_MORIEP_NATIVE_DISPATCH",
+    "by the GPU's architecture",
+    "pull or put: who moves the tokens of native's dispatch between GPUs; `jm.Tuning` goes before it",
+    "pull or put",
+    _one_of("pull", "put"),
+    None,
+)
+ARENA_MB: Setting[int] = Setting(
+    "JAX_MORIEP_ARENA_MB",
+    "1024",
+    "MiB of device memory for a GPU rank's arena; the same in all processes",
+    "a whole number of MiB from 1 to 1048576",
+    _whole_number(2**20),
+    1024,
+)
+"""C++ reads it (``csrc/gpu/c_api.cc``), and has the same rule."""
+RANKS_PER_NODE: Setting[int | None] = Setting(
+    "JAX_MORIEP_RANKS_PER_NODE",
+    "as many as a machine has",
+    "the most ranks that form a node of two_level; the same in all processes",
+    "a whole number of at least 1",
+    _whole_number(),
+    None,
+)
+NODE: Setting[str | None] = Setting(
+    "JAX_MORIEP_NODE",
+    "the kernel's boot id and the PID namespace",
+    "name of the machine that the process is on: processes with one name share memory, others do not",
+    "a name",
+    str,
+    None,
+    empty_is_unset=True,
+)
+LIB_DIR = _folder(
+    "JAX_MORIEP_LIB_DIR", "`lib` in the installed package", "folder that holds the native libraries"
+)
+CACHE_DIR = _folder(
+    "JAX_MORIEP_CACHE_DIR",
+    "`jax_moriep` in `XDG_CACHE_HOME` or in `~/.cache`",
+    "folder where compiled kernels are kept (MORI's in `mori`)",
+)
+TUNING = _folder(
+    "JAX_MORIEP_TUNING",
+    "the shipped table",
+    "file that `jax-moriep tune` wrote: tiles of the Pallas kernels that go before the shipped ones",
+)
+MORI_DIR = _folder("JAX_MORIEP_MORI_DIR", "the installed wheel", "folder `mori` of an unpacked amd-mori")
+MORI_KERNELS = _folder(
+    "JAX_MORIEP_MORI_KERNELS",
+    "they are compiled",
+    "folder with compiled kernels of MORI's, from another machine's cache; no compiler is needed then",
+)
+MORI_HEAP_MB: Setting[int | None] = Setting(
+    "JAX_MORIEP_MORI_HEAP_MB",
+    "twice the first layer's need",
+    "MiB of MORI's symmetric heap, fixed when the group opens",
+    "a positive whole number of MiB",
+    _whole_number(),
+    None,
+)
+ROCM_PATH = _folder(
+    "JAX_MORIEP_ROCM_PATH",
+    "`ROCM_PATH`, then `/opt/rocm`",
+    "the ROCm installation whose compiler compiles MORI's kernels",
+)
+AITER_DIR = _folder(
+    "JAX_MORIEP_AITER_DIR", "the installed wheel", "folder that an amd-aiter wheel was unpacked into"
+)
+
+ALL: tuple[Setting[Any], ...] = (
+    TIMEOUT,
+    WATCHDOG,
+    KEEP_MEMORY,
+    NATIVE_DISPATCH,
+    ARENA_MB,
+    RANKS_PER_NODE,
+    NODE,
+    LIB_DIR,
+    CACHE_DIR,
+    TUNING,
+    MORI_DIR,
+    MORI_KERNELS,
+    MORI_HEAP_MB,
+    ROCM_PATH,
+    AITER_DIR,
+)
+
+
+def check() -> None:
+    """Checks all settings of this process, also those that nothing here reads before a step fails.
+
+    Raises:
+      TransportError: what is written in one breaks its rule.
+    """
+    for setting in ALL:
+        setting.value()
+
+
+def describe(environment: Mapping[str, str] = os.environ) -> dict[str, dict[str, str | None]]:
+    """What is in force, JSON-able, by the variables' names.
 
     Returns:
-      The number; None, which is the default, for as many as a machine has.
-
-    Raises:
-      TransportError: the variable is no whole number of at least 1.
+      For each setting ``value`` (what is written, or else the default), ``from`` ("environment" or
+      "default"), ``meaning``, and ``error``: None, or the rule that the value breaks, with the cure. A
+      variable that begins as ours do and that nothing reads is an error too.
     """
-    text = os.environ.get(RANKS_PER_NODE_VARIABLE)
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        cure = "unset it or fix it"
-        raise TransportError(rule(RANKS_PER_NODE_VARIABLE, text, "be a whole number of at least 1", cure))
-    return int(text)
+    told: dict[str, dict[str, str | None]] = {}
+    for setting in ALL:
+        written = setting.text(environment)
+        error = None
+        try:
+            setting.value(environment)
+        except TransportError as e:
+            error = str(e)
+        told[setting.name] = {
+            "value": setting.default if written is None else written,
+            "from": "default" if written is None else "environment",
+            "meaning": setting.meaning,
+            "error": error,
+        }
+    for name in sorted(environment):
+        if name.startswith(_PREFIX) and name not in told:
+            must, cure = "have the name of a setting", "unset it, or correct its name"
+            error = rule(name, environment[name], must, cure)
+            told[name] = {"value": environment[name], "from": "environment", "meaning": None, "error": error}
+    return told
 
 
-def watchdog_enabled() -> bool:
-    """Whether a process that waits for ever beside a failed exchange ends: ``JAX_MORIEP_WATCHDOG``, 1 or 0.
-
-    Raises:
-      TransportError: the variable is neither.
-    """
-    return _switch("JAX_MORIEP_WATCHDOG")
-
-
-def keep_memory() -> bool:
-    """Whether a process on CPUs keeps large buffers that it frees: ``JAX_MORIEP_KEEP_MEMORY``, 1 or 0.
-
-    Raises:
-      TransportError: the variable is neither.
-    """
-    return _switch("JAX_MORIEP_KEEP_MEMORY")
-
-
-def native_dispatch() -> str | None:
-    """How native dispatches between GPUs: ``JAX_MORIEP_NATIVE_DISPATCH``, pull or put; None where unset.
-
-    Raises:
-      TransportError: the variable is neither.
-    """
-    text = os.environ.get("JAX_MORIEP_NATIVE_DISPATCH")
-    if text not in (None, "pull", "put"):
-        raise TransportError(rule("JAX_MORIEP_NATIVE_DISPATCH", text, "be pull or put", "unset it or fix it"))
-    return text
-
-
-def _switch(name: str) -> bool:
-    text = os.environ.get(name, "1")
-    if text not in ("0", "1"):
-        raise TransportError(rule(name, text, "be 0 or 1", "unset it or fix it"))
-    return text == "1"
+def lines(described: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """What ``describe`` gave, for people."""
+    said = ["settings"]
+    for name, state in described.items():
+        mark = " (default)" if state["from"] == "default" else ""
+        said.append(f"  {'ok' if state['error'] is None else 'no'}  {name}: {state['value']}{mark}")
+        if state["error"] is not None:
+            said.append(f"      {state['error']}")
+    return said

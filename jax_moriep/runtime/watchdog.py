@@ -103,7 +103,7 @@ def watch(name: str, platform: str, trouble: Callable[[], str | None]) -> None:
       platform: of its devices, as jax names it.
       trouble: what has happened to the group that lets a program wait for ever, or None.
     """
-    if not settings.watchdog_enabled():
+    if not settings.WATCHDOG.value():
         return
     with _lock:
         first = not _watched
@@ -126,7 +126,7 @@ def _run() -> None:
                 running.pop(name, None)
             elif name not in running or not running[name].goes_on():
                 running[name] = _Running.now(group.platform)
-            elif time.monotonic() - running[name].since > settings.timeout_seconds():
+            elif time.monotonic() - running[name].since > settings.TIMEOUT.value():
                 _end(text)
 
 
@@ -136,7 +136,7 @@ def _is_unready(array: Any) -> bool:
 
 def _end(text: str) -> None:
     print(  # noqa: T201 - the process ends here, and has nobody to raise to
-        f"jax_moriep: {text}; a program of this process still waits {settings.timeout_seconds():g} s later, "
+        f"jax_moriep: {text}; a program of this process still waits {settings.TIMEOUT.value():g} s later, "
         "in an operation outside the exchange, such as a collective of jax's own that a missing rank does "
         "not join; ending the process (JAX_MORIEP_WATCHDOG=0 would let it wait)",
         file=sys.stderr,

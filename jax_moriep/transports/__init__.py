@@ -170,7 +170,7 @@ def choose(name: str, place: Place) -> str:
                 return candidate
             if candidate == "two_level":
                 # A wrong setting is no reason to take what is slower, beside processes with a right one.
-                settings.ranks_per_node()
+                settings.RANKS_PER_NODE.value()
             # Of several that need the library, the first is the best of them.
             if place.backend is not None and why == library.why_broken(place.backend) and why not in broken:
                 broken.add(why)

@@ -26,15 +26,16 @@ def choose(place: Place, cfg: MoEConfig | None) -> tuple[str, str]:
     """("pull" or "put", why) for the exchanges of a layer at a place.
 
     Raises:
-      TransportError: ``JAX_MORIEP_NATIVE_DISPATCH`` has no such value.
+      TransportError: ``JAX_MORIEP_NATIVE_DISPATCH`` has no such value; also where something else decides.
     """
+    named = settings.NATIVE_DISPATCH.value()
     if place.platform == "cpu":
         return "pull", "ranks on CPUs share memory"
     tuning = None if cfg is None else cfg.tuning
     if tuning is not None and tuning.native_dispatch != "auto":
         return tuning.native_dispatch, "named by cfg.tuning"
-    if (named := settings.native_dispatch()) is not None:
-        return named, "named by JAX_MORIEP_NATIVE_DISPATCH"
+    if named is not None:
+        return named, f"named by {settings.NATIVE_DISPATCH.name}"
     unknown = ("pull", f"nothing has been measured on {place.architecture or 'this architecture'}")
     return _BY_ARCHITECTURE.get(place.architecture, unknown)
 

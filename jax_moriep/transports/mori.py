@@ -19,7 +19,8 @@ from jax_moriep.config import MoEConfig
 from jax_moriep.errors import MoriepError
 from jax_moriep.mori import kernels, limits, network, tuning, wheel, world
 from jax_moriep.plan import ExchangeShape, Link, Opened
-from jax_moriep.runtime import compat, group, targets
+from jax_moriep.runtime import compat, targets
+from jax_moriep.runtime.mesh import abstract_name, groups_of
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports.arrivals import Arrivals
 
@@ -78,9 +79,9 @@ def open(  # noqa: A001 - the contract's name
     """
     groups = None
     if place.platform is None:
-        name = group.abstract_name(place.mesh, place.axis_name)
+        name = abstract_name(place.mesh, place.axis_name)
     else:
-        groups = group.groups_of(place.mesh, place.axis_name)
+        groups = groups_of(place.mesh, place.axis_name)
         name = groups.name
         world.open_group(groups, again=again)
     if cfg is None or shape is None:

@@ -18,6 +18,7 @@ from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, LibraryError, TransportError, rule
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import compat, group, library, targets
+from jax_moriep.runtime.mesh import abstract_name, groups_of
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import delivery
 
@@ -94,10 +95,10 @@ def open(  # noqa: A001 - the contract's name
 def open_groups(place: Place, num_ranks: int, *, again: bool) -> str:
     """Opens a group for each run of so many ranks along the axis, a divisor of R; gives the table's name."""
     if place.platform is None:
-        name = group.abstract_name(place.mesh, place.axis_name)
+        name = abstract_name(place.mesh, place.axis_name)
         return name if num_ranks == place.num_ranks else f"{name}-{num_ranks}"
     assert place.backend is not None
-    groups = group.groups_of(place.mesh, place.axis_name).split(num_ranks)
+    groups = groups_of(place.mesh, place.axis_name).split(num_ranks)
     group.open_groups(groups, place.backend, again=again)
     return groups.name
 
@@ -137,12 +138,11 @@ def attributes(
 def describe(place: Place, cfg: MoEConfig, shape: ExchangeShape, dtype: str) -> str | None:
     """See ``transports.Describes``."""
     del shape, dtype
-    if place.platform != "gpu" or place.num_ranks == 1:
-        return None
     try:
-        return delivery.describe(place, cfg)
+        said = delivery.describe(place, cfg)
     except TransportError as error:
         return f"refuses every exchange: {error}"
+    return said if place.platform == "gpu" and place.num_ranks > 1 else None
 
 
 def dispatch(

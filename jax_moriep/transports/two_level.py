@@ -44,7 +44,7 @@ class Own(NamedTuple):
 def unavailable_reason(place: Place) -> str | None:
     """See ``transports.Transport.unavailable_reason``."""
     try:
-        settings.ranks_per_node()
+        settings.RANKS_PER_NODE.value()
     except TransportError as e:
         return str(e)
     return native.unavailable_on_a_machine(place)

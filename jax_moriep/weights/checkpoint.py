@@ -17,7 +17,7 @@ from jax_moriep import hf_config
 from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.runtime import compat
-from jax_moriep.runtime.group import check_axis
+from jax_moriep.runtime.mesh import check_axis
 from jax_moriep.weights.block import Block
 from jax_moriep.weights.families import FAMILIES, Family, check_config, family_of
 from jax_moriep.weights.files import Checkpoint, Tensor

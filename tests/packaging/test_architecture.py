@@ -16,14 +16,16 @@ LAYERS = [
     ["errors", "version"],
     ["tuning_options", "hf_config"],
     ["config"],
-    ["plan", "quant"],
+    ["plan", "quant", "operands"],
     ["schemes"],
     ["runtime"],
     ["mori", "aiter"],
     ["transports"],
     ["exchange", "experts", "routing"],
+    ["balance"],
     ["fused"],
-    ["layout", "resize", "padding", "params", "stats", "weights", "explain"],
+    ["layout"],
+    ["resize", "padding", "params", "stats", "weights", "explain"],
     ["layer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -18,7 +18,7 @@ from jax_moriep import experts, fused
 from jax_moriep.aiter import code_object, kernels, layout, wheel
 from jax_moriep.errors import ConfigError, LibraryError, ShardingError, TransportError
 from jax_moriep.experts import ExpertSpec, ExpertWeights, aiter
-from jax_moriep.runtime import compat, targets
+from jax_moriep.runtime import compat, settings, targets
 from jax_moriep.runtime.place import Place
 from tests.unit.test_mori_wheel import make_wheel
 
@@ -58,7 +58,7 @@ def unpacked(tmp_path, monkeypatch):
     info = tmp_path / "amd_aiter-0.2.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: amd-aiter\nVersion: 0.2.0\n")
-    monkeypatch.setenv(wheel.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(settings.AITER_DIR.name, str(tmp_path))
     return tmp_path
 
 
@@ -68,10 +68,10 @@ def test_a_named_folder(unpacked):
 
 
 def test_no_wheel(monkeypatch, tmp_path):
-    monkeypatch.delenv(wheel.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(settings.AITER_DIR.name, raising=False)
     with pytest.raises(LibraryError, match=f"amd-aiter is not installed; .*amd-aiter=={wheel.VERSION}"):
         wheel.find()
-    monkeypatch.setenv(wheel.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(settings.AITER_DIR.name, str(tmp_path))
     with pytest.raises(LibraryError, match="JAX_MORIEP_AITER_DIR=.* must hold the folder aiter_meta"):
         wheel.find()
 
@@ -194,7 +194,7 @@ def test_what_is_missing_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
     assert "libmoriep_rocm.so" in aiter.unavailable_reason(MI300, make_cfg())
     monkeypatch.setattr(targets, "register_aiter", lambda backend: None)
-    monkeypatch.delenv(wheel.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(settings.AITER_DIR.name, raising=False)
     assert "amd-aiter is not installed" in aiter.unavailable_reason(MI300, None)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep import transports
-from jax_moriep.runtime import compat, group, library, settings
+from jax_moriep.runtime import compat, group, library, native_api, settings
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import native
 
@@ -328,10 +328,10 @@ def test_library_of_another_api_version(tmp_path):
 
 def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
     """The cause is told at once, not a timeout after JAX_MORIEP_TIMEOUT seconds."""
-    native = group.loaded("cpu")
+    native = native_api.loaded("cpu")
     ids = (ctypes.c_int64 * 2)(0, 2048)
     local = (ctypes.c_uint8 * 2)(1, 0)  # rank 1 lives in another process
-    assert native.moriep_group_open(b"halves", 1, 2, ids, local, 60.0, *group.error_buffer()) == 0
+    native_api.call(native.moriep_group_open, b"halves", 1, 2, ids, local, 60.0)
     native.moriep_group_connect_failed(b"halves", 0, b"rank 1: it runs on another machine")
     with pytest.raises(jm.TransportError, match="halves has failed: rank 1: it runs on another machine"):
         group.wait_connected(native, "halves")
@@ -341,7 +341,7 @@ def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
 def test_timeout_variable(monkeypatch, text):
     monkeypatch.setenv("JAX_MORIEP_TIMEOUT", text)
     with pytest.raises(jm.TransportError, match="must be a positive number of seconds"):
-        settings.timeout_seconds()
+        settings.TIMEOUT.value()
 
 
 def test_a_mesh_whose_devices_cannot_be_seen_is_checked_at_run_time():

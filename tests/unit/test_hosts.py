@@ -5,14 +5,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_moriep.runtime import hosts
+from jax_moriep.runtime import hosts, settings
 
 
 def test_a_named_machine(monkeypatch):
-    monkeypatch.delenv(hosts.NODE_VARIABLE, raising=False)
+    monkeypatch.delenv(settings.NODE.name, raising=False)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert hosts.identity().startswith(boot)
-    monkeypatch.setenv(hosts.NODE_VARIABLE, "b")
+    monkeypatch.setenv(settings.NODE.name, "b")
     assert hosts.identity() == "named/b"
 
 

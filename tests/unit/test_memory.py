@@ -67,7 +67,7 @@ def test_large_buffers_are_used_again(env, kept):
 def test_a_switch_that_says_nothing(monkeypatch):
     monkeypatch.setenv("JAX_MORIEP_KEEP_MEMORY", "yes")
     with pytest.raises(TransportError, match="JAX_MORIEP_KEEP_MEMORY='yes' must be 0 or 1; unset it"):
-        settings.keep_memory()
+        settings.KEEP_MEMORY.value()
 
 
 def test_another_c_library(monkeypatch):

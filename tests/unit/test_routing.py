@@ -9,17 +9,10 @@ import pytest
 from goldens import NAMES, Golden
 from jax.test_util import check_grads
 
+from jax_moriep.balance import losses, router_sums, update_score_bias
 from jax_moriep.config import GROUPED_ROUTERS, ROUTER_NAMES, SCORE_BIAS_ROUTERS, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError
-from jax_moriep.routing import (
-    ROUTERS,
-    Route,
-    _keep_best_groups,
-    losses,
-    route,
-    router_sums,
-    update_score_bias,
-)
+from jax_moriep.routing import ROUTERS, Route, _keep_best_groups, route
 
 E, K, H, T = 12, 3, 16, 20
 

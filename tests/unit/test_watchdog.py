@@ -96,4 +96,4 @@ def test_it_opens_no_devices_that_jax_has_given_up():
 def test_its_switch_is_checked(monkeypatch):
     monkeypatch.setenv("JAX_MORIEP_WATCHDOG", "off")
     with pytest.raises(TransportError, match="JAX_MORIEP_WATCHDOG='off' must be 0 or 1; unset it"):
-        settings.watchdog_enabled()
+        settings.WATCHDOG.value()

@@ -1,4 +1,4 @@
-// What Python calls by ctypes (jax_moriep/runtime/group.py): opening and connecting groups. No XLA
+// What Python calls by ctypes (jax_moriep/runtime/native_api.py): opening and connecting groups. No XLA
 // here.
 #pragma once
 

@@ -11,19 +11,18 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts.triton.launch import Tile
+from jax_moriep.runtime import settings
 
 KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
 FORWARD = KERNELS[:2]
 CLASSES = ("few", "some", "many")
 """Rows of an expert: below 64, below 256, more."""
-VARIABLE = "JAX_MORIEP_TUNING"
 HOPPER = "NVIDIA H100 80GB HBM3"
 _HOPPER_KINDS = ("NVIDIA H", "NVIDIA GH")
 """How the kinds of NVIDIA's GPUs of that chip begin: the same shared memory, and the same multiprocessors."""
@@ -107,21 +106,26 @@ def table() -> Table:
     Raises:
       ConfigError: the file cannot be read or holds no such table.
     """
-    path = os.environ.get(VARIABLE)
-    return {**shipped(), **_read(path)} if path else shipped()
+    path = settings.TUNING.value()
+    return shipped() if path is None else {**shipped(), **_read(path)}
 
 
 @functools.cache
-def _read(path: str) -> Table:
+def _read(path: Path) -> Table:
     try:
-        devices = json.loads(Path(path).read_text())["devices"]
+        devices = json.loads(path.read_text())["devices"]
         for kernels in devices.values():
             for kernel in KERNELS:
                 for name in CLASSES:
                     Tile(**kernels[kernel][name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            rule(VARIABLE, path, f"name a file that `jax-moriep tune` wrote ({error!r})", "run it again")
+            rule(
+                settings.TUNING.name,
+                str(path),
+                f"name a file that `jax-moriep tune` wrote ({error!r})",
+                "run it again",
+            )
         ) from error
     return devices
 
