@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import cases, load, report, runner, scale_plan
+from jax_moriep.bench.kinds import plan
+from jax_moriep.bench.problem import cases
+from jax_moriep.bench.run import load, runner
+from jax_moriep.bench.show import report
 from jax_moriep.cli import bench_host
 from jax_moriep.config import SCHEMES
 from jax_moriep.errors import ConfigError, rule
@@ -63,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
         description="Computes what each transport would move over which link for a model on many ranks, what "
         "it would hold, and how long it takes at least; nothing is run.",
     )
-    scale_plan.add_arguments(of_plan)
+    plan.add_arguments(of_plan)
 
     of_kernels = kinds.add_parser(
         "kernels",
@@ -95,7 +98,9 @@ def _names(text: str) -> list[str]:
 
 def _run_kernels(args: argparse.Namespace) -> int:
     # Imported here, because it needs Pallas, which takes its time to import.
-    from jax_moriep.bench import grouped, kernels, quantised, shares
+    from jax_moriep.bench.against import grouped
+    from jax_moriep.bench.kinds import kernels, quantised
+    from jax_moriep.bench.problem import shares
 
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
     say = functools.partial(print, flush=True)
@@ -141,8 +146,8 @@ def _run_load(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_plan(args: argparse.Namespace, command: str) -> int:
-    planned = scale_plan.of_arguments(args)
-    print(scale_plan.as_text(planned))
+    planned = plan.of_arguments(args)
+    print(plan.as_text(planned))
     if args.json is not None:
         args.json.write_text(json.dumps({"command": command, **planned}, indent=1) + "\n")
     return 0

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from jax_moriep.bench import host, host_report
+from jax_moriep.bench.run import host
+from jax_moriep.bench.show import host_report
 from jax_moriep.errors import ConfigError, rule
 
 

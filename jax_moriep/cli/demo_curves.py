@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import figures, runner
+from jax_moriep.bench.run import runner
+from jax_moriep.bench.show import figures
 from jax_moriep.cli.demo_report import Results, smoothed
 
 FORMAT = "jax-moriep demo 1"

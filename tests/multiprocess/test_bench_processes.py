@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_moriep
-from jax_moriep.bench import patterns, traffic
+from jax_moriep.bench.problem import patterns, traffic
 
 SIZES = "--ranks 4 --processes 2 --tokens 16 --hidden 32 --intermediate 16 --experts 6 --top-k 2".split()
 SMALL = [*SIZES, "--iters", "3", "--warmup", "1"]
@@ -155,7 +155,7 @@ def test_a_whole_host(tmp_path):
     # A case ends its processes, and new ones go on behind it.
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "from jax_moriep.bench import link\n"
+        "from jax_moriep.bench.kinds import link\n"
         "def calls(case, world, data):\n"
         "    os._exit(3)\n"
         "link.calls = calls\n"

@@ -13,22 +13,14 @@ import pytest
 import schemes_oracle
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench import (
-    cases,
-    decode,
-    decode_oracle,
-    formula,
-    memory,
-    oracle,
-    patterns,
-    picture,
-    report,
-    runner,
-    traffic,
-)
-from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import Call, Check, interleave, percentile, slowest
-from jax_moriep.bench.world import Barrier, World
+from jax_moriep.bench.kinds import decode
+from jax_moriep.bench.measure import memory
+from jax_moriep.bench.measure.turns import Call, Check, interleave, percentile, slowest
+from jax_moriep.bench.problem import cases, decode_oracle, formula, oracle, patterns, traffic
+from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.world import Barrier, World
+from jax_moriep.bench.run import runner
+from jax_moriep.bench.show import picture, report
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, MoriepError
 from jax_moriep.plan import ExchangeShape
@@ -248,7 +240,7 @@ def run_here(case, tmp_path):
     """Runs a case on devices of this process; gives what the runner would join."""
     Barrier.create(tmp_path / "barrier", 1)
     world = World(case.ranks, tmp_path / "barrier")
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
     calls = kind.calls(case, world, kind.make_data(case, world))
     spans, checks = interleave(calls, case.iters, case.warmup, world.barrier)
     return calls, spans, checks
@@ -443,7 +435,7 @@ def test_a_wrong_gradient_is_noticed(tmp_path, monkeypatch):
 
 def result_of(case, *, slow=1.0, error=0.0):
     """A result as the runner gives it, with made-up times of 1, 2, ... milliseconds."""
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
     names = [*case.compare, *(["memcpy"] if case.kind == "exchange" else [])]
     calls = []
     for operation in kind.OPERATIONS:

@@ -14,23 +14,14 @@ import test_bench
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench import (
-    compiled,
-    devices,
-    formula,
-    host,
-    host_report,
-    layer_oracle,
-    oracle,
-    report,
-    runner,
-    timing,
-    train,
-    worker,
-)
-from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import Call, interleave
-from jax_moriep.bench.world import AXIS, Barrier, World
+from jax_moriep.bench.kinds import train
+from jax_moriep.bench.measure import compiled
+from jax_moriep.bench.measure.turns import Call, interleave
+from jax_moriep.bench.problem import formula, layer_oracle, oracle
+from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.world import AXIS, Barrier, World
+from jax_moriep.bench.run import devices, host, runner, worker
+from jax_moriep.bench.show import host_report, report
 from jax_moriep.errors import ConfigError
 from jax_moriep.transports import collective
 
@@ -46,7 +37,7 @@ def world_of(ranks, tmp_path):
 
 
 def calls_of(case, world):
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
     return kind.calls(case, world, kind.make_data(case, world))
 
 
@@ -386,7 +377,7 @@ def made_up(*, errors=(), wrong=(), failed=(), on=GPUS):
     for ranks in (on.count, 1):
         entries = []
         for case in host.cases_of(ranks, options, on):
-            kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+            kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
             calls = [
                 {"name": name, "operation": operation, "p50": seconds, "p90": seconds, "seconds": [seconds]}
                 for operation in case.operations or kind.OPERATIONS

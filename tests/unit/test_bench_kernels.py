@@ -9,19 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moriep.bench import (
-    grouped,
-    grouped_torch,
-    kernels,
-    kernels_picture,
-    kernels_result,
-    products,
-    programs,
-    quantised,
-    shares,
-    timing,
-)
-from jax_moriep.bench.timing import repeated
+from jax_moriep.bench.against import grouped, torch_mlp
+from jax_moriep.bench.kinds import kernels, kernels_result, products, quantised
+from jax_moriep.bench.measure import programs
+from jax_moriep.bench.measure.turns import repeated
+from jax_moriep.bench.problem import shares
+from jax_moriep.bench.show import kernels_picture
 from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
 
@@ -382,7 +375,7 @@ def test_arguments(changed, text):
 
 @pytest.mark.skipif(NO_TORCH, reason="torch is not installed")
 def test_release_needs_no_gpu():
-    grouped_torch.release()
+    torch_mlp.release()
 
 
 @pytest.mark.parametrize(
