@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.bench.kinds import plan, plan_bytes
-from jax_moriep.bench.problem import destinations, shares
+from jax_moriep.bench.kinds import plan_arguments, plan_bytes
+from jax_moriep.bench.problem import destinations, models, routing, shares
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 from jax_moriep.plan import ExchangeShape
@@ -193,7 +193,7 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
         ("qwen3-30b-a3b", 8, "-ep8"),
         ("mixtral-8x7b", 1, ""),
     ):
-        cfg, share = plan.MODELS[name].cfg, shares.SHARES[f"{name}{of}"]
+        cfg, share = models.MODELS[name].cfg, shares.SHARES[f"{name}{of}"]
         assert (cfg.num_experts // ranks, cfg.hidden_size, cfg.intermediate_size) == (
             share.experts,
             share.hidden,
@@ -203,15 +203,15 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
 
 def planned(*argv):
     parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    return plan.of_arguments(parser.parse_args(list(argv)))
+    plan_arguments.add_arguments(parser)
+    return plan_arguments.of_arguments(parser.parse_args(list(argv)))
 
 
 def test_a_plan_by_hand():
     """Mixtral on four ranks, a node of two each: every number in its own words."""
     argv = "--model mixtral-8x7b --ranks 4 --per-node 2 --tokens 400 --inside 100 --between 10 --tflops 500"
     (of_ranks,) = planned(*argv.split())["plans"]
-    cfg = plan.MODELS["mixtral-8x7b"].cfg
+    cfg = models.MODELS["mixtral-8x7b"].cfg
     assert of_ranks["capacity"] == ExchangeShape.of(cfg, 4, 400).capacity
     assert of_ranks["weight_bytes"] == 32 * 2 * (2 * 3 * 4096 * 14336 + 8 * 4096)
     assert of_ranks["expert_seconds"] == pytest.approx(800 * 6 * 4096 * 14336 / 500e12)
@@ -302,7 +302,7 @@ def test_wrong_arguments_are_refused(argv, text):
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     np.save(tmp_path / "few.npy", np.arange(7))
     with pytest.raises(ConfigError, match=r"hold integers \[256\] or \[N, 8\], and holds int64\[7\]"):
-        plan.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
+        routing.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
 
 
 @pytest.mark.parametrize("routes", [np.zeros((0, 2), int), np.full((9, 2), 8), np.zeros(8, int)])
@@ -310,4 +310,4 @@ def test_routes_that_lead_nowhere_are_refused(tmp_path, routes):
     """No tokens, another model's experts, counts of nothing."""
     np.save(tmp_path / "of.npy", routes)
     with pytest.raises(ConfigError, match="must lead to at least one of the 8 experts"):
-        plan.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))
+        routing.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))

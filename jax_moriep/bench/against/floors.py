@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,57 +12,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jax_moriep.bench.measure import compiled
-from jax_moriep.bench.measure.turns import Call, Check
-from jax_moriep.bench.problem.cases import DENSE_COPY, Case
+from jax_moriep.bench.measure.calls import Entry, local_call
+from jax_moriep.bench.measure.turns import Call
+from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.names import DENSE_COPY
 from jax_moriep.bench.problem.traffic import Traffic
 from jax_moriep.bench.problem.world import AXIS, World
 
 _ALIGNMENT = 256
-
-
-def local_call(
-    name: str,
-    operation: str,
-    case: Case,
-    world: World,
-    fn: Callable[..., Any],
-    shapes: tuple[Any, ...],
-    operands: Callable[[], tuple[Any, ...]],
-    check: Callable[[Any], list[Check]] | None = None,
-    others: tuple[compiled.Program, ...] = (),
-    alone: bool = False,
-) -> Call:
-    """A call of a function of one rank's part, as often in one program as the case says.
-
-    Args:
-      name: of the implementation.
-      operation: what it does.
-      case: the case.
-      world: the world.
-      fn: see ``compiled.local``.
-      shapes: of the operands; the operands themselves will do.
-      operands: gives them.
-      check: of what ``fn`` gives over the mesh; None if nothing is to be checked.
-      others: programs that the operands need.
-      alone: see ``compiled.Program``.
-    """
-    many = compiled.local(fn, world.mesh, shapes, AXIS, case.repeats, alone)
-    if case.repeats == 1 or check is None:
-        made = (many,)
-        once = None
-    else:
-        made = (many, compiled.local(fn, world.mesh, shapes, AXIS))
-        once = functools.partial(lambda program: program(*operands()), made[1])
-    return Call(
-        name,
-        operation,
-        lambda: many(*operands()),
-        check or (lambda result: []),
-        case.repeats,
-        once,
-        (*others, *made),
-    )
 
 
 def of_exchange(name: str, operation: str, case: Case, world: World, moved: Traffic) -> Call:
@@ -107,7 +63,7 @@ def _all_to_all(operation: str, times: int, case: Case, world: World, moved: Tra
         return jnp.zeros((case.ranks**2, part), jnp.uint8)
 
     placed = functools.cache(lambda: (world.make(make, P(AXIS)),))
-    return local_call("nccl", operation, case, world, exchange, (jax.eval_shape(make),), placed)
+    return local_call(Entry("nccl", operation, case, world), exchange, (jax.eval_shape(make),), placed)
 
 
 def _copy(operation: str, times: int, case: Case, world: World) -> Call:
@@ -119,7 +75,7 @@ def _copy(operation: str, times: int, case: Case, world: World) -> Call:
 
     placed = functools.cache(lambda: world.make(make, P(AXIS)))
     copy = functools.partial(_passes, times)
-    return local_call("copy", operation, case, world, copy, jax.eval_shape(make), placed)
+    return local_call(Entry("copy", operation, case, world), copy, jax.eval_shape(make), placed)
 
 
 def _passes(times: int, x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -169,4 +125,4 @@ def dense_copy(operation: str, case: Case, world: World) -> Call:
 
     placed = functools.cache(lambda: (world.make(make, P(AXIS)),))
     shapes = (jax.eval_shape(make),)
-    return local_call(DENSE_COPY, operation, case, world, work, shapes, placed, alone=True)
+    return local_call(Entry(DENSE_COPY, operation, case, world), work, shapes, placed, alone=True)

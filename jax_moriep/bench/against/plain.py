@@ -43,7 +43,7 @@ def _ragged_dot(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Ar
 def _hopper(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     """By jax's own kernels for Hopper GPUs, with the tiles that were the fastest ones for large products."""
     # Imported here, for it takes its time.
-    from jax_moriep.bench.against import grouped
+    from jax_moriep.bench.against import hopper
 
-    tiles = grouped.HOPPER_MANY[0], grouped.HOPPER_DW[0]
-    return grouped.hopper_product(*grouped.hopper_dots(), *tiles)(rows, weights, sizes)
+    tiles = hopper.HOPPER_MANY[0], hopper.HOPPER_DW[0]
+    return hopper.hopper_product(*hopper.hopper_dots(), *tiles)(rows, weights, sizes)

@@ -8,9 +8,11 @@ of the first one, in another order and with other scales, so the oracle quantise
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +21,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import params, prepare, schemes
-from jax_moriep.bench.against import floors
 from jax_moriep.bench.kinds import layer
 from jax_moriep.bench.kinds.experts import TOLERANCE
-from jax_moriep.bench.measure.turns import Call, Check
+from jax_moriep.bench.kinds.kind import Kind
+from jax_moriep.bench.measure.calls import Entry, local_call, mesh_call
+from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import decode_oracle, formula, layer_oracle, oracle, patterns
-from jax_moriep.bench.problem.cases import DECODED_TOKENS, PLAIN, Case, pair_of
+from jax_moriep.bench.problem.cases import DECODED_LAYERS, DECODED_TOKENS, Case
+from jax_moriep.bench.problem.checks import Check
+from jax_moriep.bench.problem.names import PAIRS, PLAIN, QUANTISED, pair_of
 from jax_moriep.bench.problem.world import AXIS, World
 from jax_moriep.config import MoEParams
 from jax_moriep.runtime.place import Place
-
-OPERATIONS = tuple(f"T={count}" for count in DECODED_TOKENS)
-MEMORY_OPERATION = OPERATIONS[-1]
 
 QUANTISED_TOLERANCE = {"f32": 5e-3, "bf16": 2e-2, "f16": 5e-3}
 """As ``TOLERANCE``: an activation that a last bit sends to the next code is off by a sixteenth. The errors of
@@ -58,61 +60,6 @@ class Data:
 
     tokens: dict[str, Tokens]
     weights: list[MoEParams]
-
-
-def make_data(case: Case, world: World) -> Data:
-    """Tokens and weights, made on the devices."""
-    rng = np.random.default_rng(case.seed)
-    tokens = {operation: _tokens(_case_of(case, operation), world, rng) for operation in _operations(case)}
-    return Data(tokens, [_weights(case, world, number) for number in range(case.layers)])
-
-
-def calls(case: Case, world: World, data: Data) -> list[Call]:
-    """Every pair, with each number of tokens."""
-    format = schemes.format_name(Place.of(world.mesh, AXIS).architecture)
-
-    @functools.cache
-    def weights_of(name: str) -> list[MoEParams]:
-        if name in PLAIN or pair_of(name)[2] is None:
-            return data.weights
-        transport, experts, scheme = pair_of(name)
-        cfg = case.config(transport=transport, experts=experts, quant=scheme)
-        return [prepare.prepare_params(weights, cfg, world.mesh, ep_axis=AXIS) for weights in data.weights]
-
-    @functools.cache
-    def oracle_of(scheme: str | None) -> decode_oracle.Weights:
-        return decode_oracle.Weights(case, scheme, "int8" if scheme == "int8_token" else format)
-
-    made = []
-    for operation in _operations(case):
-        of, tokens = _case_of(case, operation), data.tokens[operation]
-        if "copy" in case.floors:
-            made.append(_copy(operation, of, world, tokens.ids))
-        for name in case.compare:
-            scheme = None if name in PLAIN else pair_of(name)[2]
-            weights = weights_of(name)
-            specs = params.param_specs(of.config(quant=scheme), AXIS, params=weights[0])
-            check = functools.partial(_check, name, operation, of, world, tokens.ids, oracle_of(scheme))
-            fns = [layer.of_name(name, of, world, ids) for ids in tokens.ids]
-            made.append(
-                layer.timed(
-                    name,
-                    operation,
-                    of,
-                    world,
-                    functools.partial(_chained, fns),
-                    (*tokens.placed, weights),
-                    (P(AXIS), P(AXIS), [specs] * case.layers),
-                    P(AXIS),
-                    check,
-                    case.layers,
-                )
-            )
-    return made
-
-
-def _operations(case: Case) -> tuple[str, ...]:
-    return case.operations or OPERATIONS
 
 
 def _case_of(case: Case, operation: str) -> Case:
@@ -197,7 +144,7 @@ def _copy(operation: str, case: Case, world: World, ids: list[np.ndarray]) -> Ca
         return x * factor
 
     placed = functools.cache(lambda: world.make(make, P(AXIS)))
-    return floors.local_call("copy", operation, case, world, copy, jax.eval_shape(make), placed)
+    return local_call(Entry("copy", operation, case, world), copy, jax.eval_shape(make), placed)
 
 
 def _check(
@@ -222,3 +169,85 @@ def _check(
             error = oracle.largest_error(np.asarray(y[rank][tokens]), want)
             checks.append(Check(name, operation, f"y of layer {number} of rank {rank}", error, limit))
     return checks
+
+
+class Decode(Kind):
+    """Every pair, with each number of tokens."""
+
+    name = "decode"
+    operations = tuple(f"T={count}" for count in DECODED_TOKENS)
+    comparable = (*PAIRS, *QUANTISED, *PLAIN)
+    compared = ("native+blocked", "collective+ragged_dot")
+    compared_on_gpus = ("native+triton", "collective+triton")
+    iterations = (20, 2)
+    repeats_on_gpus = 5
+    memory_operation = operations[-1]
+    has_layers = True
+
+    def check(self, case: Case) -> None:
+        """See ``Kind``."""
+        super().check(case)
+        layer.check_router(case)
+
+    def sizes(self, case: Case) -> str:
+        """See ``Kind``; each operation has its own number of tokens."""
+        return f"{case.layers} layers, H={case.hidden} I={case.intermediate}"
+
+    def beside(self, ranks: int, on_gpus: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See ``Kind``."""
+        return (("copy",), PLAIN[:1]) if on_gpus and ranks == 1 else ((), ())
+
+    def of_options(self, args: argparse.Namespace, fields: dict[str, Any]) -> None:
+        """See ``Kind``; the options are ``layer``'s."""
+        tokens = DECODED_TOKENS if args.tokens is None else (args.tokens,)
+        fields.setdefault("layers", DECODED_LAYERS)
+        fields.update(tokens=max(tokens), operations=tuple(f"T={count}" for count in tokens))
+        if args.quant is not None:
+            names = [f"{name}-{args.quant}" for name in fields["compare"]]
+            fields["compare"] += tuple(name for name in names if name in self.comparable)
+
+    def make_data(self, case: Case, world: World) -> Data:
+        """Tokens and weights, made on the devices."""
+        rng = np.random.default_rng(case.seed)
+        operations = case.operations or self.operations
+        tokens = {operation: _tokens(_case_of(case, operation), world, rng) for operation in operations}
+        return Data(tokens, [_weights(case, world, number) for number in range(case.layers)])
+
+    def calls(self, case: Case, world: World, data: Data) -> list[Call]:
+        """Every pair, with each number of tokens."""
+        format = schemes.format_name(Place.of(world.mesh, AXIS).architecture)
+
+        @functools.cache
+        def weights_of(name: str) -> list[MoEParams]:
+            if name in PLAIN or pair_of(name)[2] is None:
+                return data.weights
+            transport, experts, scheme = pair_of(name)
+            cfg = case.config(transport=transport, experts=experts, quant=scheme)
+            return [prepare.prepare_params(one, cfg, world.mesh, ep_axis=AXIS) for one in data.weights]
+
+        @functools.cache
+        def oracle_of(scheme: str | None) -> decode_oracle.Weights:
+            return decode_oracle.Weights(case, scheme, "int8" if scheme == "int8_token" else format)
+
+        made = []
+        for operation in case.operations or self.operations:
+            of, tokens = _case_of(case, operation), data.tokens[operation]
+            if "copy" in case.floors:
+                made.append(_copy(operation, of, world, tokens.ids))
+            for name in case.compare:
+                scheme = None if name in PLAIN else pair_of(name)[2]
+                weights = weights_of(name)
+                specs = params.param_specs(of.config(quant=scheme), AXIS, params=weights[0])
+                check = functools.partial(_check, name, operation, of, world, tokens.ids, oracle_of(scheme))
+                fns = [layer.of_name(name, of, world, ids) for ids in tokens.ids]
+                made.append(
+                    mesh_call(
+                        Entry(name, operation, of, world),
+                        functools.partial(_chained, fns),
+                        (*tokens.placed, weights),
+                        ((P(AXIS), P(AXIS), [specs] * case.layers), P(AXIS)),
+                        check,
+                        case.layers,
+                    )
+                )
+        return made

@@ -5,6 +5,7 @@ The tokens are made and the results are checked on the devices, all of them, wha
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,19 +19,19 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moriep import exchange, quant
 from jax_moriep.bench.against import floors
-from jax_moriep.bench.measure import compiled
-from jax_moriep.bench.measure.turns import Call, Check
+from jax_moriep.bench.kinds.kind import Kind
+from jax_moriep.bench.measure import programs
+from jax_moriep.bench.measure.calls import Entry, local_call
+from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import formula, oracle, patterns, traffic
 from jax_moriep.bench.problem.cases import Case
-from jax_moriep.bench.problem.names import FP8, puts, transport_of, wire_of
+from jax_moriep.bench.problem.checks import Check
+from jax_moriep.bench.problem.names import EXCHANGES, FP8, puts, transport_of, wire_of
 from jax_moriep.bench.problem.world import AXIS, World
 from jax_moriep.plan import Dispatched
 from jax_moriep.tuning_options import Tuning
 
 BOTH = "dispatch+combine"
-OPERATIONS = (BOTH, "dispatch", "combine")
-MEMORY_OPERATION = BOTH
-
 _LARGEST = 1.0
 """Of the tokens' values."""
 _FP8_ERROR = 2.0**-4 * 1.01
@@ -60,48 +61,8 @@ def _routes(
     return ids, rng.uniform(0.5, 1.5, ids.shape).astype(np.float32)
 
 
-def make_data(case: Case, world: World) -> Data:
-    """The tokens of all ranks."""
-    ids, weights = routes_of(case)
-
-    def tokens() -> jax.Array:
-        row = _iota(case.tokens, 0) + lax.axis_index(AXIS).astype(jnp.uint32) * np.uint32(case.tokens)
-        return formula.values(formula.TOKENS, row, _iota(case.hidden, 1)).astype(case.numpy_dtype)
-
-    made = jax.jit(jax.shard_map(tokens, mesh=world.mesh, in_specs=(), out_specs=P(AXIS)))()
-    ids_placed, weights_placed = (world.place(a, P(AXIS)) for a in (ids, weights))
-    return Data(ids, weights, (made, ids_placed, weights_placed))
-
-
 def _iota(size: int, axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.uint32, (size, 1) if axis == 0 else (1, size), axis)
-
-
-def traffic_of(case: Case) -> traffic.Traffic:
-    """The bytes of one dispatch, in the tokens' own dtype."""
-    ids, _ = routes_of(case)
-    return traffic.of_routes(ids, case.ranks, case.shape.num_local_experts, case.row_bytes)
-
-
-def wire_row_bytes(case: Case, name: str) -> int:
-    """Bytes of a token on the wire of an implementation's dispatch."""
-    return quant.packed_width(case.hidden) if name.endswith(FP8) else case.row_bytes
-
-
-def calls(case: Case, world: World, data: Data) -> list[Call]:
-    """Dispatch and combine of each transport, together and alone, and the floor under each."""
-    operations = case.operations or OPERATIONS
-    expected = _Expected(case, world, data)
-    made = [
-        floors.of_exchange(name, operation, case, world, traffic_of(case))
-        for name in case.floors
-        for operation in operations
-    ]
-    for name in case.compare:
-        # Combine alone is no other with float8, or where dispatch puts: it keeps the rows' dtype and pushes.
-        of_name = [op for op in operations if not (op == "combine" and (wire_of(name) or puts(name)))]
-        made += _calls_of(name, of_name, case, world, data, expected)
-    return made
 
 
 def _calls_of(
@@ -124,7 +85,7 @@ def _calls_of(
         return dataclasses.replace(disp, rows=disp.rows * disp.row_weights[:, None].astype(disp.rows.dtype))
 
     # Combine alone takes rows that differ from expert to expert, so that a row that went astray shows.
-    before_combine = compiled.local(weighted, world.mesh, data.placed, AXIS)
+    before_combine = programs.local(weighted, world.mesh, data.placed, AXIS)
     combine_input = functools.cache(lambda: (before_combine(*data.placed),))
     made = []
     for operation in operations:
@@ -134,11 +95,8 @@ def _calls_of(
         else:
             shapes, operands, others = data.placed, lambda: data.placed, ()
         made.append(
-            floors.local_call(
-                name,
-                operation,
-                case,
-                world,
+            local_call(
+                Entry(name, operation, case, world),
                 fn,
                 shapes,
                 operands,
@@ -218,3 +176,75 @@ class _Expected:
 
 def _largest(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x), initial=0.0)
+
+
+class Exchange(Kind):
+    """Dispatch and combine of each transport, together and alone, and the floor under each."""
+
+    name = "exchange"
+    operations = (BOTH, "dispatch", "combine")
+    comparable = EXCHANGES
+    compared = ("native", "collective")
+    iterations = (20, 3)
+    repeats_on_gpus = 20
+    memory_operation = BOTH
+    compare_options = ("--compare", "--transports")
+
+    def sizes(self, case: Case) -> str:
+        """See ``Kind``; no expert computes anything."""
+        return f"T={case.tokens} H={case.hidden}"
+
+    def traffic(self, case: Case) -> traffic.Traffic:
+        """The bytes of one dispatch, in the tokens' own dtype."""
+        ids, _ = routes_of(case)
+        return traffic.of_routes(ids, case.ranks, case.shape.num_local_experts, case.row_bytes)
+
+    def times_moved(self, case: Case, name: str, operation: str) -> float:
+        """See ``Kind``; combine keeps the tokens' dtype."""
+        wire = quant.packed_width(case.hidden) if name.endswith(FP8) else case.row_bytes
+        there = wire / case.row_bytes
+        return {BOTH: there + 1, "dispatch": there, "combine": 1.0}[operation]
+
+    def beside(self, ranks: int, on_gpus: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See ``Kind``."""
+        floor = ("nccl" if ranks > 1 else "copy") if on_gpus else "memcpy"
+        return (floor,), ()
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """See ``Kind``."""
+        parser.add_argument(
+            "--wire", choices=("fp8",), help="compare each of them with float8 on the wire as well"
+        )
+
+    def of_options(self, args: argparse.Namespace, fields: dict[str, Any]) -> None:
+        """See ``Kind``."""
+        if args.wire == "fp8":
+            fields["compare"] += tuple(name + FP8 for name in fields["compare"] if not name.endswith(FP8))
+
+    def make_data(self, case: Case, world: World) -> Data:
+        """The tokens of all ranks."""
+        ids, weights = routes_of(case)
+
+        def tokens() -> jax.Array:
+            row = _iota(case.tokens, 0) + lax.axis_index(AXIS).astype(jnp.uint32) * np.uint32(case.tokens)
+            return formula.values(formula.TOKENS, row, _iota(case.hidden, 1)).astype(case.numpy_dtype)
+
+        made = jax.jit(jax.shard_map(tokens, mesh=world.mesh, in_specs=(), out_specs=P(AXIS)))()
+        ids_placed, weights_placed = (world.place(a, P(AXIS)) for a in (ids, weights))
+        return Data(ids, weights, (made, ids_placed, weights_placed))
+
+    def calls(self, case: Case, world: World, data: Data) -> list[Call]:
+        """Dispatch and combine of each transport, together and alone, and the floor under each."""
+        operations = case.operations or self.operations
+        expected = _Expected(case, world, data)
+        made = [
+            floors.of_exchange(name, operation, case, world, self.traffic(case))
+            for name in case.floors
+            for operation in operations
+        ]
+        for name in case.compare:
+            # Combine alone is no other with float8, or where dispatch puts: it keeps the rows' dtype and
+            # pushes.
+            of_name = [op for op in operations if not (op == "combine" and (wire_of(name) or puts(name)))]
+            made += _calls_of(name, of_name, case, world, data, expected)
+        return made

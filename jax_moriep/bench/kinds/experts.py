@@ -17,18 +17,19 @@ import numpy as np
 
 from jax_moriep import experts
 from jax_moriep.bench.against import ragged
-from jax_moriep.bench.measure.turns import Call, Check
+from jax_moriep.bench.kinds.kind import Kind
+from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import oracle, patterns
 from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.checks import Check
+from jax_moriep.bench.problem.names import EXPERTS
 from jax_moriep.bench.problem.world import World
 from jax_moriep.config import MoEParams
+from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import Dispatched, Link, Plan
 
 FORWARD = "forward"
 BACKWARD = "forward+backward"
-OPERATIONS = (FORWARD, BACKWARD)
-MEMORY_OPERATION = BACKWARD
-
 TOLERANCE = {"f32": 1e-4, "bf16": 5e-2, "f16": 5e-3}
 """Largest error, in units of the largest value: two chained sums of thousands of products."""
 
@@ -49,15 +50,6 @@ class Share:
     row: np.ndarray
     arrays: tuple[jax.Array, ...]
     host: tuple[np.ndarray, ...]
-
-
-def make_data(case: Case, world: World) -> list[Share]:
-    """What each rank of this process has after a dispatch."""
-    rng = np.random.default_rng(case.seed)
-    shape = case.shape
-    ids = patterns.PATTERNS[case.routing](rng, case.ranks * case.tokens, case.experts, case.top_k)
-    placed = oracle.place_routes(ids, shape)
-    return [_share(case, world, placed, ids, rank) for rank in world.ranks]
 
 
 def _share(case: Case, world: World, placed: oracle.Rows, ids: np.ndarray, rank: int) -> Share:
@@ -82,21 +74,6 @@ def _share(case: Case, world: World, placed: oracle.Rows, ids: np.ndarray, rank:
     )
     device = world.mesh.devices[rank]
     return Share(rank, row, tuple(jax.device_put(array, device) for array in host), host)
-
-
-def calls(case: Case, world: World, data: list[Share]) -> list[Call]:
-    """Every implementation, forward and with its gradients."""
-    made = []
-    for operation in OPERATIONS:
-        for name in case.compare:
-            programs = [_program(name, operation, case, share) for share in data]
-            run = functools.partial(world.together, programs)
-            if name == "dense":
-                made.append(Call(name, operation, run))
-            else:
-                check = functools.partial(_check, name, operation, case, data)
-                made.append(Call(name, operation, run, check))
-    return made
 
 
 def _program(name: str, operation: str, case: Case, share: Share) -> Callable[[], Any]:
@@ -180,3 +157,49 @@ def _check(name: str, operation: str, case: Case, data: list[Share], results: li
             compare(f"expert {expert}'s d_w1", d_w1[expert], want.d_w1)
             compare(f"expert {expert}'s d_w2", d_w2[expert], want.d_w2)
     return checks
+
+
+class Experts(Kind):
+    """Every implementation, forward and with its gradients."""
+
+    name = "experts"
+    operations = (FORWARD, BACKWARD)
+    comparable = (*EXPERTS, "dense")
+    compared = ("blocked", "ragged_dot", "dense")
+    iterations = (7, 1)
+    repeats_on_gpus = 1
+    memory_operation = BACKWARD
+
+    def check(self, case: Case) -> None:
+        """See ``Kind``."""
+        super().check(case)
+        if case.repeats > 1:
+            cure = "leave out --repeats; `bench kernels` repeats"
+            raise ConfigError(rule("repeats", case.repeats, "be 1 for experts", cure))
+
+    def transports(self, case: Case) -> tuple[str, ...]:
+        """None: "reference" names experts here."""
+        del case
+        return ()
+
+    def make_data(self, case: Case, world: World) -> list[Share]:
+        """What each rank of this process has after a dispatch."""
+        rng = np.random.default_rng(case.seed)
+        shape = case.shape
+        ids = patterns.PATTERNS[case.routing](rng, case.ranks * case.tokens, case.experts, case.top_k)
+        placed = oracle.place_routes(ids, shape)
+        return [_share(case, world, placed, ids, rank) for rank in world.ranks]
+
+    def calls(self, case: Case, world: World, data: list[Share]) -> list[Call]:
+        """Every implementation, forward and with its gradients."""
+        made = []
+        for operation in self.operations:
+            for name in case.compare:
+                programs = [_program(name, operation, case, share) for share in data]
+                run = functools.partial(world.together, programs)
+                if name == "dense":
+                    made.append(Call(name, operation, run))
+                else:
+                    check = functools.partial(_check, name, operation, case, data)
+                    made.append(Call(name, operation, run, check))
+        return made

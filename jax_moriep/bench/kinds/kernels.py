@@ -19,7 +19,9 @@ from typing import Any
 
 import jax
 
-from jax_moriep.bench.against import grouped, torch_mlp
+from jax_moriep.bench.against import dense, torch_mlp
+from jax_moriep.bench.against.baselines import BASELINES
+from jax_moriep.bench.against.grouped import Ready, Unavailable
 from jax_moriep.bench.kinds import products
 from jax_moriep.bench.kinds.kernels_result import (
     BYTES_PER_S,
@@ -30,11 +32,13 @@ from jax_moriep.bench.kinds.kernels_result import (
     estimate,
     kernels_of,
 )
-from jax_moriep.bench.kinds.products import FORWARD, Work
-from jax_moriep.bench.measure.programs import Programs, Timed, bound, by_turns, seconds_of, times_for
-from jax_moriep.bench.problem import shares
+from jax_moriep.bench.kinds.products import FORWARD
+from jax_moriep.bench.measure.pool import Pool
+from jax_moriep.bench.measure.programs import Work, on_device
+from jax_moriep.bench.measure.seconds import times_for
+from jax_moriep.bench.measure.turns import Call, by_turns, in_a_row
+from jax_moriep.bench.problem import formats, shares
 from jax_moriep.bench.problem.shares import SHARES, SIZES, Data
-from jax_moriep.bench.show.kernels_picture import FORMAT
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.runtime import compat
 
@@ -125,11 +129,11 @@ class Bench:
         self._until = time.perf_counter() + 60 * minutes
         self._copy_bytes = copy_bytes
         self._on_gpu = jax.default_backend() == "gpu"
-        self._programs = Programs()
+        self._pool = Pool()
         self._wanted: dict[tuple[str, str], concurrent.futures.Future[dict[int, shares.Wanted]]] = {}
         self._runs: dict[tuple[str, str], dict[str, Any]] = {}
         self.result: dict[str, Any] = {
-            "format": FORMAT,
+            "format": formats.KERNELS,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "hopper_kernels": compat.has_hopper_kernels(),
@@ -146,7 +150,7 @@ class Bench:
 
     def measure(self, names: Sequence[str], kinds: Sequence[str], baselines: Sequence[str]) -> None:
         """Everything: the package's own first, so that no failure of another costs their numbers."""
-        with contextlib.closing(self._programs):
+        with contextlib.closing(self._pool):
             for name in names:
                 for kind in kinds:
                     with self._guard(f"{name} {kind}"):
@@ -178,7 +182,7 @@ class Bench:
             self._runs[name, kind] = described(name, kind, data)
             self.result["runs"].append(self._runs[name, kind])
             check = functools.partial(shares.checked_experts, data)
-            self._wanted[name, kind] = self._programs.in_background(check)
+            self._wanted[name, kind] = self._pool.in_background(check)
         act, pre = products.of_rows(data)
         references = self._references(name, data, act, pre)
         return _Case(name, kind, data, act, pre, self._runs[name, kind], references)
@@ -186,23 +190,23 @@ class Bench:
     def _references(self, name: str, data: Data, act: jax.Array, pre: jax.Array) -> dict[str, _Program]:
         if data.share.decode:
             seconds = 2 * self._copy_bytes / BYTES_PER_S
-            copy = self._start("any", "copy", products.copy(self._copy_bytes), seconds, on_gpu=True)
+            copy = self._start("any", "copy", dense.copy(self._copy_bytes), seconds, alone=True)
             return dict.fromkeys([*FORWARD, "forward"], copy)
-        dense = products.dense(data, act, pre)
-        works = {**dense, **{p: products.chain([dense[k] for k in kernels_of(p)]) for p in PASSES}}
+        matmuls = dense.dense(data, act, pre)
+        works = {**matmuls, **{p: dense.chain([matmuls[k] for k in kernels_of(p)]) for p in PASSES}}
         return {
-            label: self._start(name, f"dense {label}", work, estimate(data.share, label), on_gpu=True)
+            label: self._start(name, f"dense {label}", work, estimate(data.share, label), alone=True)
             for label, work in works.items()
         }
 
-    def _start(self, name: str, label: str, work: Work, seconds: float, *, on_gpu: bool = False) -> _Program:
+    def _start(self, name: str, label: str, work: Work, seconds: float, *, alone: bool = False) -> _Program:
         times = times_for(seconds, self._seconds)
-        given = times if times > 1 else None
-        self._programs.start((name, label), work.fn, work.operands, given, on_gpu=on_gpu)
+        self._pool.start((name, label), on_device(work.fn, work.operands, times, alone=alone))
         return _Program((name, label), work, times)
 
-    def _timed(self, program: _Program) -> Timed:
-        return bound(self._programs.get(program.key), program.work.operands, program.times)
+    def _call(self, title: str, label: str, program: _Program) -> Call:
+        run = functools.partial(self._pool.get(program.key), *program.work.operands)
+        return Call(title, label, run, repeats=program.times)
 
     def _own(self, case: _Case) -> None:
         """The package's kernels one by one, and the whole MLP."""
@@ -219,18 +223,21 @@ class Bench:
             label: (name, label, "once") if started[label].times > 1 else (name, label) for label in passes
         }
         for label, work in passes.items():
-            self._programs.start(once[label], work.fn, work.operands, None)
-        self._programs.wait()
+            self._pool.start(once[label], on_device(work.fn, work.operands))
+        self._pool.wait()
         concurrent.futures.wait([self._wanted[name, case.kind]])
         self._say(f"{case.title}: compiled after {time.perf_counter() - began:.0f} s")
         for label, program in started.items():
             entries, key = (run["mlp"], f"triton {label}") if label in PASSES else (run["kernels"], label)
             with self._guard(f"{case.title} {key}", entries, key):
                 if label in PASSES:
-                    result = self._programs.get(once[label])(*program.work.operands)
+                    result = self._pool.get(once[label])(*program.work.operands)
                     self._check(case, key, result)
                     del result
-                calls = {"reference": self._timed(case.references[label]), key: self._timed(program)}
+                calls = [
+                    self._call("reference", label, case.references[label]),
+                    self._call(key, label, program),
+                ]
                 seconds = by_turns(calls, self._rounds)
                 entries[key] = entry(data, label, seconds[key], seconds["reference"], self._copy_bytes)
                 self._say_entry(f"{case.title} {key}", entries[key])
@@ -258,8 +265,8 @@ class Bench:
                 continue
             with self._guard(f"{case.title} {baseline}", case.run["baselines"], baseline):
                 try:
-                    ready = grouped.BASELINES[baseline](case.name, case.data, compact, self._programs)
-                except grouped.Unavailable as error:
+                    ready = BASELINES[baseline](case.name, case.data, compact, self._pool)
+                except Unavailable as error:
                     entries["unavailable"] = self.result["unavailable"][baseline] = str(error)
                     self._say(f"{case.title} {baseline}: cannot run: {error}")
                     continue
@@ -276,7 +283,7 @@ class Bench:
     def _other(
         self,
         case: _Case,
-        ready: grouped.Ready,
+        ready: Ready,
         baseline: str,
         label: str,
         own: _Program,
@@ -284,13 +291,13 @@ class Bench:
     ) -> None:
         backward, title = PASSES[label], f"{baseline} {label}"
         inaccurate = self._check(case, title, ready.results(ready.run(backward)), others=True)
-        times = times_for(seconds_of(lambda: ready.run(backward), 1), self._seconds)
+        times = times_for(in_a_row(lambda: ready.run(backward), 1), self._seconds)
         rounds = min(self._rounds, _BASELINE_ROUNDS)
-        calls = {
-            "reference": self._timed(case.references[label]),
-            "own": self._timed(own),
-            title: ready.timed(backward, times),
-        }
+        calls = [
+            self._call("reference", label, case.references[label]),
+            self._call("own", label, own),
+            Call(title, label, ready.repeated(backward, times), repeats=times),
+        ]
         seconds = by_turns(calls, rounds)
         found: dict[str, Any] = entry(
             case.data, label, seconds[title], seconds["reference"], self._copy_bytes, compact=True
@@ -339,7 +346,7 @@ def run(
       names: names in ``SHARES``.
       kinds: names in ``SIZES``.
       rounds: turns of each pair; a baseline has three at most.
-      baselines: names in ``grouped.BASELINES``; they run as ``STEPS`` says.
+      baselines: names in ``BASELINES``; they run as ``STEPS`` says.
       say: takes a line for each number.
       save: takes the result as far as it is, after every share and baseline.
       minutes: after which no baseline begins.
@@ -352,7 +359,7 @@ def run(
     Raises:
       ConfigError: a name is unknown, or there is no GPU.
     """
-    given = (("shares", names, SHARES), ("sizes", kinds, SIZES), ("baselines", baselines, grouped.BASELINES))
+    given = (("shares", names, SHARES), ("sizes", kinds, SIZES), ("baselines", baselines, BASELINES))
     for option, value, known in given:
         if set(value) - set(known):
             raise ConfigError(rule(option, list(value), f"be some of {tuple(known)}", "pick some of these"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_moriep.bench.kinds.products import FORWARD, UNITS, flops
-from jax_moriep.bench.measure.programs import milliseconds
+from jax_moriep.bench.measure.seconds import milliseconds
 from jax_moriep.bench.problem import shares
 from jax_moriep.bench.problem.shares import Data, Share
 

@@ -6,6 +6,7 @@ matrices, turned by a number of rows of its own: a wrong expert shows, and the o
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,15 +20,17 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moriep import exchange, layer, params, routing
 from jax_moriep.bench.against import floors, plain, ragged
-from jax_moriep.bench.kinds.experts import FORWARD, MEMORY_OPERATION, OPERATIONS, TOLERANCE
-from jax_moriep.bench.measure import compiled
-from jax_moriep.bench.measure.turns import Call, Check
+from jax_moriep.bench.kinds.experts import BACKWARD, FORWARD, TOLERANCE
+from jax_moriep.bench.kinds.kind import Kind
+from jax_moriep.bench.measure.calls import Entry, mesh_call
+from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import formula, layer_oracle, oracle, patterns
-from jax_moriep.bench.problem.cases import DENSE_COPY, PLAIN, Case, pair_of
+from jax_moriep.bench.problem.cases import DECODED_LAYERS, Case
+from jax_moriep.bench.problem.checks import Check
+from jax_moriep.bench.problem.names import DENSE_COPY, PAIRS, PLAIN, pair_of
 from jax_moriep.bench.problem.world import AXIS, World
-from jax_moriep.config import MoEParams
-
-__all__ = ["MEMORY_OPERATION", "OPERATIONS", "calls", "make_data"]
+from jax_moriep.config import SCHEMES, MoEParams
+from jax_moriep.errors import ConfigError, rule
 
 _CHECKED_TOKENS = 8
 """Tokens of each rank whose results are compared."""
@@ -46,102 +49,6 @@ class Data:
 
     ids: np.ndarray
     placed: tuple[jax.Array, MoEParams, jax.Array]
-
-
-def make_data(case: Case, world: World) -> Data:
-    """Tokens that the router sends where the pattern says.
-
-    The router's matrix picks the first E columns of a token, so these columns are its logits.
-    """
-    rng = np.random.default_rng(case.seed)
-    ids = patterns.PATTERNS[case.routing](rng, case.ranks * case.tokens, case.experts, case.top_k)
-    specs = params.param_specs(case.config(), AXIS)
-    chosen = layer_oracle.chosen_logits(case)
-
-    def iota(size: int) -> jax.Array:
-        return lax.iota(jnp.uint32, size)
-
-    def make(ids: jax.Array) -> tuple[jax.Array, MoEParams, jax.Array]:
-        rank = lax.axis_index(AXIS).astype(jnp.uint32)
-        row = (rank * np.uint32(case.tokens) + iota(case.tokens))[:, None]
-        column = iota(case.hidden)[None]
-        x = formula.values(formula.TOKENS, row, column)
-        x = x.at[jnp.arange(case.tokens)[:, None], ids].set(chosen)
-        d_y = formula.values(formula.COTANGENTS, row, column)
-        local = case.shape.num_local_experts
-        expert = (rank * np.uint32(local) + iota(local))[:, None, None]
-
-        def weights(what: int, out: int, inner: int) -> jax.Array:
-            by = expert * np.uint32(formula.STEPS[what]) % np.uint32(out)
-            turned = (iota(out)[None, :, None] + np.uint32(out) - by) % np.uint32(out)
-            made = formula.values(what, turned, iota(inner)[None, None], formula.exponent_for(inner))
-            return jnp.where(expert < case.experts, made, 0).astype(case.numpy_dtype)
-
-        made = MoEParams(
-            router=jnp.eye(case.hidden, case.experts, dtype=case.numpy_dtype),
-            w1=weights(formula.W1, 2 * case.intermediate, case.hidden),
-            w2=weights(formula.W2, case.hidden, case.intermediate),
-        )
-        return x.astype(case.numpy_dtype), made, d_y.astype(case.numpy_dtype)
-
-    out_specs = (P(AXIS), specs, P(AXIS))
-    made = jax.jit(jax.shard_map(make, mesh=world.mesh, in_specs=P(AXIS), out_specs=out_specs))
-    return Data(ids, jax.block_until_ready(made(world.place(ids, P(AXIS)))))
-
-
-def calls(case: Case, world: World, data: Data) -> list[Call]:
-    """Every pair, forward and with its gradients."""
-    expected = _Expected(case, data)
-    x, weights, d_y = data.placed
-    specs = params.param_specs(case.config(), AXIS)
-    made = []
-    for operation in case.operations or OPERATIONS:
-        if DENSE_COPY in case.floors:
-            made.append(floors.dense_copy(operation, case, world))
-        for name in case.compare:
-            fn = of_name(name, case, world, data.ids)
-
-            def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array, fn: Any = fn) -> Any:
-                y, pull = jax.vjp(fn, x, weights)
-                return y, pull(d_y)
-
-            work: Callable[..., Any] = fn if operation == FORWARD else backward
-            inputs = (x, weights) if operation == FORWARD else (x, weights, d_y)
-            in_specs = (P(AXIS), specs, P(AXIS))[: len(inputs)]
-            out_specs = P(AXIS) if operation == FORWARD else (P(AXIS), (P(AXIS), specs))
-            check = functools.partial(expected.check, name, operation, world)
-            made.append(timed(name, operation, case, world, work, inputs, in_specs, out_specs, check))
-    return made
-
-
-def timed(
-    name: str,
-    operation: str,
-    case: Case,
-    world: World,
-    work: Callable[..., Any],
-    inputs: tuple[Any, ...],
-    in_specs: Any,
-    out_specs: Any,
-    check: Callable[[Any], list[Check]],
-    layers: int = 1,
-) -> Call:
-    """The call of a program over the mesh that does the work of some layers, as often as the case says."""
-    once = compiled.over(work, world.mesh, inputs, in_specs, out_specs, name in PLAIN)
-    many, others = once, (once,)
-    if case.repeats > 1:
-        repeated = compiled.repeated_over(work, case.repeats, world.mesh, AXIS, out_specs)
-        many = compiled.over(repeated, world.mesh, inputs, in_specs, P(AXIS), name in PLAIN)
-        others = (many, once)
-    return Call(
-        name,
-        operation,
-        functools.partial(many, *inputs),
-        check,
-        case.repeats * layers,
-        None if many is once else functools.partial(once, *inputs),
-        others,
-    )
 
 
 def of_name(
@@ -210,3 +117,124 @@ class _Expected:
                 compare("d_w1", rank, d_w1[rank][0][:, self.columns1], want1)
                 compare("d_w2", rank, d_w2[rank][0][:, self.columns2], want2)
         return checks
+
+
+class Layer(Kind):
+    """Every pair, forward and with its gradients."""
+
+    name = "layer"
+    operations = (FORWARD, BACKWARD)
+    comparable = (*PAIRS, *PLAIN)
+    compared = ("native+blocked", "collective+ragged_dot")
+    compared_on_gpus = ("native+triton", "collective+triton")
+    iterations = (7, 1)
+    repeats_on_gpus = 3
+    memory_operation = BACKWARD
+    tokens_unless_told = "1024, with --phase decode 1, 8, 32 and 128"
+
+    def check(self, case: Case) -> None:
+        """See ``Kind``."""
+        super().check(case)
+        check_router(case)
+
+    def beside(self, ranks: int, on_gpus: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See ``Kind``."""
+        return ((DENSE_COPY,), PLAIN) if on_gpus and ranks == 1 else ((), ())
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """See ``Kind``; a phase is a kind of its own, with options of this one's."""
+        parser.add_argument(
+            "--phase", choices=("decode",), help="few tokens, forward, through several layers of one program"
+        )
+        parser.add_argument(
+            "--layers", type=int, help=f"of one program, with --phase decode (default: {DECODED_LAYERS})"
+        )
+        parser.add_argument(
+            "--quant",
+            choices=SCHEMES,
+            help="with --phase decode: compare each of them with its experts quantised as well",
+        )
+
+    def of_options(self, args: argparse.Namespace, fields: dict[str, Any]) -> None:
+        """See ``Kind``."""
+        del fields
+        if args.quant is not None:
+            cure = "add it, or leave out --quant"
+            raise ConfigError(rule("quant", args.quant, "come with --phase decode", cure))
+
+    def make_data(self, case: Case, world: World) -> Data:
+        """Tokens that the router sends where the pattern says.
+
+        The router's matrix picks the first E columns of a token, so these columns are its logits.
+        """
+        rng = np.random.default_rng(case.seed)
+        ids = patterns.PATTERNS[case.routing](rng, case.ranks * case.tokens, case.experts, case.top_k)
+        specs = params.param_specs(case.config(), AXIS)
+        chosen = layer_oracle.chosen_logits(case)
+
+        def iota(size: int) -> jax.Array:
+            return lax.iota(jnp.uint32, size)
+
+        def make(ids: jax.Array) -> tuple[jax.Array, MoEParams, jax.Array]:
+            rank = lax.axis_index(AXIS).astype(jnp.uint32)
+            row = (rank * np.uint32(case.tokens) + iota(case.tokens))[:, None]
+            column = iota(case.hidden)[None]
+            x = formula.values(formula.TOKENS, row, column)
+            x = x.at[jnp.arange(case.tokens)[:, None], ids].set(chosen)
+            d_y = formula.values(formula.COTANGENTS, row, column)
+            local = case.shape.num_local_experts
+            expert = (rank * np.uint32(local) + iota(local))[:, None, None]
+
+            def weights(what: int, out: int, inner: int) -> jax.Array:
+                by = expert * np.uint32(formula.STEPS[what]) % np.uint32(out)
+                turned = (iota(out)[None, :, None] + np.uint32(out) - by) % np.uint32(out)
+                made = formula.values(what, turned, iota(inner)[None, None], formula.exponent_for(inner))
+                return jnp.where(expert < case.experts, made, 0).astype(case.numpy_dtype)
+
+            made = MoEParams(
+                router=jnp.eye(case.hidden, case.experts, dtype=case.numpy_dtype),
+                w1=weights(formula.W1, 2 * case.intermediate, case.hidden),
+                w2=weights(formula.W2, case.hidden, case.intermediate),
+            )
+            return x.astype(case.numpy_dtype), made, d_y.astype(case.numpy_dtype)
+
+        out_specs = (P(AXIS), specs, P(AXIS))
+        made = jax.jit(jax.shard_map(make, mesh=world.mesh, in_specs=P(AXIS), out_specs=out_specs))
+        return Data(ids, jax.block_until_ready(made(world.place(ids, P(AXIS)))))
+
+    def calls(self, case: Case, world: World, data: Data) -> list[Call]:
+        """Every pair, forward and with its gradients."""
+        expected = _Expected(case, data)
+        x, weights, d_y = data.placed
+        specs = params.param_specs(case.config(), AXIS)
+        made = []
+        for operation in case.operations or self.operations:
+            if DENSE_COPY in case.floors:
+                made.append(floors.dense_copy(operation, case, world))
+            for name in case.compare:
+                fn = of_name(name, case, world, data.ids)
+
+                def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array, fn: Any = fn) -> Any:
+                    y, pull = jax.vjp(fn, x, weights)
+                    return y, pull(d_y)
+
+                work: Callable[..., Any] = fn if operation == FORWARD else backward
+                inputs = (x, weights) if operation == FORWARD else (x, weights, d_y)
+                in_specs = (P(AXIS), specs, P(AXIS))[: len(inputs)]
+                out_specs = P(AXIS) if operation == FORWARD else (P(AXIS), (P(AXIS), specs))
+                check = functools.partial(expected.check, name, operation, world)
+                entry = Entry(name, operation, case, world)
+                made.append(mesh_call(entry, work, inputs, (in_specs, out_specs), check))
+        return made
+
+
+def check_router(case: Case) -> None:
+    """Refuses tokens too narrow for their logits.
+
+    Raises:
+      ConfigError: they are.
+    """
+    if case.hidden < case.experts:
+        must = f"be at least experts={case.experts}"
+        cure = "the tokens carry their router logits in their first columns; raise --hidden"
+        raise ConfigError(rule("hidden", case.hidden, must, cure))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
+from jax_moriep.bench.against.grouped import with_gradients
+from jax_moriep.bench.measure.programs import Work
 from jax_moriep.bench.problem.shares import Data, Share
 from jax_moriep.experts import ExpertWeights, triton
 from jax_moriep.experts.triton import hopper, passes, products, tuning
@@ -26,14 +25,6 @@ UNITS = {"gate_up": 2, "down": 1, "d_act": 1, "d_rows": 2, "dw1": 2, "dw2": 1}
 def flops(share: Share, names: Sequence[str]) -> int:
     """FLOPs of the real rows in some kernels."""
     return sum(UNITS[name] for name in names) * 2 * share.rows * share.hidden * share.inner
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """fn(*operands)."""
-
-    fn: Callable[..., Any]
-    operands: tuple[jax.Array, ...]
 
 
 def of_rows(data: Data) -> tuple[jax.Array, jax.Array]:
@@ -124,62 +115,3 @@ def mlp(data: Data, backward: bool) -> Work:
         return triton.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
 
     return Work(with_gradients(forward, backward), (data.d_out, *data.operands))
-
-
-def with_gradients(forward: Callable[..., jax.Array], backward: bool) -> Callable[..., tuple[jax.Array, ...]]:
-    """fn(d_out, rows, factors, sizes, w1, w2): what ``forward`` gives, with ``backward`` its gradients."""
-
-    def both(d_out: Any, rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda r, f, a, b: forward(r, f, sizes, a, b), rows, factors, w1, w2)
-        return out, *pull(d_out)
-
-    return both if backward else lambda d_out, *operands: (forward(*operands),)
-
-
-def dense(data: Data, act: jax.Array, pre: jax.Array) -> dict[str, Work]:
-    """For each kernel the dense matmul of its shape, FLOPs and layouts, with one expert's weights."""
-    compact, count = data.compact(), data.share.rows
-    act, pre = act[:count], pre[:count]
-    w1, w2 = (w[0] for w in data.operands[3:])
-    return {
-        "gate_up": Work(_times_transposed, (compact.rows, w1)),
-        "down": Work(_times_transposed, (act, w2)),
-        "d_act": Work(_times, (compact.d_out, w2)),
-        "d_rows": Work(_times, (pre, w1)),
-        "dw1": Work(_transposed_times, (pre, compact.rows)),
-        "dw2": Work(_transposed_times, (compact.d_out, act)),
-    }
-
-
-def chain(works: Sequence[Work]) -> Work:
-    """All in one program, one behind the other."""
-    counts = [len(work.operands) for work in works]
-
-    def fn(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        results: list[jax.Array] = []
-        for work, count in zip(works, counts, strict=True):
-            own, operands = operands[:count], operands[count:]
-            if results:
-                own, results[-1] = lax.optimization_barrier((own, results[-1]))
-            results.append(work.fn(*own))
-        return tuple(results)
-
-    return Work(fn, tuple(x for work in works for x in work.operands))
-
-
-def copy(num_bytes: int) -> Work:
-    """An elementwise pass, which reads and writes so many bytes each, with a small operand besides."""
-    x = jax.random.normal(jax.random.key(3), (num_bytes // 2,), jnp.bfloat16)
-    return Work(lambda x, factor: x * factor, (x, jnp.full(1, 2, x.dtype)))
-
-
-def _times(x: jax.Array, w: jax.Array) -> jax.Array:
-    return x @ w
-
-
-def _times_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
-    return x @ w.T
-
-
-def _transposed_times(a: jax.Array, b: jax.Array) -> jax.Array:
-    return a.T @ b

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import functools
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.bench.kinds.products import of_triton
+from jax_moriep.bench.measure.pool import Pool
+from jax_moriep.bench.measure.programs import on_device
+from jax_moriep.bench.measure.turns import in_a_row
 from jax_moriep.bench.problem.shares import Data, Share
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts.triton import tuning
@@ -80,29 +81,17 @@ def _best(
 ) -> tuple[Tile, float, int]:
     """The fastest tile, its seconds, and how many could run: one that needs too much memory cannot."""
     sizes = data.operands[2]
-
-    def build(tile: Tile) -> Callable[[], Any] | None:
-        fn, operands = of_triton(data, kernel, tile, act, pre)
-        try:
-            return functools.partial(jax.jit(fn).lower(sizes, *operands).compile(), sizes, *operands)
-        except jax.errors.JaxRuntimeError:
-            return None
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        calls = [(tile, call) for tile, call in zip(tiles, pool.map(build, tiles), strict=True) if call]
-    timed = [(_seconds(call), i, tile) for i, (tile, call) in enumerate(calls)]
+    operands_of: dict[Tile, tuple[jax.Array, ...]] = {}
+    with contextlib.closing(Pool()) as pool:
+        for tile in tiles:
+            fn, operands = of_triton(data, kernel, tile, act, pre)
+            operands_of[tile] = (sizes, *operands)
+            pool.start(tile, on_device(fn, operands_of[tile]))
+        calls: dict[Tile, Callable[[], Any]] = {}
+        for tile in tiles:
+            # Any other error is one of the program.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                calls[tile] = functools.partial(pool.get(tile).begin, *operands_of[tile])
+    timed = [(in_a_row(call, 5, 3), i, tile) for i, (tile, call) in enumerate(calls.items())]
     seconds, _, tile = min(timed)
     return tile, seconds, len(timed)
-
-
-def _seconds(call: Callable[[], Any], calls: int = 5, rounds: int = 3) -> float:
-    jax.block_until_ready(call())
-    taken = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        result = None
-        for _ in range(calls):
-            result = call()
-        jax.block_until_ready(result)
-        taken.append((time.perf_counter() - began) / calls)
-    return statistics.median(taken)

@@ -1,115 +1,134 @@
-"""Programs for ``bench kernels``: compiled in threads, repeated on the device, timed by turns."""
+"""Programs: a function with the shapes that it takes, over a mesh or on one device, once or many times."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_moriep.bench.measure.turns import repeated
-
-MOST_TIMES = 400
+from jax_moriep.bench.measure.repeat import repeated
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
-    """What is timed: ``run`` does the work ``times`` times, to its end."""
+class Work:
+    """fn(*operands)."""
 
-    run: Callable[[], Any]
-    times: int
+    fn: Callable[..., Any]
+    operands: tuple[jax.Array, ...]
 
 
-class Programs:
-    """Compiled programs by key; a key's program is compiled once and serves all operands of its shapes.
+class Program:
+    """A jitted function, compiled by a pool or at its first call.
 
-    XLA tries matmul algorithms on the GPU while it compiles. Programs with matmuls of XLA's own are therefore
-    compiled one after the other, beside those that need no GPU to be compiled.
+    Args:
+      jitted: what ``jax.jit`` gave.
+      operands: arrays, or their shapes; arrays are not kept.
+      alone: no other such program may be compiled meanwhile, because XLA tries matrix products on the device.
     """
 
-    def __init__(self) -> None:
-        self._free = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
-        self._on_gpu = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile-on-gpu")
-        self._futures: dict[Any, concurrent.futures.Future[Any]] = {}
+    def __init__(self, jitted: Any, operands: Sequence[Any], alone: bool = False) -> None:
+        def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+            sharding = x.sharding if isinstance(x, jax.Array) else None
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    def start(
-        self,
-        key: Any,
-        fn: Callable[..., Any],
-        operands: Sequence[jax.Array],
-        times: int | None,
-        *,
-        on_gpu: bool = False,
-    ) -> None:
-        """Begins to compile fn(*operands), repeated if ``times`` is given; the first with a key counts."""
-        if key in self._futures:
-            return
-        # Shapes alone, so that nothing here keeps the operands' memory.
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-        jitted = jax.jit(fn if times is None else repeated(fn, times))
-        pool = self._on_gpu if on_gpu else self._free
-        self._futures[key] = pool.submit(lambda: jitted.lower(*shapes).compile())
+        self.alone = alone
+        self._jitted = jitted
+        self._shapes = jax.tree.map(shape_of, tuple(operands))
+        self._lowered: Any = None
+        self._compiled: Any = None
 
-    def get(self, key: Any) -> Callable[..., Any]:
-        """The compiled program; raises what compiling raised."""
-        return self._futures[key].result()
+    def lower(self) -> None:
+        """Traces the function; every process of a group must do so in the same order."""
+        self._lowered = self._jitted.lower(*self._shapes)
 
-    def in_background(self, fn: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-        """Runs anything beside the compilers."""
-        return self._free.submit(fn)
+    def compile(self) -> None:
+        """Compiles the function, and traces it before if that has not been done; any thread may do it."""
+        if self._lowered is None:
+            self.lower()
+        lowered, self._lowered = self._lowered, None
+        assert lowered is not None
+        self._compiled = lowered.compile()
 
-    def wait(self) -> None:
-        """Waits until nothing is being compiled."""
-        concurrent.futures.wait(self._futures.values())
+    def begin(self, *operands: Any) -> Any:
+        """The results, which may not be there yet."""
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        return self._compiled(*operands)
 
-    def close(self) -> None:
-        """Ends the threads; what has not begun is not compiled."""
-        for pool in (self._free, self._on_gpu):
-            pool.shutdown(wait=True, cancel_futures=True)
+    def __call__(self, *operands: Any) -> Any:
+        """The results, all there."""
+        return jax.block_until_ready(self.begin(*operands))
+
+    def out_shapes(self) -> Any:
+        """What the function gives, as shapes."""
+        return jax.eval_shape(self._jitted, *self._shapes)
 
 
-def times_for(seconds_each: float, seconds: float) -> int:
-    """How often a program repeats work that takes ``seconds_each``, to take about ``seconds``."""
-    return max(1, min(MOST_TIMES, round(seconds / seconds_each)))
+def on_device(
+    fn: Callable[..., Any], operands: Sequence[Any], times: int = 1, *, alone: bool = False
+) -> Program:
+    """A program of one device.
+
+    Args:
+      fn: of arrays.
+      operands: see ``Program``.
+      times: how often the program does it; with more than once it gives a number without a meaning.
+      alone: see ``Program``.
+    """
+    return Program(jax.jit(fn if times == 1 else repeated(fn, times)), operands, alone)
 
 
-def bound(program: Callable[..., Any], operands: Sequence[jax.Array], times: int) -> Timed:
-    """A compiled program with its operands."""
-    return Timed(lambda: jax.block_until_ready(program(*operands)), times)
+def over(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    operands: tuple[Any, ...],
+    in_specs: Any,
+    out_specs: Any,
+    alone: bool = False,
+) -> Program:
+    """A program of whole arrays over the mesh.
+
+    Args:
+      fn: of arrays.
+      mesh: of its devices.
+      operands: see ``Program``.
+      in_specs: a prefix of ``operands``.
+      out_specs: a prefix of the results.
+      alone: see ``Program``.
+    """
+
+    def shardings(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+    jitted = jax.jit(fn, in_shardings=shardings(in_specs), out_shardings=shardings(out_specs))
+    return Program(jitted, operands, alone)
 
 
-def by_turns(calls: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one repetition of each: in every round all run once, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call.run()
-            taken = (time.perf_counter() - began) / call.times
-            if round_:
-                seconds[name].append(taken)
-    return seconds
+def local(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    operands: tuple[Any, ...],
+    axis: str,
+    repeats: int = 1,
+    alone: bool = False,
+) -> Program:
+    """A program whose ``fn`` sees one rank's part of all operands, which are split along their first axis.
 
-
-def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """The median, the least and the most."""
-    return {
-        "ms": statistics.median(seconds) * 1e3,
-        "ms_min": min(seconds) * 1e3,
-        "ms_max": max(seconds) * 1e3,
-    }
-
-
-def seconds_of(call: Callable[[], Any], calls: int = 3) -> float:
-    """Seconds of a call by a few in a row, the first left out; ``call`` returns before its work is done."""
-    jax.block_until_ready(call())
-    began = time.perf_counter()
-    result = None
-    for _ in range(calls):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / calls
+    Args:
+      fn: of arrays.
+      mesh: of one axis.
+      operands: see ``Program``.
+      axis: of the mesh.
+      repeats: how often the program does it; with more than once it gives a number without a meaning.
+      alone: see ``Program``.
+    """
+    split = PartitionSpec(axis)
+    inner = fn if repeats == 1 else repeated(fn, repeats)
+    mapped = jax.shard_map(inner, mesh=mesh, in_specs=split, out_specs=split)
+    return over(mapped, mesh, operands, (split,) * len(operands), split, alone)

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from jax_moriep.runtime import compat
-
-if TYPE_CHECKING:
-    from jax_moriep.bench.measure.compiled import Program
-
-_MOST_COPIED = 1 << 20
-"""Bytes of an operand that may be copied in every run of a repeated program."""
-_NEVER = -1.2345e37
-"""No result is this number, but XLA cannot know."""
+from jax_moriep.bench.measure.programs import Program
+from jax_moriep.bench.problem.checks import Check
 
 Span = tuple[float, float]
 """Start and end of a call, in seconds of the clock that all processes of a machine share."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A comparison of a result with what it must be.
-
-    Attributes:
-      name: of the implementation.
-      operation: that gave the result.
-      what: was compared, such as "rows of rank 2".
-      error: largest difference.
-      limit: largest difference that is right.
-    """
-
-    name: str
-    operation: str
-    what: str
-    error: float
-    limit: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the result is right; NaN is not."""
-        return self.error <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,93 +83,28 @@ def measured(calls: Sequence[Call], iters: int, warmup: int, barrier: Callable[[
     }
 
 
-def repeated(fn: Callable[..., Any], times: int) -> Callable[..., jax.Array]:
-    """fn(*operands) many times in one program, so that the host's part of a call is paid once for all.
+def by_turns(calls: Sequence[Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of one repetition of each call, by name: ``interleave`` in one process, after one round that
+    does not count."""
+    spans, _ = interleave(calls, rounds, 1, lambda: None)
+    return {
+        call.name: [(end - start) / call.repeats for start, end in of_call]
+        for call, of_call in zip(calls, spans, strict=True)
+    }
 
-    Each run takes its operands behind the one before, and a value of each of its results is read. An element
-    of a small operand also takes its value from a choice that the run before decides, always the same way. So
-    XLA can neither merge, move nor leave out a run. Choosing and reading are a few small kernels a run, and
-    part of its time. XLA may copy the operand that is changed, so a large one is left as it is wherever a
-    barrier alone is enough.
 
-    Args:
-      fn: of arrays, gives arrays; inside ``shard_map`` it sees one rank's.
-      times: how often.
+def in_a_row(call: Callable[[], Any], calls: int = 3, rounds: int = 1) -> float:
+    """Seconds of a call by a few in a row, the first left out: the median of some rounds.
 
-    Returns:
-      run(*operands) -> f32[1], a number that means nothing.
+    For choices among settings, where nothing is compared by turns. ``call`` returns before its work is done.
     """
-
-    def run(*operands: Any) -> jax.Array:
-        leaves, tree = jax.tree.flatten(operands)
-        axes = frozenset().union(*(compat.varying_axes(leaf) for leaf in leaves))
-        place = _smallest(leaves, axes)
-
-        def once(_: jax.Array, carry: tuple[jax.Array, jax.Array | None]) -> tuple[Any, Any]:
-            seen, chosen = carry
-            now = list(leaves)
-            if chosen is not None and place is not None:
-                now[place] = chosen = nudged(chosen, seen)
-            held, before = lax.optimization_barrier((jax.tree.unflatten(tree, now), seen))
-            results = jax.tree.leaves(lax.optimization_barrier(fn(*held)))
-            read = [leaf.reshape(-1)[:1].astype(jnp.float32) for leaf in results if leaf.size]
-            return behind(before, compat.pcast_varying(sum(read, jnp.zeros(1, jnp.float32)), axes)), chosen
-
-        start = compat.pcast_varying(jnp.zeros(1, jnp.float32), axes)
-        chosen = None if place is None else leaves[place]
-        return lax.fori_loop(0, times, once, (start, chosen))[0]
-
-    return run
-
-
-def barriers_hold() -> bool:
-    """Whether XLA keeps optimization barriers; on CPUs it drops them, and moves what does not change."""
-    return jax.default_backend() != "cpu"
-
-
-def nudged(x: jax.Array, seen: jax.Array) -> jax.Array:
-    """x, but XLA must take it for another one whenever ``seen`` is."""
-    first = (0,) * x.ndim
-    return x.at[first].set(jnp.where(seen[0] == _NEVER, jnp.zeros_like(x[first]), x[first]))
-
-
-def behind(before: jax.Array, read: jax.Array) -> jax.Array:
-    """``read``; that it needs ``before`` as well keeps the barrier from which that comes."""
-    return jnp.where(before == _NEVER, before, read)
-
-
-def _smallest(leaves: Sequence[Any], axes: frozenset[str]) -> int | None:
-    """The place of the smallest array of numbers that varies over all axes; None if none may change."""
-    fit = [
-        (leaf.size * leaf.dtype.itemsize, i)
-        for i, leaf in enumerate(leaves)
-        if leaf.size and compat.varying_axes(leaf) == axes and jnp.issubdtype(leaf.dtype, jnp.number)
-    ]
-    if not fit:
-        return None
-    num_bytes, place = min(fit)
-    return None if barriers_hold() and num_bytes > _MOST_COPIED else place
-
-
-def slowest(spans: Sequence[Sequence[Span]]) -> np.ndarray:
-    """Seconds of each iteration, from the first process's start to the last one's end.
-
-    Processes that share too few cores do not leave a barrier together. The last one's own duration would
-    leave out the time in which it waited for a core that another process's copy held, and that time is part
-    of what the work costs here.
-
-    Args:
-      spans: of one call, for each process, for each iteration.
-
-    Returns:
-      f64[iterations].
-    """
-    of_process = np.asarray(spans, np.float64)
-    return of_process[..., 1].max(axis=0) - of_process[..., 0].min(axis=0)
-
-
-def percentile(seconds: np.ndarray, percent: float) -> float:
-    """The smallest measured value that at least ``percent`` of the values do not exceed (nearest rank)."""
-    ordered = np.sort(np.asarray(seconds, np.float64))
-    place = max(1, int(np.ceil(percent / 100 * ordered.size)))
-    return float(ordered[place - 1])
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        result = None
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        taken.append((time.perf_counter() - began) / calls)
+    return statistics.median(taken)

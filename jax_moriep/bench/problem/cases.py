@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from typing import Any
@@ -10,63 +9,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moriep.bench.problem import patterns
-from jax_moriep.bench.problem.names import EXCHANGES, FP8, transport_of
-from jax_moriep.config import SCHEMES, TRANSPORTS, MoEConfig
+from jax_moriep.bench.problem.names import ALONE, FLOORS
+from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.tuning_options import Tuning
 
 DTYPES = {"f32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
-
-EXPERTS = ("blocked", "triton", "reference", "ragged_dot")
-PLAIN = ("plain", "plain_hopper")
-"""Layers written without this package, for one rank."""
-DENSE_COPY = "dense+copy"
-"""Floor under the layer of one rank: dense products of its FLOPs, and copies of the bytes that must move."""
-_PAIRS = tuple(f"{transport}+{experts}" for transport in TRANSPORTS for experts in EXPERTS)
-_QUANTISED = tuple(
-    f"{pair}-{scheme}" for pair in _PAIRS if not pair.endswith("ragged_dot") for scheme in SCHEMES
-)
-FLOORS = ("memcpy", "nccl", "copy", DENSE_COPY)
-"""What no implementation can be faster than, or hardly."""
-COMPARABLE = {
-    "exchange": EXCHANGES,
-    "experts": (*EXPERTS, "dense"),
-    "layer": (*_PAIRS, *PLAIN),
-    "decode": (*_PAIRS, *_QUANTISED, *PLAIN),
-    "link": ("ppermute",),
-    "train": TRANSPORTS,
-}
-"""What each kind of run can compare."""
-COMPARED = {
-    "exchange": ("native", "collective"),
-    "experts": ("blocked", "ragged_dot", "dense"),
-    "layer": ("native+blocked", "collective+ragged_dot"),
-    "decode": ("native+blocked", "collective+ragged_dot"),
-    "link": ("ppermute",),
-    "train": ("native", "collective"),
-}
-"""What each kind of run compares unless told otherwise."""
-_ON_GPUS = ("native+triton", "collective+triton")
-COMPARED_ON_GPUS = {**COMPARED, "layer": _ON_GPUS, "decode": _ON_GPUS}
-"""The same on GPUs."""
-ITERATIONS = {
-    "exchange": (20, 3),
-    "experts": (7, 1),
-    "layer": (7, 1),
-    "decode": (20, 2),
-    "link": (10, 2),
-    "train": (5, 1),
-}
-"""Timed iterations and those before them, unless told otherwise; ``ragged_dot`` takes many seconds."""
-REPEATS_ON_GPUS = {"exchange": 20, "experts": 1, "layer": 3, "decode": 5, "link": 5, "train": 5}
-"""How often one program does the work there, unless told otherwise; its start is paid once for all."""
+GPU_PLATFORMS = ("cuda", "rocm", "gpu")
+"""Values of JAX_PLATFORMS."""
 DECODED_TOKENS = (1, 8, 32, 128)
 """Tokens per rank while a server decodes."""
 DECODED_LAYERS = 4
 """How many layers one program has then."""
-GPU_PLATFORMS = ("cuda", "rocm", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,86 +77,14 @@ class Case:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    rule(name, getattr(self, name), f"be at least {least}", f"raise {_option(name)}")
-                )
-        if self.top_k > self.experts:
-            raise ConfigError(
-                rule(
-                    "top_k",
-                    self.top_k,
-                    f"be at most experts={self.experts}",
-                    "lower --top-k or raise --experts",
-                )
-            )
-        if self.ranks % self.processes:
-            raise ConfigError(
-                rule(
-                    "processes",
-                    self.processes,
-                    f"divide ranks={self.ranks}",
-                    "every process holds equally many ranks; use --processes 1 or as many as ranks",
-                )
-            )
-        if self.kind == "experts" and self.repeats > 1:
-            raise ConfigError(
-                rule(
-                    "repeats",
-                    self.repeats,
-                    "be 1 for experts",
-                    "leave out --repeats; `bench kernels` repeats",
-                )
-            )
-        if self.kind not in ("decode", "train") and self.layers > 1:
-            raise ConfigError(
-                rule(
-                    "layers", self.layers, "be 1 but for decoding", "add --phase decode or leave out --layers"
-                )
-            )
-        if self.kind == "train" and self.hidden % 8:
-            raise ConfigError(
-                rule("hidden", self.hidden, "be a multiple of 8 in training", "four heads of pairs need it")
-            )
-        if self.kind in ("layer", "decode") and self.hidden < self.experts:
-            raise ConfigError(
-                rule(
-                    "hidden",
-                    self.hidden,
-                    f"be at least experts={self.experts}",
-                    "the tokens carry their router logits in their first columns; raise --hidden",
-                )
-            )
-        if not self.compare:
-            object.__setattr__(self, "compare", COMPARED[self.kind])
-        for name in self.compare:
-            if name not in COMPARABLE[self.kind]:
-                raise ConfigError(
-                    rule("compare", name, f"be one of {COMPARABLE[self.kind]}", "pick some of these")
-                )
-        for name in self.floors:
-            if name not in FLOORS:
-                raise ConfigError(rule("floors", name, f"be some of {FLOORS}", "pick some of these"))
-        alone = [name for name in (*self.compare, *self.floors) if name in (*PLAIN, "copy", DENSE_COPY)]
-        if alone and self.ranks > 1:
-            raise ConfigError(
-                rule("ranks", self.ranks, f"be 1 for {', '.join(alone)}", "drop these or use --ranks 1")
-            )
+        _check_least(self)
+        _check_together(self)
         self.config()  # checks what is left
 
     @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype of rows and weights."""
         return DTYPES[self.dtype]
-
-    @property
-    def transports(self) -> tuple[str, ...]:
-        """Those that are compared, whatever they are joined with."""
-        if self.kind == "experts":
-            return ()
-        names = [transport_of(name).split("+")[0] for name in self.compare]
-        return tuple(dict.fromkeys(name for name in names if name in TRANSPORTS))
 
     @property
     def row_bytes(self) -> int:
@@ -235,17 +118,6 @@ class Case:
             tuning=tuning,
         )
 
-    def title(self) -> str:
-        """One line that names the run."""
-        sizes = f"{self.layers} layers, " if self.kind in ("decode", "train") else ""
-        sizes += f"H={self.hidden} " if self.kind == "decode" else f"T={self.tokens} H={self.hidden} "
-        if self.kind != "exchange":
-            sizes += f"I={self.intermediate} "
-        return (
-            f"{self.kind}: {sizes}E={self.experts} K={self.top_k} {self.dtype}, {self.routing} routing, "
-            f"{self.ranks} ranks in {self.processes} process{'es' if self.processes > 1 else ''}"
-        )
-
     def to_json(self) -> str:
         """The case as text."""
         return json.dumps(dataclasses.asdict(self))
@@ -263,143 +135,37 @@ class Case:
         return cls(**{**fields, **{name: tuple(fields[name]) for name in names if name in fields}})
 
 
-def pair_of(name: str) -> tuple[str, str, str | None]:
-    """The transport, the experts and the scheme of a layer's name, such as "native+blocked-fp8_block"."""
-    transport, experts = name.split("+")
-    scheme = next((scheme for scheme in SCHEMES if experts.endswith(f"-{scheme}")), None)
-    return transport, experts.removesuffix(f"-{scheme}"), scheme
-
-
-def is_baseline(name: str) -> bool:
-    """Whether a name is of something that others have made: its errors are not the package's."""
-    return name in (*PLAIN, *FLOORS, "ppermute")
-
-
-_LEAST = {
-    "ranks": 1,
-    "processes": 1,
-    "tokens": 1,
-    "hidden": 1,
-    "intermediate": 1,
-    "experts": 1,
-    "top_k": 1,
-    "iters": 1,
-    "warmup": 1,
-    "repeats": 1,
-    "layers": 1,
-}
-
-
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """The command line's option for a field."""
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
-    """Adds the options of one kind of run."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Case)}
-
-    def number(name: str, text: str, kind: Any = int) -> None:
-        parser.add_argument(
-            _option(name), type=kind, default=defaults[name], help=f"{text} (default: {defaults[name]})"
-        )
-
-    number("ranks", "R, devices that share the experts")
-    parser.add_argument(
-        "--processes", type=int, help="processes that hold the ranks (default: one for each rank)"
-    )
-    decoding = ", with --phase decode 1, 8, 32 and 128" if kind == "layer" else ""
-    parser.add_argument(
-        "--tokens", type=int, help=f"T, tokens per rank (default: {defaults['tokens']}{decoding})"
-    )
-    number("hidden", "H, width of a token")
-    number("intermediate", "I, width inside an expert")
-    number("experts", "E, experts in all")
-    number("top_k", "K, experts per token")
-    parser.add_argument("--dtype", choices=DTYPES, default=defaults["dtype"], help="default: f32")
-    parser.add_argument(
-        "--routing", choices=patterns.PATTERNS, default=defaults["routing"], help="default: uniform"
-    )
-    number("capacity_factor", "rows reserved on a rank, in units of T*K; None is the exact bound", float)
-    iters, warmup = ITERATIONS[kind]
-    parser.add_argument("--iters", type=int, help=f"timed iterations of every call (default: {iters})")
-    parser.add_argument("--warmup", type=int, help=f"iterations before them (default: {warmup})")
-    number("seed", "of the data")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        help="how often one program does the work, so that its start is paid once for all (default: 1, with "
-        f"--platform cuda or rocm {REPEATS_ON_GPUS[kind]})",
-    )
-    parser.add_argument(
-        "--compare",
-        *(["--transports"] if kind == "exchange" else []),
-        type=lambda text: tuple(text.split(",")),
-        default=(),
-        metavar="A,B,...",
-        help=f"what to compare, ratios being to the first one (default: {','.join(COMPARED[kind])}; "
-        f"there are: {', '.join(COMPARABLE[kind])})",
-    )
-    if kind == "layer":
-        parser.add_argument(
-            "--phase", choices=("decode",), help="few tokens, forward, through several layers of one program"
-        )
-        parser.add_argument(
-            "--layers", type=int, help=f"of one program, with --phase decode (default: {DECODED_LAYERS})"
-        )
-        parser.add_argument(
-            "--quant",
-            choices=SCHEMES,
-            help="with --phase decode: compare each of them with its experts quantised as well",
-        )
-    if kind == "exchange":
-        parser.add_argument(
-            "--wire", choices=("fp8",), help="compare each of them with float8 on the wire as well"
-        )
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="measure peak memory too, each implementation in a run of its own",
-    )
+_POSITIVE = (
+    *("ranks", "processes", "tokens", "hidden", "intermediate", "experts", "top_k"),
+    *("iters", "warmup", "repeats", "layers"),
+)
 
 
-def of_arguments(kind: str, args: argparse.Namespace) -> Case:
-    """The case that parsed options describe.
+def _check_least(case: Case) -> None:
+    for name in _POSITIVE:
+        value = getattr(case, name)
+        if value < 1:
+            raise ConfigError(rule(name, value, "be at least 1", f"raise {option(name)}"))
 
-    Raises:
-      ConfigError: an option breaks its rule.
-    """
-    on_gpus = getattr(args, "platform", None) in GPU_PLATFORMS
-    quant = getattr(args, "quant", None)
-    if getattr(args, "phase", None) == "decode":
-        kind = "decode"
-    elif quant is not None:
-        raise ConfigError(rule("quant", quant, "come with --phase decode", "add it, or leave out --quant"))
-    taken_apart = ("kind", "operations", "floors")
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(Case)
-        if field.name not in taken_apart and getattr(args, field.name, None) is not None
-    }
-    ranks = max(1, given["ranks"])
-    iters, warmup = ITERATIONS[kind]
-    repeats = REPEATS_ON_GPUS[kind] if on_gpus else 1
-    given = {"processes": ranks, "iters": iters, "warmup": warmup, "repeats": repeats, **given}
-    floors: tuple[str, ...] = ()
-    if kind == "exchange":
-        floors = ("memcpy",) if not on_gpus else ("nccl",) if ranks > 1 else ("copy",)
-    if kind == "layer" and on_gpus and ranks == 1:
-        floors = (DENSE_COPY,)
-    if kind == "decode":
-        floors = ("copy",) if on_gpus and ranks == 1 else ()
-        tokens = DECODED_TOKENS if args.tokens is None else (args.tokens,)
-        operations = tuple(f"T={count}" for count in tokens)
-        given = {"layers": DECODED_LAYERS, **given, "tokens": max(tokens), "operations": operations}
-    if not given["compare"]:
-        plain = PLAIN if floors == (DENSE_COPY,) else PLAIN[:1] if kind == "decode" and floors else ()
-        given["compare"] = (COMPARED_ON_GPUS if on_gpus else COMPARED)[kind] + plain
-    if getattr(args, "wire", None) == "fp8":
-        given["compare"] += tuple(name + FP8 for name in given["compare"] if not name.endswith(FP8))
-    if quant is not None:
-        names = [f"{name}-{quant}" for name in given["compare"]]
-        given["compare"] += tuple(name for name in names if name in COMPARABLE[kind])
-    return Case(kind, floors=floors, **given)
+
+def _check_together(case: Case) -> None:
+    """Fields that have rules among each other, in every kind of run."""
+    if case.top_k > case.experts:
+        must = f"be at most experts={case.experts}"
+        raise ConfigError(rule("top_k", case.top_k, must, "lower --top-k or raise --experts"))
+    if case.ranks % case.processes:
+        must = f"divide ranks={case.ranks}"
+        cure = "every process holds equally many ranks; use --processes 1 or as many as ranks"
+        raise ConfigError(rule("processes", case.processes, must, cure))
+    for name in case.floors:
+        if name not in FLOORS:
+            raise ConfigError(rule("floors", name, f"be some of {FLOORS}", "pick some of these"))
+    alone = [name for name in (*case.compare, *case.floors) if name in ALONE]
+    if alone and case.ranks > 1:
+        must = f"be 1 for {', '.join(alone)}"
+        raise ConfigError(rule("ranks", case.ranks, must, "drop these or use --ranks 1"))

@@ -11,13 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jax_moriep.bench.kinds import load
+from jax_moriep.bench.measure import machine
+from jax_moriep.bench.measure.seconds import joined
+from jax_moriep.bench.problem import formats
 from jax_moriep.bench.problem.checkpoint import Model
 from jax_moriep.bench.problem.world import Barrier
-from jax_moriep.bench.run import load_worker, runner
-from jax_moriep.cli.launch import launch
+from jax_moriep.bench.run import load_worker, processes
 from jax_moriep.errors import ConfigError, MoriepError, rule
 
-FORMAT = "jax-moriep bench load 1"
 _FILE_BYTES = 1e9
 _GLIBC_DEFAULT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """Freed memory goes back to the system: a checkpoint is loaded once, into pages that a process gets anew."""
@@ -60,13 +62,13 @@ def of_arguments(args: argparse.Namespace) -> Model:
 
 
 def measure(
-    model: Model, processes: int, rounds: int, command: str, folder: Path | None, timeout: float | None
+    model: Model, num_processes: int, rounds: int, command: str, folder: Path | None, timeout: float | None
 ) -> dict[str, Any]:
     """Makes the checkpoint, loads it both ways, and deletes it.
 
     Args:
       model: what is in it.
-      processes: that load it together.
+      num_processes: that load it together.
       rounds: timed turns, behind one that is not.
       command: the command line, kept in the result.
       folder: where the checkpoint's folder is made; None for the system's place of temporary files.
@@ -93,80 +95,41 @@ def measure(
     with place as made:
         checkpoint = Path(made)
         model.write(checkpoint)
-        found = _run(model, checkpoint, processes, rounds, timeout)
+        found = _run(model, checkpoint, num_processes, rounds, timeout)
     return {
-        "format": FORMAT,
+        "format": formats.LOAD,
         "command": command,
-        "versions": runner.versions() | {"safetensors": importlib.metadata.version("safetensors")},
-        "machine": runner.machine(),
+        "versions": machine.versions() | {"safetensors": importlib.metadata.version("safetensors")},
+        "machine": machine.machine(),
         "model": dataclasses.asdict(model),
-        "processes": processes,
-        "own_bytes": -(-model.num_experts // processes) * model.num_layers * model.expert_bytes,
-        "calls": runner.joined(found),
+        "processes": num_processes,
+        "own_bytes": -(-model.num_experts // num_processes) * model.num_layers * model.expert_bytes,
+        "calls": joined(found),
         "checks": [check for of_process in found for check in of_process["checks"]],
         "memory": {
-            name: [of_process["memory"][name] for of_process in found]
-            for name in (load_worker.OURS, load_worker.THEIRS)
+            name: [of_process["memory"][name] for of_process in found] for name in (load.OURS, load.THEIRS)
         },
     }
 
 
 def _run(
-    model: Model, checkpoint: Path, processes: int, rounds: int, timeout: float | None
+    model: Model, checkpoint: Path, num_processes: int, rounds: int, timeout: float | None
 ) -> list[dict[str, Any]]:
     """Runs the processes; what each of them saw."""
-    with tempfile.TemporaryDirectory(prefix="jax-moriep-bench-") as folder:
-        job = {
-            "model": dataclasses.asdict(model),
-            "checkpoint": str(checkpoint),
-            "processes": processes,
-            "rounds": rounds,
-        }
-        Path(folder, "job.json").write_text(json.dumps(job))
-        Barrier.create(Path(folder, load_worker.BARRIER), processes)
-        ended = launch(
+    job = {"model": dataclasses.asdict(model), "checkpoint": str(checkpoint), "rounds": rounds}
+    with tempfile.TemporaryDirectory(prefix="jax-moriep-bench-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps({**job, "processes": num_processes}))
+        Barrier.create(folder / load_worker.BARRIER, num_processes)
+        failure = processes.run(
             load_worker.__name__,
-            processes,
-            args=[folder],
+            folder,
+            num_processes,
+            1,
             env=_GLIBC_DEFAULT,
             timeout=timeout,
-            capture=True,
-            platform="cpu",
-            module=True,
+            platform_name="cpu",
         )
-        said = runner.failure(ended, [text.splitlines() for text in ended.outputs])
-        if said is not None:
-            raise MoriepError(said)
-        return [json.loads(Path(folder, f"{i}.json").read_text()) for i in range(processes)]
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """The result as a table for people."""
-    model, own, machine = Model(**result["model"]), result["own_bytes"], result["machine"]
-    total = model.num_layers * model.num_experts * model.expert_bytes
-    ours, theirs = result["calls"]
-    lines = [
-        f"{total / 1e9:.3g} GB: {model.num_layers} layers, E={model.num_experts}, H={model.hidden}, "
-        f"I={model.intermediate}, bfloat16, {-(-model.num_layers // model.layers_per_file)} files; "
-        f"{result['processes']} processes on {machine['cores']} cores of {machine['processor']}",
-        f"{'':<20}{'p50 s':>8}{'least':>8}{'most':>8}{'GB/s':>8}{'time over ' + theirs['name']:>24}"
-        f"{'peak memory over own experts':>32}",
-    ]
-    for call in (ours, theirs):
-        lines.append(
-            f"  {call['name']:<18}{call['p50']:>8.2f}{min(call['seconds']):>8.2f}{max(call['seconds']):>8.2f}"
-            f"{total / call['p50'] / 1e9:>8.2f}{call['p50'] / theirs['p50']:>24.2f}"
-            f"{peak(result, call['name']) / own:>32.2f}"
-        )
-    wrong = runner.failed_checks(result)
-    count = len(result["checks"])
-    if not wrong:
-        return "\n".join([*lines, f"all {count} comparisons of the bits are right"])
-    lines.append(f"WRONG: {len(wrong)} of {count} comparisons")
-    lines += [f"  {check['name']}: {check['error']:.0f} {check['what']}" for check in wrong[:10]]
-    return "\n".join(lines)
-
-
-def peak(result: dict[str, Any], name: str) -> int:
-    """The most bytes that became resident in a process while it loaded."""
-    return max(seen["peak"] - seen["idle"] for seen in result["memory"][name])
+        if failure is not None:
+            raise MoriepError(failure)
+        return [json.loads((folder / f"{i}.json").read_text()) for i in range(num_processes)]

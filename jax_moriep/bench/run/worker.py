@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import gc
-import importlib
 import json
 import sys
 import time
@@ -19,7 +18,8 @@ from typing import Any
 import jax
 
 from jax_moriep import transports
-from jax_moriep.bench.measure import compiled, memory
+from jax_moriep.bench.kinds.table import KINDS, title_of, transports_of
+from jax_moriep.bench.measure import memory, pool
 from jax_moriep.bench.measure.turns import Call, measured
 from jax_moriep.bench.problem.cases import Case
 from jax_moriep.bench.problem.names import puts
@@ -106,7 +106,7 @@ def main(folder: str) -> None:
         part.write_text(json.dumps(seen))
         part.rename(part.with_suffix(".json"))
         if job.lenient:
-            _say(f"{case.title()}: {seen['seconds']:.1f} s, {len(seen['failed'])} failed")
+            _say(f"{title_of(case)}: {seen['seconds']:.1f} s, {len(seen['failed'])} failed")
             # After a failed exchange all that follow in this process fail too; others may take over.
             group.check_failures()
     faulthandler.cancel_dump_traceback_later()
@@ -118,7 +118,7 @@ def _refuse(cases: list[Case], world: World) -> None:
     """Ends the process with the reason, and nothing else, where what is named cannot run."""
     here = Place.of(world.mesh, AXIS)
     try:
-        for name in dict.fromkeys(name for case in cases for name in case.transports):
+        for name in dict.fromkeys(name for case in cases for name in transports_of(case)):
             transports.choose(name, here)
     except TransportError as e:
         sys.exit(str(e))
@@ -134,7 +134,7 @@ def _say(text: str) -> None:
 
 
 def _times(case: Case, world: World) -> dict[str, Any]:
-    kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
+    kind = KINDS[case.kind]
     return _measured(kind.calls(case, world, kind.make_data(case, world)), case, world)
 
 
@@ -149,18 +149,18 @@ def _leniently(case: Case, world: World, until: float | None) -> dict[str, Any]:
         return {**nothing, "failed": [{**_failure(EVERYTHING, "", "no time was left"), "not_run": True}]}
     failed: list[dict[str, Any]] = []
     try:
-        kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
+        kind = KINDS[case.kind]
         calls = kind.calls(case, world, kind.make_data(case, world))
         began = time.monotonic()
-        errors = compiled.prepare([call.programs for call in calls])
-        _say(f"{case.title()}: {len(calls)} entries compiled in {time.monotonic() - began:.1f} s")
+        errors = pool.prepare([call.programs for call in calls])
+        _say(f"{title_of(case)}: {len(calls)} entries compiled in {time.monotonic() - began:.1f} s")
         calls = _agreed(calls, errors, world, failed)
         seen = _measured(_tried(calls, world, failed), case, world)
         group.check_failures()
         return {**seen, "failed": failed}
     except Exception as e:  # noqa: BLE001 - recorded, and the next case goes on
         world.barrier.leave()
-        return {**nothing, "failed": [*failed, _failure(EVERYTHING, "", compiled.describe(e))]}
+        return {**nothing, "failed": [*failed, _failure(EVERYTHING, "", pool.describe(e))]}
     finally:
         gc.collect()
 
@@ -175,7 +175,7 @@ def _tried(calls: list[Call], world: World, failed: list[dict[str, Any]]) -> lis
                 if run is not None:
                     run()
         except Exception as e:  # noqa: BLE001 - recorded, and the others go on
-            error = compiled.describe(e)
+            error = pool.describe(e)
         good += _agreed([call], [error], world, failed)
     return good
 
@@ -196,10 +196,10 @@ def _failure(name: str, operation: str, error: str) -> dict[str, Any]:
 
 
 def _memory(case: Case, world: World) -> dict[str, int]:
-    kind = importlib.import_module(f"jax_moriep.bench.kinds.{case.kind}")
+    kind = KINDS[case.kind]
     calls = kind.calls(case, world, kind.make_data(case, world))
     before = memory.read()["VmRSS"]  # the data is there, and nothing is compiled yet
-    name, operation = case.compare[0], case.operations[-1] if case.operations else kind.MEMORY_OPERATION
+    name, operation = case.compare[0], case.operations[-1] if case.operations else kind.memory_operation
     call = next(call for call in calls if (call.name, call.operation) == (name, operation))
 
     def run() -> None:

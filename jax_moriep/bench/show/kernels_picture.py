@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jax_moriep.bench.problem import formats
 from jax_moriep.bench.show import figures
-
-FORMAT = "jax-moriep kernels 1"
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """A result that ``bench kernels --json`` wrote; None if the file is none, whatever it is."""
-    return figures.read(path, FORMAT)
+    return figures.read(path, formats.KERNELS)
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:

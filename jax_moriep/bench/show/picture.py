@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench.run.runner import FORMAT
+from jax_moriep.bench.kinds.table import title_of
+from jax_moriep.bench.problem import formats
 from jax_moriep.bench.show import figures
 from jax_moriep.bench.show.report import case_of, of_operation, operations
 from jax_moriep.errors import ConfigError, rule
@@ -25,8 +26,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(rule("FILE", str(path), "be a readable file", f"{cure} ({e.strerror})")) from e
     except ValueError as e:
         raise ConfigError(rule("FILE", str(path), "hold JSON", cure)) from e
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise ConfigError(rule("FILE", str(path), f"have the format {FORMAT!r}", cure))
+    if not isinstance(result, dict) or result.get("format") != formats.BENCH:
+        raise ConfigError(rule("FILE", str(path), f"have the format {formats.BENCH!r}", cure))
     return result
 
 
@@ -50,7 +51,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     for row, result in zip(rows, results, strict=True):
         machine = result["machine"]
         row.suptitle(
-            f"{case_of(result).title()}\n{machine['cores']} cores of {machine['processor']}", fontsize=10
+            f"{title_of(case_of(result))}\n{machine['cores']} cores of {machine['processor']}", fontsize=10
         )
         axes = row.subplots(1, columns, squeeze=False)[0]
         for axis in axes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_moriep.bench.kinds import exchange
-from jax_moriep.bench.problem.cases import FLOORS, Case, is_baseline
-from jax_moriep.bench.run.runner import failed_checks
+from jax_moriep.bench.kinds.table import KINDS, title_of
+from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.checks import failed_checks
+from jax_moriep.bench.problem.names import FLOORS, is_baseline
 
 _MB = 1e6
 
@@ -23,7 +24,7 @@ def as_text(result: dict[str, Any]) -> str:
     case = case_of(result)
     machine, versions = result["machine"], result["versions"]
     lines = [
-        case.title(),
+        title_of(case),
         f"{machine['cores']} cores of {machine['processor']}; jax {versions['jax']}, "
         f"jax_moriep {versions['jax_moriep']}; {case.iters} iterations by turns, the slowest rank counts",
     ]
@@ -111,8 +112,7 @@ def rate(result: dict[str, Any], call: dict[str, Any], which: str) -> float:
       which: "received" for MORI's convention, "remote" for what crosses the links.
     """
     case = case_of(result)
-    there = exchange.wire_row_bytes(case, call["name"]) / case.row_bytes
-    times = {exchange.BOTH: there + 1, "dispatch": there, "combine": 1}[call["operation"]]
+    times = KINDS[case.kind].times_moved(case, call["name"], call["operation"])
     return _mean(result["bytes"][which]) * times / call["p50"]
 
 
