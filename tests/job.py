@@ -10,7 +10,7 @@ import collections
 import os
 import sys
 
-from jax_moriep.bench import devices
+from jax_moriep.bench.run import devices
 from jax_moriep.cli.launch import launch
 from tests import processes
 

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import cases, load, report, runner, scale_plan
+from jax_moriep.bench.kinds import arguments, plan_arguments
+from jax_moriep.bench.problem.checks import failed_checks
+from jax_moriep.bench.run import load, runner
+from jax_moriep.bench.show import load_report, plan_report, report
 from jax_moriep.cli import bench_host
 from jax_moriep.config import SCHEMES
 from jax_moriep.errors import ConfigError, rule
@@ -32,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, summary in KINDS.items():
         of_kind = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
-        cases.add_arguments(of_kind, kind)
+        arguments.add_arguments(of_kind, kind)
         of_kind.add_argument("--platform", help="value for JAX_PLATFORMS, such as cpu")
         of_kind.add_argument(
             "--timeout", type=float, metavar="S", help="end a set of processes after S seconds"
@@ -63,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
         description="Computes what each transport would move over which link for a model on many ranks, what "
         "it would hold, and how long it takes at least; nothing is run.",
     )
-    scale_plan.add_arguments(of_plan)
+    plan_arguments.add_arguments(of_plan)
 
     of_kernels = kinds.add_parser(
         "kernels",
@@ -95,7 +98,9 @@ def _names(text: str) -> list[str]:
 
 def _run_kernels(args: argparse.Namespace) -> int:
     # Imported here, because it needs Pallas, which takes its time to import.
-    from jax_moriep.bench import grouped, kernels, quantised, shares
+    from jax_moriep.bench.against.baselines import BASELINES
+    from jax_moriep.bench.kinds import kernels, quantised
+    from jax_moriep.bench.problem import shares
 
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
     say = functools.partial(print, flush=True)
@@ -111,7 +116,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
         for what in ("wrong", "failed"):
             print(f"{what}:", found[what] or "nothing")
         return 1 if found["wrong"] or found["failed"] else 0
-    baselines = args.baselines or list(grouped.BASELINES)
+    baselines = args.baselines or list(BASELINES)
     found = kernels.run(
         names,
         args.sizes or list(shares.SIZES),
@@ -134,15 +139,15 @@ def _run_kernels(args: argparse.Namespace) -> int:
 def _run_load(args: argparse.Namespace, command: str) -> int:
     model = load.of_arguments(args)
     result = load.measure(model, args.processes, args.rounds, command, args.folder, args.timeout)
-    print(load.as_text(result))
+    print(load_report.as_text(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if runner.failed_checks(result) else 0
+    return 1 if failed_checks(result) else 0
 
 
 def _run_plan(args: argparse.Namespace, command: str) -> int:
-    planned = scale_plan.of_arguments(args)
-    print(scale_plan.as_text(planned))
+    planned = plan_arguments.of_arguments(args)
+    print(plan_report.as_text(planned))
     if args.json is not None:
         args.json.write_text(json.dumps({"command": command, **planned}, indent=1) + "\n")
     return 0
@@ -163,9 +168,9 @@ def run(args: argparse.Namespace) -> int:
         return _run_kernels(args)
     if args.kind == "load":
         return _run_load(args, command)
-    case = cases.of_arguments(args.kind, args)
+    case = arguments.of_arguments(args.kind, args)
     result = runner.measure(case, command, timeout=args.timeout, platform_name=args.platform)
     print(report.as_text(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if runner.failed_checks(result) else 0
+    return 1 if failed_checks(result) else 0

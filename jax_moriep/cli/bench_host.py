@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from jax_moriep.bench import host, host_report
+from jax_moriep.bench.run import host, host_plan
+from jax_moriep.bench.show import host_picture, host_report
 from jax_moriep.errors import ConfigError, rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    defaults = {field.name: field.default for field in dataclasses.fields(host.Options)}
+    defaults = {field.name: field.default for field in dataclasses.fields(host_plan.Options)}
     texts = {
         "hidden": "H, width of a token",
         "intermediate": "I, width inside an expert",
@@ -41,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routings",
         type=lambda text: tuple(text.split(",")),
-        default=host.ROUTINGS,
+        default=host_plan.ROUTINGS,
         metavar="A,B,...",
-        help=f"of the exchange (default: {','.join(host.ROUTINGS)})",
+        help=f"of the exchange (default: {','.join(host_plan.ROUTINGS)})",
     )
     parser.add_argument(
         "--kinds",
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.split(",")),
         default=(),
         metavar="A,B,...",
-        help=f"what to measure (default: those of {','.join(host.TRANSPORTS)} that can run here)",
+        help=f"what to measure (default: those of {','.join(host_plan.TRANSPORTS)} that can run here)",
     )
     parser.add_argument(
         "--one-process", action="store_true", help="one process holds all devices, instead of one each"
@@ -89,12 +90,12 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Measures, writes and prints; returns 1 if a value was wrong or something failed, else 0."""
     if not args.out.is_dir():
         raise ConfigError(rule("--out", str(args.out), "be an existing folder", "make the folder first"))
-    options = host.Options(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(host.Options)}
+    options = host_plan.Options(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(host_plan.Options)}
     )
     result, path = host.run(options, command, args.out, lambda line: print(line, flush=True))
     picture = path.with_suffix(".png")
-    drawn = host_report.draw(result, picture)
+    drawn = host_picture.draw(result, picture)
     print(host_report.as_text(result))
     print(f"wrote {path}" + (f" and {picture}" if drawn else "; no picture, for matplotlib is not installed"))
     return 1 if host.failures(result) else 0

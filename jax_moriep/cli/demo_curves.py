@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import figures, runner
+from jax_moriep.bench.measure import machine
+from jax_moriep.bench.show import figures
 from jax_moriep.cli.demo_report import Results, smoothed
 
 FORMAT = "jax-moriep demo 1"
@@ -18,8 +19,8 @@ def write(results: Results, seconds: float, command: str, path: Path) -> None:
     result = {
         "format": FORMAT,
         "command": command,
-        "versions": runner.versions(),
-        "machine": runner.machine(),
+        "versions": machine.versions(),
+        "machine": machine.machine(),
         "settings": {name: getattr(settings, name) for name in ("ranks", "steps", *settings.identity())},
         "numerics": settings.numerics(),
         "transport": results.start["transport"],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_moriep as jm
-from jax_moriep.bench.cases import DTYPES
+from jax_moriep.bench.problem.cases import DTYPES
 from jax_moriep.flax import EpMoE
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench import kernels_picture, picture
+from jax_moriep.bench.show import kernels_picture, picture
 from jax_moriep.cli import demo_curves
 from jax_moriep.errors import ConfigError, rule
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(rule("--out", str(args.out), "lie in an existing folder", "make the folder first"))
     # Imported here, because it needs Pallas, which takes its time to import.
-    from jax_moriep.bench import tune
+    from jax_moriep.bench.kinds import tune
 
     table = tune.run(args.experts, args.hidden, args.intermediate, lambda line: print(line, flush=True))
     args.out.write_text(json.dumps(table, indent=1) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_moriep
-from jax_moriep.bench import patterns, traffic
+from jax_moriep.bench.problem import patterns, traffic
 
 SIZES = "--ranks 4 --processes 2 --tokens 16 --hidden 32 --intermediate 16 --experts 6 --top-k 2".split()
 SMALL = [*SIZES, "--iters", "3", "--warmup", "1"]
@@ -155,10 +155,10 @@ def test_a_whole_host(tmp_path):
     # A case ends its processes, and new ones go on behind it.
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "from jax_moriep.bench import link\n"
-        "def calls(case, world, data):\n"
+        "from jax_moriep.bench.kinds.link import Link\n"
+        "def calls(self, case, world, data):\n"
         "    os._exit(3)\n"
-        "link.calls = calls\n"
+        "Link.calls = calls\n"
     )
     sizes = "--tokens 16 --hidden 64 --intermediate 32 --experts 8 --experts-per-rank 4 --top-k 2"
     argv = "--platform cpu --ranks 1,2 --iters 2 --kinds exchange,layer --routings zipf --link-mib 1"

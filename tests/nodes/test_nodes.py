@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_moriep.bench import scale, scale_plan
+from jax_moriep.bench.kinds import plan, plan_bytes
+from jax_moriep.bench.problem.models import Model
+from jax_moriep.bench.problem.routing import routing
 from tests.nodes import common, jobs, measure_exchange
 from tests.nodes.machines import Machines, Unavailable
 
@@ -89,8 +91,8 @@ def test_the_link_carries_what_bench_plan_computes(machines, tmp_path, transport
             (tmp_path / name).touch()
         assert [ended.code for ended in job.wait(SECONDS)] == [0, 0], job.said()
     cfg = common.config(transport, hidden)
-    sizes = scale_plan.sizes_of(scale_plan.Model(1, cfg), tokens, "float32", 4, 2)
-    exchange = scale.TRANSPORTS[transport](sizes, scale_plan.routing("uniform", cfg)(4, 2))
+    sizes = plan.sizes_of(Model(1, cfg), tokens, "float32", 4, 2)
+    exchange = plan_bytes.TRANSPORTS[transport](sizes, routing("uniform", cfg)(4, 2))
     for machine in range(2):
         both = exchange.dispatch.between_out + exchange.combine.between_out
         planned = steps * both.reshape(2, 2)[machine].sum()

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 import threading
@@ -13,22 +12,16 @@ import pytest
 import schemes_oracle
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench import (
-    cases,
-    decode,
-    decode_oracle,
-    formula,
-    memory,
-    oracle,
-    patterns,
-    picture,
-    report,
-    runner,
-    traffic,
-)
-from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import Call, Check, interleave, percentile, slowest
-from jax_moriep.bench.world import Barrier, World
+from jax_moriep.bench.kinds import arguments, decode
+from jax_moriep.bench.kinds.table import KINDS, new_case
+from jax_moriep.bench.measure import memory
+from jax_moriep.bench.measure.seconds import percentile, slowest
+from jax_moriep.bench.measure.turns import Call, interleave
+from jax_moriep.bench.problem import decode_oracle, formats, formula, oracle, patterns, traffic
+from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.checks import Check
+from jax_moriep.bench.problem.world import Barrier, World
+from jax_moriep.bench.show import picture, report
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, MoriepError
 from jax_moriep.plan import ExchangeShape
@@ -177,7 +170,7 @@ def test_peak_memory_sees_what_comes_and_goes():
 )
 def test_bad_arguments_are_refused(changed, text):
     with pytest.raises(ConfigError) as error:
-        Case(**{"kind": "exchange", **changed})
+        new_case(**{"kind": "exchange", **changed})
     assert text in str(error.value)
 
 
@@ -195,16 +188,16 @@ def test_the_command_refuses_a_folder_that_is_not_there_before_it_measures(tmp_p
 
 
 def test_a_case_survives_json():
-    case = Case("layer", ranks=2, processes=1, compare=("reference+blocked",), capacity_factor=1.5)
+    case = new_case("layer", ranks=2, processes=1, compare=("reference+blocked",), capacity_factor=1.5)
     assert Case.from_json(case.to_json()) == case
 
 
 def test_options_become_a_case():
     parser = argparse.ArgumentParser()
-    cases.add_arguments(parser, "exchange")
+    arguments.add_arguments(parser, "exchange")
     options = "--ranks 6 --top-k 3 --dtype bf16 --routing one-hot --transports reference,native"
     args = parser.parse_args(options.split())
-    case = cases.of_arguments("exchange", args)
+    case = arguments.of_arguments("exchange", args)
     assert (case.ranks, case.processes, case.top_k, case.dtype, case.routing) == (6, 6, 3, "bf16", "one-hot")
     assert case.compare == ("reference", "native")
     assert case.row_bytes == 2048
@@ -248,7 +241,7 @@ def run_here(case, tmp_path):
     """Runs a case on devices of this process; gives what the runner would join."""
     Barrier.create(tmp_path / "barrier", 1)
     world = World(case.ranks, tmp_path / "barrier")
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = KINDS[case.kind]
     calls = kind.calls(case, world, kind.make_data(case, world))
     spans, checks = interleave(calls, case.iters, case.warmup, world.barrier)
     return calls, spans, checks
@@ -263,7 +256,7 @@ def run_here(case, tmp_path):
     ],
 )
 def test_every_kind_is_right(kind, routing, compare, tmp_path):
-    case = Case(
+    case = new_case(
         kind, ranks=4 if kind == "exchange" else 2, processes=1, routing=routing, compare=compare, **SMALL
     )
     calls, spans, checks = run_here(case, tmp_path)
@@ -288,7 +281,7 @@ def test_every_kind_is_right(kind, routing, compare, tmp_path):
     ],
 )
 def test_low_precision_is_right_too(kind, dtype, compare, tmp_path):
-    case = Case(kind, ranks=2, processes=1, dtype=dtype, compare=(compare,), **SMALL)
+    case = new_case(kind, ranks=2, processes=1, dtype=dtype, compare=(compare,), **SMALL)
     assert [check for check in run_here(case, tmp_path)[2] if not check.ok] == []
 
 
@@ -302,7 +295,7 @@ def test_low_precision_is_right_too(kind, dtype, compare, tmp_path):
     ],
 )
 def test_decoding_is_right(compare, dtype, sizes, tmp_path):
-    case = Case(
+    case = new_case(
         "decode",
         ranks=2,
         processes=1,
@@ -325,7 +318,7 @@ def test_decoding_is_right(compare, dtype, sizes, tmp_path):
 def test_decoding_on_one_rank_runs_often_beside_a_floor_and_a_plain_layer(tmp_path):
     compare = ("collective+blocked", "collective+blocked-fp8_token", "plain")
     sizes = {"ranks": 1, "processes": 1, "layers": 2, "repeats": 2, "operations": ("T=3",)}
-    case = Case("decode", floors=("copy",), compare=compare, **{**SMALL, **sizes})
+    case = new_case("decode", floors=("copy",), compare=compare, **{**SMALL, **sizes})
     calls, _, checks = run_here(case, tmp_path)
     assert [(call.name, call.repeats) for call in calls] == [("copy", 2), *((name, 4) for name in compare)]
     assert len(checks) == len(compare) * case.layers * 2
@@ -341,7 +334,7 @@ def test_experts_that_are_not_quantised_are_noticed_while_decoding(tmp_path, mon
         lambda self, *args, **given: right(self, *args, **{**given, "expert_quant": None}),
     )
     compare = ("collective+blocked", "collective+blocked-fp8_block")
-    case = Case("decode", ranks=2, processes=1, layers=1, operations=("T=5",), compare=compare, **SMALL)
+    case = new_case("decode", ranks=2, processes=1, layers=1, operations=("T=5",), compare=compare, **SMALL)
     assert {check.name for check in run_here(case, tmp_path)[2] if not check.ok} == {compare[1]}
 
 
@@ -378,9 +371,9 @@ def test_matrices_of_layers_differ_and_have_the_codes_of_the_first():
 def test_options_become_a_case_of_decoding():
     def case_of(options):
         parser = argparse.ArgumentParser()
-        cases.add_arguments(parser, "layer")
+        arguments.add_arguments(parser, "layer")
         parser.add_argument("--platform")
-        return cases.of_arguments("layer", parser.parse_args(options.split()))
+        return arguments.of_arguments("layer", parser.parse_args(options.split()))
 
     case = case_of("--phase decode --quant fp8_block --ranks 2")
     assert (case.kind, case.layers, case.tokens, case.floors) == ("decode", 4, 128, ())
@@ -397,7 +390,7 @@ def test_options_become_a_case_of_decoding():
 
 
 def test_dropped_routes_are_expected(tmp_path):
-    case = Case(
+    case = new_case(
         "exchange",
         ranks=2,
         processes=1,
@@ -418,7 +411,7 @@ def test_a_row_in_the_wrong_place_is_noticed(tmp_path, monkeypatch):
         return rows.at[0].set(rows[1]).at[1].set(rows[0]), order
 
     monkeypatch.setattr(collective, "replay", wrong)
-    case = Case("exchange", ranks=2, processes=1, compare=("collective",), **SMALL)
+    case = new_case("exchange", ranks=2, processes=1, compare=("collective",), **SMALL)
     wrong_checks = [check for check in run_here(case, tmp_path)[2] if not check.ok]
     assert {check.operation for check in wrong_checks} == {"dispatch", "combine", "dispatch+combine"}
 
@@ -433,7 +426,7 @@ def test_a_wrong_gradient_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(exchange, "_combine_bwd", wrong)
     exchange._combine.defvjp(exchange._combine_fwd, wrong)
     try:
-        case = Case("layer", ranks=2, processes=1, compare=("collective+blocked",), **SMALL)
+        case = new_case("layer", ranks=2, processes=1, compare=("collective+blocked",), **SMALL)
         wrong_checks = [check for check in run_here(case, tmp_path)[2] if not check.ok]
     finally:
         exchange._combine.defvjp(exchange._combine_fwd, right)
@@ -443,10 +436,10 @@ def test_a_wrong_gradient_is_noticed(tmp_path, monkeypatch):
 
 def result_of(case, *, slow=1.0, error=0.0):
     """A result as the runner gives it, with made-up times of 1, 2, ... milliseconds."""
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = KINDS[case.kind]
     names = [*case.compare, *(["memcpy"] if case.kind == "exchange" else [])]
     calls = []
-    for operation in kind.OPERATIONS:
+    for operation in kind.operations:
         for i, name in enumerate(names):
             seconds = [1e-3 * (i + 1)] * 9 + [slow]
             spans = [[[0.0, s]] for s in seconds]
@@ -455,9 +448,9 @@ def result_of(case, *, slow=1.0, error=0.0):
                 | {"seconds": seconds, "spans": spans}
             )
     moved = {"received": [3_000_000, 5_000_000], "remote": [1_000_000, 2_000_000]}
-    check = Check(case.compare[0], kind.OPERATIONS[0], "tokens of rank 0", error, 0.5)
+    check = Check(case.compare[0], kind.operations[0], "tokens of rank 0", error, 0.5)
     return {
-        "format": runner.FORMAT,
+        "format": formats.BENCH,
         "command": "jax-moriep bench",
         "versions": {"jax": "0", "jax_moriep": "0"},
         "machine": {"cores": 2, "processor": "some CPU"},
@@ -471,7 +464,7 @@ def result_of(case, *, slow=1.0, error=0.0):
 
 
 def test_report_has_ratios_rates_and_the_verdict():
-    result = result_of(Case("exchange", ranks=2, processes=2))
+    result = result_of(new_case("exchange", ranks=2, processes=2))
     text = report.as_text(result)
     assert "a rank receives 4 MB by MORI's convention" in text
     assert "1.5 MB of it from other ranks" in text
@@ -481,14 +474,14 @@ def test_report_has_ratios_rates_and_the_verdict():
     assert both[2].split() == ["collective", "2.00", "3.00", "2.00", "4", "150%"]
     assert both[3].split() == ["memcpy", "3.00", "4.50", "3.00", "2.67", "100%"]
     assert "all 1 comparisons with the NumPy oracle are right" in text
-    wrong = report.as_text(result_of(Case("exchange", ranks=2, processes=2), error=0.75))
+    wrong = report.as_text(result_of(new_case("exchange", ranks=2, processes=2), error=0.75))
     assert "WRONG: 1 of 1 comparisons" in wrong
     assert "tokens of rank 0: error 0.75, at most 0.5 is right" in wrong
 
 
 def test_an_operation_of_the_floor_alone_is_left_out():
     """A combine with the fp8 wire is no other than without, so of names with it alone there is none."""
-    result = result_of(Case("exchange", ranks=2, processes=2, compare=("native-fp8",)))
+    result = result_of(new_case("exchange", ranks=2, processes=2, compare=("native-fp8",)))
     result["calls"] = [
         call for call in result["calls"] if (call["name"], call["operation"]) != ("native-fp8", "combine")
     ]
@@ -498,7 +491,7 @@ def test_an_operation_of_the_floor_alone_is_left_out():
 
 
 def test_report_names_the_fullest_process():
-    result = result_of(Case("layer", ranks=2, processes=2))
+    result = result_of(new_case("layer", ranks=2, processes=2))
     seen = [
         {"before": 100_000_000, "idle": 1, "peak": 130_000_000, "shared": 5_000_000},
         {"before": 100_000_000, "idle": 1, "peak": 150_000_000, "shared": 6_000_000},
@@ -511,8 +504,8 @@ def test_report_names_the_fullest_process():
 
 def test_plot_draws_results_side_by_side(tmp_path, capsys):
     files = []
-    for kind in cases.COMPARED:
-        result = result_of(Case(kind, ranks=2, processes=2))
+    for kind in KINDS:
+        result = result_of(new_case(kind, ranks=2, processes=2))
         if kind == "layer":
             result["memory"] = {
                 name: [{"before": 1, "peak": 5_000_000}] for name in result["case"]["compare"]
@@ -536,10 +529,10 @@ def test_plot_refuses_other_files(text, tmp_path, capsys):
 
 def test_plot_says_where_it_cannot_write(tmp_path):
     with pytest.raises(ConfigError, match=r"--out='.*' must be writable as a picture; name a file"):
-        picture.draw([result_of(Case("experts", ranks=2, processes=2))], tmp_path / "no" / "x.png")
+        picture.draw([result_of(new_case("experts", ranks=2, processes=2))], tmp_path / "no" / "x.png")
 
 
 def test_plot_says_how_to_get_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MoriepError, match=r"pip install 'jax-moriep\[plot\]'"):
-        picture.draw([result_of(Case("experts", ranks=2, processes=2))], tmp_path / "x.png")
+        picture.draw([result_of(new_case("experts", ranks=2, processes=2))], tmp_path / "x.png")

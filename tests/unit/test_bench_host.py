@@ -1,9 +1,9 @@
 """``bench host`` without processes: its plan, data by formula, repeats, report and verdict."""
 
 import dataclasses
-import importlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,30 +14,23 @@ import test_bench
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench import (
-    compiled,
-    devices,
-    formula,
-    host,
-    host_report,
-    layer_oracle,
-    oracle,
-    report,
-    runner,
-    timing,
-    train,
-    worker,
-)
-from jax_moriep.bench.cases import Case
-from jax_moriep.bench.timing import Call, interleave
-from jax_moriep.bench.world import AXIS, Barrier, World
+from jax_moriep.bench.kinds import train
+from jax_moriep.bench.kinds.exchange import routes_of
+from jax_moriep.bench.kinds.table import KINDS, new_case, title_of, transports_of
+from jax_moriep.bench.measure import pool, programs, repeat
+from jax_moriep.bench.measure.turns import Call, interleave
+from jax_moriep.bench.problem import formats, formula, layer_oracle, oracle
+from jax_moriep.bench.problem.world import AXIS, Barrier, World
+from jax_moriep.bench.run import devices, host, host_plan, runner, worker
+from jax_moriep.bench.run.environment import environment
+from jax_moriep.bench.show import host_picture, host_report, report
 from jax_moriep.errors import ConfigError
 from jax_moriep.transports import collective
 
 SMALL: dict[str, Any] = {**test_bench.SMALL, "processes": 1, "dtype": "bf16"}
 NO_MORI = {"native": None, "mori": "it needs AMD's GPUs; use native", "collective": None, "reference": None}
-GPUS = host.Devices("gpu", "NVIDIA H100 80GB HBM3", 4, NO_MORI)
-AMD = host.Devices("gpu", "AMD Instinct MI300X", 8, dict.fromkeys(NO_MORI))
+GPUS = devices.Devices("gpu", "NVIDIA H100 80GB HBM3", 4, NO_MORI)
+AMD = devices.Devices("gpu", "AMD Instinct MI300X", 8, dict.fromkeys(NO_MORI))
 
 
 def world_of(ranks, tmp_path):
@@ -46,7 +39,7 @@ def world_of(ranks, tmp_path):
 
 
 def calls_of(case, world):
-    kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+    kind = KINDS[case.kind]
     return kind.calls(case, world, kind.make_data(case, world))
 
 
@@ -66,7 +59,7 @@ def test_formula_is_the_same_on_host_and_device_and_exact_in_every_dtype():
 
 
 def test_layer_oracle_is_an_mlp_for_each_expert():
-    case = Case("layer", ranks=1, **SMALL)
+    case = new_case("layer", ranks=1, **SMALL)
     rng = np.random.default_rng(0)
     ids = rng.permuted(np.tile(np.arange(6), (12, 1)), axis=1)[:, :2].astype(np.int32)
     problem = layer_oracle.Problem(case, ids)
@@ -113,9 +106,11 @@ def test_repeated_work_is_right(kind, ranks, compare, floors, tmp_path):
     operations = ("forward+backward",) if kind == "layer" else ()
     # A model this narrow learns nothing in three steps.
     sizes = {**SMALL, "hidden": 128, "layers": 2} if kind == "train" else SMALL
-    case = Case(kind, ranks=ranks, compare=compare, floors=floors, operations=operations, repeats=3, **sizes)
+    case = new_case(
+        kind, ranks=ranks, compare=compare, floors=floors, operations=operations, repeats=3, **sizes
+    )
     calls = calls_of(case, world_of(ranks, tmp_path))
-    assert compiled.prepare([call.programs for call in calls]) == [None] * len(calls)
+    assert pool.prepare([call.programs for call in calls]) == [None] * len(calls)
     _, checks = interleave(calls, 1, 1, lambda: None)
     assert [check for check in checks if not check.ok] == []
     assert {call.repeats for call in calls} == {3}
@@ -140,23 +135,25 @@ def test_losses_are_compared_with_those_of_the_first_transport():
 
 @pytest.mark.parametrize(("times", "hold"), [(1, False), (4, False), (4, True)])
 def test_repeated_over_runs_as_often_as_it_says(times, hold, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "barriers_hold", lambda: hold)
+    monkeypatch.setattr(repeat, "barriers_hold", lambda: hold)
     world, seen = world_of(2, tmp_path), []
 
     def work(x):
         jax.debug.callback(lambda: seen.append(1))
         return x * 2, jnp.ones((3, 2), x.dtype)
 
-    run = compiled.repeated_over(work, times, world.mesh, AXIS, (P(AXIS), P()))
+    run = repeat.repeated_over(work, times, world.mesh, AXIS, (P(AXIS), P()))
     x = world.place(np.ones((4, 2), np.float32), P(AXIS))
-    assert compiled.over(run, world.mesh, (x,), (P(AXIS),), P(AXIS))(x).shape == (2,)
+    assert programs.over(run, world.mesh, (x,), (P(AXIS),), P(AXIS))(x).shape == (2,)
     jax.effects_barrier()
     assert len(seen) == times
 
 
 def test_wrong_rows_and_nan_are_noticed_where_work_is_repeated(tmp_path, monkeypatch):
     right = collective.dispatch
-    case = Case("exchange", ranks=2, compare=("collective",), operations=("dispatch",), repeats=2, **SMALL)
+    case = new_case(
+        "exchange", ranks=2, compare=("collective",), operations=("dispatch",), repeats=2, **SMALL
+    )
     world = world_of(2, tmp_path)
     for spoil in (lambda rows: rows.at[0].set(rows[1]), lambda rows: rows.at[2, 3].set(jnp.nan)):
 
@@ -171,7 +168,7 @@ def test_wrong_rows_and_nan_are_noticed_where_work_is_repeated(tmp_path, monkeyp
 
 
 def test_a_float8_wire_changes_rows_and_is_told_from_a_wrong_row(tmp_path, monkeypatch):
-    case = Case(
+    case = new_case(
         "exchange", ranks=2, compare=("collective-fp8",), operations=("dispatch",), **{**SMALL, "hidden": 256}
     )
     world = world_of(2, tmp_path)
@@ -185,7 +182,7 @@ def test_a_float8_wire_changes_rows_and_is_told_from_a_wrong_row(tmp_path, monke
 
 
 def test_what_does_not_compile_or_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
-    case = Case(
+    case = new_case(
         "layer", ranks=1, compare=("native+triton", "native+blocked"), operations=("forward",), **SMALL
     )
     seen = worker._leniently(case, world_of(1, tmp_path), None)
@@ -208,10 +205,10 @@ def test_what_does_not_compile_or_run_is_recorded_and_the_others_go_on(tmp_path,
 
 
 def test_the_plan_for_gpus():
-    options = host.Options()
-    assert host.ranks_of(options, GPUS) == [4, 1, 2]
-    assert host.ranks_of(options, dataclasses.replace(GPUS, count=6)) == [6, 1, 2, 4]
-    four = host.cases_of(4, options, GPUS)
+    options = host_plan.Options()
+    assert host_plan.ranks_of(options, GPUS) == [4, 1, 2]
+    assert host_plan.ranks_of(options, dataclasses.replace(GPUS, count=6)) == [6, 1, 2, 4]
+    four = host_plan.cases_of(4, options, GPUS)
     assert [case.kind for case in four] == ["link", *["exchange"] * 6, "layer", "train"]
     assert four[0].tokens * four[0].row_bytes == pytest.approx(256 << 20, rel=1e-3)
     assert {(case.tokens, case.routing) for case in four[1:7]} == {
@@ -221,69 +218,72 @@ def test_the_plan_for_gpus():
     layer = four[7]
     assert (layer.experts, layer.tokens, layer.compare) == (128, 4096, ("native+triton",))
     assert (four[8].hidden, four[8].layers, four[8].experts, four[8].dtype) == (1024, 8, 16, "bf16")
-    alone = host.cases_of(1, dataclasses.replace(options, one_process=True), GPUS)
+    alone = host_plan.cases_of(1, dataclasses.replace(options, one_process=True), GPUS)
     assert [case.kind for case in alone] == ["layer", "train"]
     assert alone[0].compare == ("native+triton",)
     assert alone[0].floors == ("dense+copy",)
-    two = host.cases_of(2, options, GPUS)
+    two = host_plan.cases_of(2, options, GPUS)
     assert [case.kind for case in two] == ["layer", "train", "link", *["exchange"] * 6]
     # A combine pushes up to min(K, R) rows for each token, into one of an arena's two halves.
-    megabytes = int(runner.environment(four)["JAX_MORIEP_ARENA_MB"])
+    megabytes = int(environment(four)["JAX_MORIEP_ARENA_MB"])
     assert megabytes << 20 > 2 * 4096 * 4 * 7168 * 2
     # What is put takes a part for each peer, which can be more than K.
-    of_put = Case(
+    of_put = new_case(
         "exchange", ranks=8, processes=8, tokens=4096, hidden=7168, top_k=2, compare=("native-put",)
     )
-    assert int(runner.environment([of_put])["JAX_MORIEP_ARENA_MB"]) << 20 > 2 * 4096 * 7 * 7168 * 4
-    assert host.path_of(host.Path("x"), GPUS, 4, "json").name == "host-nvidia-h100-80gb-hbm3-x4.json"
+    assert int(environment([of_put])["JAX_MORIEP_ARENA_MB"]) << 20 > 2 * 4096 * 7 * 7168 * 4
+    assert host.path_of(Path("x"), GPUS, 4, "json").name == "host-nvidia-h100-80gb-hbm3-x4.json"
 
 
 def test_mori_is_measured_where_it_can_run():
-    exchange_of = {c.tokens: c for c in host.cases_of(8, host.Options(), AMD) if c.kind == "exchange"}
+    exchange_of = {
+        c.tokens: c for c in host_plan.cases_of(8, host_plan.Options(), AMD) if c.kind == "exchange"
+    }
     natives = ("native", "native-fp8", "native-put", "native-put-fp8")
     assert exchange_of[128].compare == (*natives, "mori", "mori-fp8", "collective")
-    layer, step = host.cases_of(8, host.Options(), AMD)[-2:]
+    layer, step = host_plan.cases_of(8, host_plan.Options(), AMD)[-2:]
     assert (layer.compare, step.compare) == (
         ("native+triton", "mori+triton"),
         ("native", "mori", "collective"),
     )
-    assert layer.transports == exchange_of[128].transports[:2] == ("native", "mori")
-    named = host.Options(transports=("mori",))
-    assert {c.transports for c in host.cases_of(8, named, AMD)} == {("mori",), ()}  # () is the link's
+    assert transports_of(layer) == transports_of(exchange_of[128])[:2] == ("native", "mori")
+    named = host_plan.Options(transports=("mori",))
+    # () is the link's.
+    assert {transports_of(c) for c in host_plan.cases_of(8, named, AMD)} == {("mori",), ()}
     # On CPUs, as where others than ours are named, nothing is left without a transport.
-    only = host.Options(transports=("collective",), tokens=(128,))
-    assert host.cases_of(4, only, GPUS)[1].compare == ("collective", "collective-fp8")
+    only = host_plan.Options(transports=("collective",), tokens=(128,))
+    assert host_plan.cases_of(4, only, GPUS)[1].compare == ("collective", "collective-fp8")
 
 
 def test_moris_heap_holds_all_cases():
-    cases = host.cases_of(2, host.Options(), AMD)
-    heap = int(runner.environment(cases)["JAX_MORIEP_MORI_HEAP_MB"]) << 20
+    cases = host_plan.cases_of(2, host_plan.Options(), AMD)
+    heap = int(environment(cases)["JAX_MORIEP_MORI_HEAP_MB"]) << 20
     # 2R + 1 buffers of tokens in each handle: for three numbers of tokens the exchange's plain and fp8 rows,
     # for one the layer's and the training step's, all of them in bf16.
     rows = 2 * sum((128, 128, 1024, 1024, 4096, 4096, 4096)) * 7168 + 2 * 8192 * 1024
     assert 5 * rows < heap < 1.2 * 5 * rows
-    assert "JAX_MORIEP_MORI_HEAP_MB" not in runner.environment(host.cases_of(2, host.Options(), GPUS))
+    assert "JAX_MORIEP_MORI_HEAP_MB" not in environment(host_plan.cases_of(2, host_plan.Options(), GPUS))
 
 
 def test_a_named_transport_is_refused_with_the_reason(monkeypatch, capsys):
     assert cli.main(["bench", "host", "--platform", "cpu", "--transports", "native,mori"]) == 1
     assert "transport='mori' cannot run here: it needs AMD's GPUs; use" in capsys.readouterr().err
-    monkeypatch.setattr(host, "of_host", lambda platform, one_process: AMD)
-    assert host.devices_of(host.Options(transports=("mori",))) is AMD
+    monkeypatch.setattr(host_plan, "of_host", lambda platform, one_process: AMD)
+    assert host_plan.devices_of(host_plan.Options(transports=("mori",))) is AMD
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("exchange", "mori-fp8"), ("layer", "mori+blocked"), ("train", "mori")]
 )
 def test_a_worker_ends_with_the_reason_and_nothing_else(kind, name, tmp_path):
-    case = Case(kind, ranks=2, compare=("native+blocked" if kind == "layer" else "native", name), **SMALL)
+    case = new_case(kind, ranks=2, compare=("native+blocked" if kind == "layer" else "native", name), **SMALL)
     with pytest.raises(SystemExit, match=r"^transport='mori' cannot run here: it needs AMD's GPUs; use "):
         worker._refuse([case], world_of(2, tmp_path))
     others = dataclasses.replace(case, compare=case.compare[:1])
     puts = dataclasses.replace(others, kind="exchange", compare=("native", "native-put-fp8"))
     with pytest.raises(SystemExit, match="^native-put-fp8 cannot run here: native puts between GPUs only"):
         worker._refuse([puts], world_of(2, tmp_path))
-    worker._refuse([others, Case("experts", ranks=2, **SMALL)], world_of(2, tmp_path))
+    worker._refuse([others, new_case("experts", ranks=2, **SMALL)], world_of(2, tmp_path))
 
 
 def test_what_the_host_has_is_asked_in_another_process():
@@ -296,8 +296,8 @@ def test_what_the_host_has_is_asked_in_another_process():
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf", "one-hot"])
 def test_fitted_capacity_drops_nothing(routing):
-    case = host._fitted(Case("exchange", ranks=4, routing=routing, **{**SMALL, "experts": 10}))
-    ids, _ = host.exchange.routes_of(case)
+    case = host_plan._fitted(new_case("exchange", ranks=4, routing=routing, **{**SMALL, "experts": 10}))
+    ids, _ = routes_of(case)
     assert (oracle.place_routes(ids, case.shape).row_of_route != oracle.DROPPED).all()
 
 
@@ -324,18 +324,18 @@ def test_bad_options_are_refused(argv, text, capsys):
 
 def test_experts_are_not_repeated():
     with pytest.raises(ConfigError, match=r"repeats=2 must be 1 for experts"):
-        Case("experts", ranks=2, repeats=2, **SMALL)
+        new_case("experts", ranks=2, repeats=2, **SMALL)
 
 
 def test_a_job_survives_its_folder(tmp_path):
-    job = worker.Job([Case("link", ranks=1, **SMALL)], lenient=True, until=3.5, case_seconds=7.0)
+    job = worker.Job([new_case("link", ranks=1, **SMALL)], lenient=True, until=3.5, case_seconds=7.0)
     job.write(tmp_path)
     assert worker.Job.read(tmp_path) == job
     assert worker.begun(tmp_path) == 0
 
 
 def test_new_processes_go_on_behind_the_case_that_ended_the_others(tmp_path, monkeypatch):
-    cases = [Case("link", ranks=1, **{**SMALL, "tokens": tokens}) for tokens in (1, 2, 3, 4)]
+    cases = [new_case("link", ranks=1, **{**SMALL, "tokens": tokens}) for tokens in (1, 2, 3, 4)]
     call = {"name": "ppermute", "operation": "ppermute", "repeats": 1, "spans": [[0.0, 1.0]]}
     seen = [{"calls": [call], "checks": [], "failed": [], "seconds": 1.0, "device": "x"}]
     ends = iter([([seen, None, None, None], 2, "it died"), ([seen, None], 2, "it hung")])
@@ -349,8 +349,8 @@ def test_new_processes_go_on_behind_the_case_that_ended_the_others(tmp_path, mon
         return found, begun, error
 
     monkeypatch.setattr(runner, "run_set", run_set)
-    options = host.Options(platform="cpu")
-    devices = host.devices_of(options)
+    options = host_plan.Options(platform="cpu")
+    devices = host_plan.devices_of(options)
     of_set = host._run_set(1, cases, 100.0, options, devices, lambda line: None, saved.append)
     assert jobs == [[1, 2, 3, 4], [3, 4]]
     assert of_set["errors"] == ["it died", "it hung"]
@@ -363,7 +363,7 @@ def test_new_processes_go_on_behind_the_case_that_ended_the_others(tmp_path, mon
 
 
 def test_processes_that_disagree_give_no_numbers():
-    case = Case("link", ranks=2, **SMALL)
+    case = new_case("link", ranks=2, **SMALL)
     call = {"name": "ppermute", "operation": "ppermute", "repeats": 1, "spans": [[0.0, 1.0]]}
     one = {"calls": [call], "checks": [], "failed": [], "seconds": 1.0, "device": "x"}
     lost = {"name": "everything", "operation": "", "error": "it fell over"}
@@ -376,20 +376,20 @@ def test_processes_that_disagree_give_no_numbers():
 
 def test_alone_means_one_rank():
     with pytest.raises(ConfigError, match=r"ranks=2 must be 1 for plain"):
-        Case("layer", ranks=2, compare=("plain",), **SMALL)
+        new_case("layer", ranks=2, compare=("plain",), **SMALL)
 
 
 def made_up(*, errors=(), wrong=(), failed=(), on=GPUS):
     """A result of two sets: all ranks take 2 ms where one takes 1 ms."""
-    options = host.Options(tokens=(128,))
+    options = host_plan.Options(tokens=(128,))
     sets = []
     for ranks in (on.count, 1):
         entries = []
-        for case in host.cases_of(ranks, options, on):
-            kind = importlib.import_module(f"jax_moriep.bench.{case.kind}")
+        for case in host_plan.cases_of(ranks, options, on):
+            kind = KINDS[case.kind]
             calls = [
                 {"name": name, "operation": operation, "p50": seconds, "p90": seconds, "seconds": [seconds]}
-                for operation in case.operations or kind.OPERATIONS
+                for operation in case.operations or kind.operations
                 for name, seconds in {
                     **dict.fromkeys(case.compare, 2e-3 if ranks > 1 else 1e-3),
                     **dict.fromkeys(case.floors, 5e-4),
@@ -397,7 +397,7 @@ def made_up(*, errors=(), wrong=(), failed=(), on=GPUS):
             ]
             moved = {"received": [4_000_000] * ranks, "remote": [3_000_000] * ranks}
             entries.append(
-                {"case": dataclasses.asdict(case), "title": case.title(), "bytes": moved, "calls": calls}
+                {"case": dataclasses.asdict(case), "title": title_of(case), "bytes": moved, "calls": calls}
                 | {"checks": 8, "wrong": list(wrong), "failed": list(failed)}
             )
         sets.append(
@@ -406,7 +406,7 @@ def made_up(*, errors=(), wrong=(), failed=(), on=GPUS):
     machine = {"device": on.kind, "devices": on.count, "cores": 2}
     result = {
         "options": dataclasses.asdict(options),
-        "format": host.FORMAT,
+        "format": formats.HOST,
         "versions": {"jax": "0", "jax_moriep": "0"},
         "machine": machine,
         "sets": sets,
@@ -433,7 +433,7 @@ def test_rows_have_rates_and_efficiency(tmp_path):
     text = host_report.as_text(result)
     assert "R=4 T=128 uniform dispatch" in text
     assert host.failures(result) == []
-    assert host_report.draw(result, tmp_path / "x.png")
+    assert host_picture.draw(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
 
@@ -465,7 +465,7 @@ def test_failures_count_but_baselines_do_not():
 
 
 def test_report_of_an_exchange_beside_a_collective():
-    case = Case(
+    case = new_case(
         "exchange", ranks=2, compare=("native", "native-fp8"), floors=("nccl",), **{**SMALL, "hidden": 128}
     )
     entry = {

@@ -9,19 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moriep.bench import (
-    grouped,
-    grouped_torch,
-    kernels,
-    kernels_picture,
-    kernels_result,
-    products,
-    programs,
-    quantised,
-    shares,
-    timing,
-)
-from jax_moriep.bench.timing import repeated
+from jax_moriep.bench.against import baselines, dense, grouped, hopper, torch_mlp
+from jax_moriep.bench.kinds import kernels, kernels_result, products, quantised
+from jax_moriep.bench.measure import repeat
+from jax_moriep.bench.measure.pool import Pool
+from jax_moriep.bench.measure.programs import Work, on_device
+from jax_moriep.bench.measure.repeat import repeated
+from jax_moriep.bench.problem import shares
+from jax_moriep.bench.show import kernels_picture
 from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
 
@@ -116,11 +111,11 @@ def test_every_kind_of_sizes_has_one_capacity():
 
 def test_dense_references_have_the_kernels_flops(data):
     act, pre = products.of_rows(data)
-    dense = products.dense(data, act, pre)
-    assert set(dense) == set(products.UNITS)
-    for label in [*dense, *kernels_result.PASSES]:
+    matmuls = dense.dense(data, act, pre)
+    assert set(matmuls) == set(products.UNITS)
+    for label in [*matmuls, *kernels_result.PASSES]:
         names = kernels_result.kernels_of(label)
-        work = products.chain([dense[name] for name in names])
+        work = dense.chain([matmuls[name] for name in names])
         analysis = jax.jit(work.fn).lower(*work.operands).cost_analysis()
         flops = products.flops(data.share, names)
         assert analysis is not None
@@ -169,10 +164,10 @@ def test_repeated_work_is_done_every_time(times):
 def test_nothing_large_is_changed_where_barriers_hold(monkeypatch):
     large = [jax.ShapeDtypeStruct((1 << 20,), jnp.float32)] * 2
     for hold in (False, True):
-        monkeypatch.setattr(timing, "barriers_hold", lambda hold=hold: hold)
+        monkeypatch.setattr(repeat, "barriers_hold", lambda hold=hold: hold)
         program = str(jax.make_jaxpr(repeated(lambda x, y: x * y, 3))(*large))
         assert ("scatter" in program) is not hold
-    copied = products.copy(1 << 21)
+    copied = dense.copy(1 << 21)
     assert "scatter" in str(jax.make_jaxpr(repeated(copied.fn, 3))(*copied.operands))
 
 
@@ -183,10 +178,10 @@ def test_programs_are_compiled_once_and_failures_are_kept():
         traced.append(1)
         return 2 * x
 
-    pool = programs.Programs()
+    pool = Pool()
     for _ in range(2):
-        pool.start("double", double, (jnp.ones(3),), None)
-    pool.start("bad", lambda x: x @ x, (jnp.ones((2, 3)),), None)
+        pool.start("double", on_device(double, (jnp.ones(3),)))
+    pool.start("bad", on_device(lambda x: x @ x, (jnp.ones((2, 3)),)))
     pool.wait()
     np.testing.assert_array_equal(pool.get("double")(jnp.arange(3.0)), [0, 2, 4])
     assert len(traced) == 1
@@ -203,14 +198,13 @@ def test_programs_are_compiled_once_and_failures_are_kept():
     ],
 )
 def test_baselines(data, wanted, name):
-    pool = programs.Programs()
-    ready = grouped.BASELINES[name]("share", data, data.compact(), pool)
+    pool = Pool()
+    ready = baselines.BASELINES[name]("share", data, data.compact(), pool)
     for backward in (False, True):
         results = ready.results(ready.run(backward))
         assert len(results) == (5 if backward else 1)
         assert shares.wrong(shares.errors(data, wanted, results, compact=True)) == []
-        assert ready.timed(backward, 2).times == 2
-        ready.timed(backward, 2).run()
+        ready.repeated(backward, 2)()
     pool.close()
 
 
@@ -231,9 +225,9 @@ def test_the_derivative_made_of_jaxs_two_kernels(data, wanted):
         ends = np.cumsum(SIZES)
         return jnp.stack([d[e - s : e].T @ x[e - s : e] for e, s in zip(ends, SIZES, strict=True)])
 
-    product = grouped.hopper_product(dot, dot_transposed, rows_tiles, dw_tiles)
+    product = hopper.hopper_product(dot, dot_transposed, rows_tiles, dw_tiles)
     compact = data.compact()
-    fn = jax.jit(products.with_gradients(grouped.mlp(product), True))
+    fn = jax.jit(grouped.with_gradients(grouped.mlp(product), True))
     results = fn(compact.d_out, compact.rows, compact.factors, *data.operands[2:])
     assert shares.wrong(shares.errors(data, wanted, results, compact=True)) == []
 
@@ -243,7 +237,7 @@ def result():
     """A whole run on small shares, with baselines of which one works, one fails and one cannot run."""
 
     def failing(name, data, compact, pool):
-        ready = grouped.ragged_dot(name, data, compact, pool)
+        ready = baselines.ragged_dot(name, data, compact, pool)
 
         def run(backward):
             if backward:
@@ -262,7 +256,7 @@ def result():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "SHARES", {"many": MANY, "few": FEW})
         patch.setattr(kernels, "STEPS", steps)
-        patch.setitem(grouped.BASELINES, "failing", failing)
+        patch.setitem(baselines.BASELINES, "failing", failing)
         # This is no Hopper GPU.
         bench = kernels.Bench(
             1, lambda line: None, lambda r: saved.append(json.dumps(r)), seconds=0, copy_bytes=1 << 12
@@ -308,7 +302,7 @@ def test_baselines_that_are_wrong_fail_or_cannot_run_are_recorded(result):
 
 def test_the_steps_name_what_there_is():
     for step in kernels.STEPS:
-        assert set(step.names) <= set(grouped.BASELINES)
+        assert set(step.names) <= set(baselines.BASELINES)
         assert step.share in shares.SHARES
         assert step.kind in shares.SIZES
     slow = [step.share for step in kernels.STEPS if "ragged_dot" in step.names and len(step.passes) == 2]
@@ -323,7 +317,7 @@ def test_a_kernel_that_fails_is_recorded_and_late_baselines_do_not_begin(monkeyp
 
     def broken(data, backward):
         del data, backward
-        return products.Work(lambda x: x @ x, (jnp.ones((2, 3)),))
+        return Work(lambda x: x @ x, (jnp.ones((2, 3)),))
 
     monkeypatch.setattr(products, "mlp", broken)
     monkeypatch.setattr(kernels, "STEPS", (kernels.Step(("ragged_dot",), "few", "uniform"),))
@@ -382,7 +376,7 @@ def test_arguments(changed, text):
 
 @pytest.mark.skipif(NO_TORCH, reason="torch is not installed")
 def test_release_needs_no_gpu():
-    grouped_torch.release()
+    torch_mlp.release()
 
 
 @pytest.mark.parametrize(

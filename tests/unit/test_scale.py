@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.bench import scale, scale_plan, scale_routes, shares
+from jax_moriep.bench.kinds import plan_arguments, plan_bytes
+from jax_moriep.bench.problem import destinations, models, routing, shares
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 from jax_moriep.plan import ExchangeShape
@@ -35,11 +36,11 @@ def drawn(popularity, top_k, count, seed=1):
 @pytest.mark.parametrize(("experts", "top_k", "ranks"), [(10, 3, 4), (8, 2, 8), (6, 6, 3), (64, 6, 16)])
 def test_chances_are_those_of_drawing_one_expert_after_another(experts, top_k, ranks):
     """Also where the ranks do not divide the experts."""
-    popularity = scale_routes.zipf(experts)
+    popularity = destinations.zipf(experts)
     ids = drawn(popularity, top_k, 40_000)
-    chosen = scale_routes.chosen_from(popularity, top_k, np.arange(experts))
-    to = scale_routes.of_popularity(popularity, top_k, ranks, 2 if ranks % 2 == 0 else 1, chosen)
-    counted = scale_routes.of_ids(ids, experts, ranks, to.per_node, of_all=False)
+    chosen = destinations.chosen_from(popularity, top_k, np.arange(experts))
+    to = destinations.of_popularity(popularity, top_k, ranks, 2 if ranks % 2 == 0 else 1, chosen)
+    counted = destinations.of_ids(ids, experts, ranks, to.per_node, of_all=False)
     for name in ("to_rank", "to_node", "routes"):
         np.testing.assert_allclose(getattr(to, name), getattr(counted, name), atol=0.012, err_msg=name)
     assert to.routes.sum() == pytest.approx(top_k)
@@ -48,36 +49,36 @@ def test_chances_are_those_of_drawing_one_expert_after_another(experts, top_k, r
 def test_a_uniform_choice_has_the_closed_form_and_the_integral_agrees():
     sets = np.arange(256) // 32
     exact = 1 - math.comb(224, 8) / math.comb(256, 8)
-    np.testing.assert_allclose(scale_routes.chosen_from(np.ones(256), 8, sets), exact)
+    np.testing.assert_allclose(destinations.chosen_from(np.ones(256), 8, sets), exact)
     almost = 1 + 1e-9 * np.arange(256)
-    np.testing.assert_allclose(scale_routes.chosen_from(almost, 8, sets), exact, rtol=1e-6)
+    np.testing.assert_allclose(destinations.chosen_from(almost, 8, sets), exact, rtol=1e-6)
 
 
 def test_a_fit_gives_the_counts_back():
-    counts = np.bincount(drawn(scale_routes.zipf(32), 4, 5000).ravel(), minlength=32)
-    chosen = scale_routes.chosen_from(scale_routes.fitted(counts, 4), 4, np.arange(32))
+    counts = np.bincount(drawn(destinations.zipf(32), 4, 5000).ravel(), minlength=32)
+    chosen = destinations.chosen_from(destinations.fitted(counts, 4), 4, np.arange(32))
     np.testing.assert_allclose(chosen * 5000, np.maximum(counts, 0.01), rtol=2e-3)
     with pytest.raises(ConfigError, match="no expert that is chosen more often than there are tokens"):
-        scale_routes.fitted(np.array([9, 1, 1, 1]), 2)
+        destinations.fitted(np.array([9, 1, 1, 1]), 2)
 
 
 def test_grouped_routes_keep_to_their_groups():
-    ids = scale_routes.sampled(np.ones(64), 8, 8, 3, two_best=True)
+    ids = destinations.sampled(np.ones(64), 8, 8, 3, two_best=True)
     assert (np.sort(ids, 1)[:, 1:] > np.sort(ids, 1)[:, :-1]).all()
     assert max(len(set(token)) for token in (ids[:500] // 8).tolist()) == 3
 
 
 def test_equal_experts_are_equally_loaded_also_in_a_sample():
     """Ten experts on four ranks: three, three, three and one."""
-    to = scale_routes.of_ids(drawn(np.ones(10), 3, 3000), 10, 4, 2, of_all=False)
-    even = scale_routes.evened(to, 10)
+    to = destinations.of_ids(drawn(np.ones(10), 3, 3000), 10, 4, 2, of_all=False)
+    even = destinations.evened(to, 10)
     np.testing.assert_allclose(even.routes[0, :3], to.routes[0, :3].mean())
     np.testing.assert_allclose(even.to_rank[0, 3], to.to_rank[0, 3])
     np.testing.assert_allclose(even.to_node, to.to_node)
     assert even.routes.sum() == pytest.approx(3)
 
 
-SMALL = scale.Sizes(
+SMALL = plan_bytes.Sizes(
     ranks=6, per_node=2, tokens=5, top_k=3, experts=10, hidden=16, inner=8, shared=0, layers=1, row_bytes=64,
     value_bytes=4, weight_bytes=4, capacity=64, words=7,
 )  # fmt: skip
@@ -127,21 +128,21 @@ def looped(transport, ids):
 
 @pytest.mark.parametrize("transport", ["mori", "two_level"])
 def test_bytes_of_given_routes_are_those_of_a_loop_over_tokens(transport):
-    ids = drawn(scale_routes.zipf(10), 3, 30).reshape(6, 5, 3)
-    to = scale_routes.of_ids(ids.reshape(30, 3), 10, 6, 2, of_all=True)
-    exchange = scale.TRANSPORTS[transport](SMALL, to)
+    ids = drawn(destinations.zipf(10), 3, 30).reshape(6, 5, 3)
+    to = destinations.of_ids(ids.reshape(30, 3), 10, 6, 2, of_all=True)
+    exchange = plan_bytes.TRANSPORTS[transport](SMALL, to)
     for moved, want in zip((exchange.dispatch, exchange.combine), looped(transport, ids), strict=True):
         got = [moved.inside_out, moved.inside_in, moved.between_out, moved.between_in]
         np.testing.assert_allclose(got, want)
 
 
-@pytest.mark.parametrize("transport", scale.TRANSPORTS)
+@pytest.mark.parametrize("transport", plan_bytes.TRANSPORTS)
 def test_ranks_that_are_alike_need_to_be_described_once(transport):
-    ids = drawn(scale_routes.zipf(10), 3, 50)
-    once = scale_routes.of_ids(ids, 10, 6, 2, of_all=False)
-    every = scale_routes.of_ids(np.tile(ids, (6, 1)), 10, 6, 2, of_all=True)
+    ids = drawn(destinations.zipf(10), 3, 50)
+    once = destinations.of_ids(ids, 10, 6, 2, of_all=False)
+    every = destinations.of_ids(np.tile(ids, (6, 1)), 10, 6, 2, of_all=True)
     for what in ("dispatch", "combine"):
-        one, each = (getattr(scale.TRANSPORTS[transport](SMALL, to), what) for to in (once, every))
+        one, each = (getattr(plan_bytes.TRANSPORTS[transport](SMALL, to), what) for to in (once, every))
         for name in ("inside_out", "inside_in", "between_out", "between_in"):
             np.testing.assert_allclose(getattr(one, name), getattr(each, name), err_msg=name)
         # What goes out comes in.
@@ -161,7 +162,7 @@ def test_the_bytes_that_the_simulator_counted_are_planned():
     }
     assert set(recorded) == {"mori", "native"}
     of = Counted()
-    sizes = scale.Sizes(
+    sizes = plan_bytes.Sizes(
         of.ranks,
         of.ranks,
         of.tokens,
@@ -178,9 +179,9 @@ def test_the_bytes_that_the_simulator_counted_are_planned():
         of.words,
     )
     ids = Given.draw(of).ids.reshape(-1, of.top_k)
-    to = scale_routes.of_ids(ids, of.experts, of.ranks, of.ranks, of_all=True)
+    to = destinations.of_ids(ids, of.experts, of.ranks, of.ranks, of_all=True)
     for name, counted in recorded.items():
-        exchange = scale.TRANSPORTS[name](sizes, to)
+        exchange = plan_bytes.TRANSPORTS[name](sizes, to)
         # MORI pushes both ways; native reads at dispatch and writes at combine: once for each byte.
         planned = [exchange.dispatch.inside_in.mean(), exchange.combine.inside_in.mean()]
         np.testing.assert_allclose(planned, counted, rtol=0.01, err_msg=name)
@@ -192,7 +193,7 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
         ("qwen3-30b-a3b", 8, "-ep8"),
         ("mixtral-8x7b", 1, ""),
     ):
-        cfg, share = scale_plan.MODELS[name].cfg, shares.SHARES[f"{name}{of}"]
+        cfg, share = models.MODELS[name].cfg, shares.SHARES[f"{name}{of}"]
         assert (cfg.num_experts // ranks, cfg.hidden_size, cfg.intermediate_size) == (
             share.experts,
             share.hidden,
@@ -202,15 +203,15 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
 
 def planned(*argv):
     parser = argparse.ArgumentParser()
-    scale_plan.add_arguments(parser)
-    return scale_plan.of_arguments(parser.parse_args(list(argv)))
+    plan_arguments.add_arguments(parser)
+    return plan_arguments.of_arguments(parser.parse_args(list(argv)))
 
 
 def test_a_plan_by_hand():
     """Mixtral on four ranks, a node of two each: every number in its own words."""
     argv = "--model mixtral-8x7b --ranks 4 --per-node 2 --tokens 400 --inside 100 --between 10 --tflops 500"
     (of_ranks,) = planned(*argv.split())["plans"]
-    cfg = scale_plan.MODELS["mixtral-8x7b"].cfg
+    cfg = models.MODELS["mixtral-8x7b"].cfg
     assert of_ranks["capacity"] == ExchangeShape.of(cfg, 4, 400).capacity
     assert of_ranks["weight_bytes"] == 32 * 2 * (2 * 3 * 4096 * 14336 + 8 * 4096)
     assert of_ranks["expert_seconds"] == pytest.approx(800 * 6 * 4096 * 14336 / 500e12)
@@ -262,7 +263,7 @@ def test_the_command_plans_a_config_and_measured_routes(tmp_path, capsys):
             | {"intermediate_size": 32, "num_hidden_layers": 3, "hidden_act": "silu"}
         )
     )
-    ids = drawn(scale_routes.zipf(8), 2, 4000)
+    ids = drawn(destinations.zipf(8), 2, 4000)
     np.save(tmp_path / "routes.npy", ids)
     np.save(tmp_path / "counts.npy", np.bincount(ids.ravel(), minlength=8))
     results = []
@@ -301,7 +302,7 @@ def test_wrong_arguments_are_refused(argv, text):
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     np.save(tmp_path / "few.npy", np.arange(7))
     with pytest.raises(ConfigError, match=r"hold integers \[256\] or \[N, 8\], and holds int64\[7\]"):
-        scale_plan.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
+        routing.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
 
 
 @pytest.mark.parametrize("routes", [np.zeros((0, 2), int), np.full((9, 2), 8), np.zeros(8, int)])
@@ -309,4 +310,4 @@ def test_routes_that_lead_nowhere_are_refused(tmp_path, routes):
     """No tokens, another model's experts, counts of nothing."""
     np.save(tmp_path / "of.npy", routes)
     with pytest.raises(ConfigError, match="must lead to at least one of the 8 experts"):
-        scale_plan.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))
+        routing.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))

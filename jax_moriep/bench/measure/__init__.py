@@ -1,0 +1,1 @@
+"""How a number is taken: programs compiled and repeated, calls by turns, memory, and what it ran on."""
