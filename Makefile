@@ -1,6 +1,8 @@
 # Every target sets up what it needs by itself: from a clean clone it takes a Python >= 3.11 and a C++ compiler.
 #   make demo    trains a small mixture-of-experts model on four processes
 #   make test    all tests; make lint, make bench and make clean say what they do
+#   make check   what finds most faults in three minutes, for while you work
+#   make docs    the site of docs/, in build/docs
 #   make wheel   what a release ships: dist/*.whl with every backend that can be built here, CUDA's without any CUDA
 #   make test-maxtext  tests of ep_moe inside MaxText, which it installs
 #   make test-rocm  tests on a simulated AMD GPU, which make rocm-sim sets up and builds (as root, Debian 12)
@@ -20,7 +22,8 @@ CPU_ONLY := -C cmake.define.MORIEP_BUILD_CUDA=OFF -C cmake.define.MORIEP_BUILD_R
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test test-cpp build-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint build wheel clean
+.PHONY: demo bench test check test-cpp build-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint docs build wheel \
+  clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -125,6 +128,19 @@ lint: .venv/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/rocm/*.cc' 'tests/rocm/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
+# The site, with warnings as errors: a link to a page, a heading or a file that is not there is one, and so is a
+# docstring that cannot be read. Sphinx imports the package from the checkout, where nothing needs to be built.
+docs: .venv-docs/.ready
+	rm -rf build/docs
+	.venv-docs/bin/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo build/docs/index.html
+
+.venv-docs/.ready: constraints.txt
+	@test -n "$(PYTHON)"
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -qq -c constraints.txt furo myst-parser sphinx absl-py flax jax
+	@touch $@
+
 # An editable install imports the checkout; only its library needs a build when a source changes.
 build: .venv/.ready
 	@$(BIN)/cmake --build build/editable
@@ -155,4 +171,4 @@ wheel: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-maxtext .venv-rocm build dist jax_moriep/lib .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-newest .venv-maxtext .venv-rocm build dist jax_moriep/lib .pytest_cache .ruff_cache
