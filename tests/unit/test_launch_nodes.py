@@ -3,6 +3,7 @@
 import queue
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,6 +55,32 @@ def test_three_launchers_end_a_job_by_the_failure_of_one(address):
     assert outcomes == dict.fromkeys(range(3), Outcome(9))
     for party, _ in met:
         party.close(9)
+
+
+@pytest.mark.parametrize("cause_first", [True, False])
+def test_the_cause_on_another_node_gives_the_code(address, cause_first):
+    """Process 1 of node 1 chose the code 7; process 0 of node 0 lost it and raised."""
+    met = [future.result() for future in meet_all(address, [(1, 1)] * 2)]
+    outcomes = {}
+
+    def run(node):
+        party, events = met[node]
+        outcomes[node] = wait(events, 1, timeout=None, grace=1.5, others=party)
+
+    threads = [threading.Thread(target=run, args=(node,), daemon=True) for node in range(2)]
+    for thread in threads:
+        thread.start()
+    for node, code in ((1, 7), (0, 1)) if cause_first else ((0, 1), (1, 7)):
+        party, events = met[node]
+        party.tell_failed(node, code)
+        events.put(launch_nodes.Event(party.title(node), code))
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert outcomes == dict.fromkeys(range(2), Outcome(7))
+    for party, _ in met:
+        party.close(7)
 
 
 def test_a_silent_node_is_lost_and_one_that_leaves_is_not(address):
