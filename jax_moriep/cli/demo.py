@@ -19,9 +19,9 @@ from typing import Any
 
 from jax_moriep.cli import demo_curves, demo_report
 from jax_moriep.cli.demo_settings import EVENT_MARK, Settings
-from jax_moriep.cli.launch import launch
 from jax_moriep.config import SCHEMES, TRANSPORTS
 from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.processes.launch import launch
 
 _MARKER = "made-by-jax-moriep-demo"
 """A file in the checkpoint folder that says that the demo may clear it."""

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from jax_moriep.cli.launch import launch
-from jax_moriep.cli.launch_wait import TIMEOUT_CODE
+from jax_moriep.processes.launch import launch
+from jax_moriep.processes.wait import TIMEOUT_CODE
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jax_moriep.cli import launch_nodes
-from jax_moriep.cli.launch_nodes import Nodes
-from jax_moriep.cli.launch_wait import Outcome, wait
 from jax_moriep.errors import ConfigError, TransportError
+from jax_moriep.processes import meeting
+from jax_moriep.processes.nodes import Nodes, why_name_misleads
+from jax_moriep.processes.process import Event
+from jax_moriep.processes.wait import Outcome, wait
+from jax_moriep.processes.wire import Wire
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def meet_all(address, shapes, count=None, seconds=20.0):
     def meet(node, nprocs, devices):
         events = queue.SimpleQueue()
         nodes = Nodes(count or len(shapes), node, address, lost_after=1.0, join_timeout=seconds)
-        return launch_nodes.meet(nodes, nprocs, devices, 1234 if node == 0 else 1, events), events
+        return meeting.meet(nodes, nprocs, devices, 1234 if node == 0 else 1, events), events
 
     with ThreadPoolExecutor() as pool:
         return [pool.submit(meet, node, *shape) for node, shape in enumerate(shapes)]
@@ -48,7 +50,7 @@ def test_three_launchers_end_a_job_by_the_failure_of_one(address):
         thread.start()
     # A process of node 2 fails; no launcher hears anything else.
     met[2][0].tell_failed(4, 9)
-    met[2][1].put(launch_nodes.Event(met[2][0].title(4), 9))
+    met[2][1].put(Event(met[2][0].title(4), 9))
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
@@ -73,7 +75,7 @@ def test_the_cause_on_another_node_gives_the_code(address, cause_first):
     for node, code in ((1, 7), (0, 1)) if cause_first else ((0, 1), (1, 7)):
         party, events = met[node]
         party.tell_failed(node, code)
-        events.put(launch_nodes.Event(party.title(node), code))
+        events.put(Event(party.title(node), code))
         time.sleep(0.3)
     for thread in threads:
         thread.join(20)
@@ -137,7 +139,7 @@ def test_a_node_that_is_started_again_takes_its_place(address, capfd):
     with ThreadPoolExecutor() as pool:
         events = [queue.SimpleQueue() for _ in range(3)]
         nodes = [Nodes(3, node, address, join_timeout=20) for node in range(3)]
-        futures = [pool.submit(launch_nodes.meet, nodes[0], 1, 1, 1234, events[0])]
+        futures = [pool.submit(meeting.meet, nodes[0], 1, 1, 1234, events[0])]
         shape = {"nodes": 3, "nprocs": 1, "devices_per_process": 1}
         while True:
             try:
@@ -145,10 +147,10 @@ def test_a_node_that_is_started_again_takes_its_place(address, capfd):
                 break
             except ConnectionRefusedError:
                 continue
-        wire = launch_nodes._Wire(gone, 5)
-        wire.send(format=launch_nodes._FORMAT, node=1, **shape)
+        wire = Wire(gone, 5)
+        wire.send(format=meeting._FORMAT, node=1, **shape)
         wire.close()
-        futures += [pool.submit(launch_nodes.meet, nodes[i], 1, 1, 1, events[i]) for i in (1, 2)]
+        futures += [pool.submit(meeting.meet, nodes[i], 1, 1, 1, events[i]) for i in (1, 2)]
         parties = [future.result() for future in futures]
     assert [party.service_port for party in parties] == [1234] * 3
     assert "node 1 was started again, by 127.0.0.1" in capfd.readouterr().err
@@ -160,7 +162,7 @@ def test_two_nodes_with_one_number_are_refused(address):
     events = [queue.SimpleQueue() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
         futures = [
-            pool.submit(launch_nodes.meet, Nodes(3, node, address, join_timeout=8), 1, 1, 1, events[i])
+            pool.submit(meeting.meet, Nodes(3, node, address, join_timeout=8), 1, 1, 1, events[i])
             for i, node in enumerate((0, 1, 1))
         ]
         errors = [future.exception() for future in futures]
@@ -178,7 +180,7 @@ def test_a_look_for_open_ports_ends_nothing(address):
             with socket.socket() as scan:
                 scan.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 scan.connect_ex((host, int(port)))
-        second = launch_nodes.meet(Nodes(2, 1, address, join_timeout=20), 1, 1, 0, queue.SimpleQueue())
+        second = meeting.meet(Nodes(2, 1, address, join_timeout=20), 1, 1, 0, queue.SimpleQueue())
         first, _ = futures.result()[0].result()
     first.close(0)
     second.close(0)
@@ -216,7 +218,7 @@ def test_a_stranger_is_ignored(address, capfd):
         futures = pool.submit(meet_all, address, [(1, 1)], 2)
         pool.submit(knock).result()
         events = queue.SimpleQueue()
-        second = launch_nodes.meet(Nodes(2, 1, address), 1, 1, 0, events)
+        second = meeting.meet(Nodes(2, 1, address), 1, 1, 0, events)
         first, _ = futures.result()[0].result()
     assert "ignores 127.0.0.1, which is no launcher of this version" in capfd.readouterr().err
     first.close(0)
@@ -245,7 +247,7 @@ def test_wrong_values_are_refused(values, text):
 def test_a_coordinator_of_another_machine_is_refused():
     # An address that is kept for documentation and is nobody's.
     with pytest.raises(ConfigError, match="must be an address of node 0's machine with a free port"):
-        launch_nodes.meet(Nodes(2, 0, "192.0.2.1:4000"), 1, 1, 0, queue.SimpleQueue())
+        meeting.meet(Nodes(2, 0, "192.0.2.1:4000"), 1, 1, 0, queue.SimpleQueue())
 
 
 @pytest.mark.parametrize(
@@ -263,4 +265,4 @@ def test_a_name_that_others_cannot_use_is_explained(monkeypatch, found, text):
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in found]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert text in launch_nodes.why_name_misleads()
+    assert text in why_name_misleads()

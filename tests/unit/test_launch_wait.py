@@ -4,9 +4,9 @@ import queue
 
 import pytest
 
-from jax_moriep.cli import launch_wait
-from jax_moriep.cli.launch_process import Event
-from jax_moriep.cli.launch_wait import TIMEOUT_CODE, wait
+from jax_moriep.processes import wait as waiting
+from jax_moriep.processes.process import Event
+from jax_moriep.processes.wait import TIMEOUT_CODE, wait
 
 
 def outcome(events, grace=5.0):
@@ -53,7 +53,7 @@ def test_the_cause_is_said_in_both_orders(capfd):
 
 
 def test_what_comes_later_is_no_cause(monkeypatch):
-    monkeypatch.setattr(launch_wait, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "_SETTLE_SECONDS", 0.0)
     assert outcome([Event("process 0", 1), Event("process 1", 7)]).code == 1
 
 

@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Protocol
 
-from jax_moriep.cli.launch_process import Event
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.processes.process import Event
 
 TIMEOUT_CODE = 124
 """Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""

@@ -1,0 +1,152 @@
+"""How the launchers of one job, one on each node, find each other.
+
+Node 0's launcher listens at the coordinator's address, and the others connect to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import time
+from collections.abc import Iterator
+
+from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
+from jax_moriep.processes.nodes import Nodes
+from jax_moriep.processes.party import Party
+from jax_moriep.processes.process import Event
+from jax_moriep.processes.wait import say
+from jax_moriep.processes.wire import Wire
+
+_FORMAT = "jax-moriep launch 1"
+_RETRY_SECONDS = 0.5
+_GREETING_SECONDS = 10.0
+
+
+def meet(
+    nodes: Nodes, nprocs: int, devices_per_process: int, service_port: int, events: queue.SimpleQueue[Event]
+) -> Party:
+    """Waits until the launchers of all nodes are there.
+
+    Args:
+      nodes: which.
+      nprocs: processes on each node.
+      devices_per_process: devices of each.
+      service_port: that node 0 chose for jax's coordination service; other nodes are told.
+      events: where the party puts what it hears.
+
+    Raises:
+      ConfigError: a node was started with other numbers, or the coordinator's address is of another machine.
+      TransportError: a node has not come in time.
+    """
+    shape = {"nodes": nodes.count, "nprocs": nprocs, "devices_per_process": devices_per_process}
+    if nodes.index:
+        wire, service_port = _join(nodes, shape)
+        return Party(nodes, nprocs, {0: wire}, service_port, events)
+    wires: dict[int, Wire] = {}
+    try:
+        _gather(nodes, shape, wires)
+    except BaseException as error:
+        for wire in wires.values():
+            wire.send(refused=str(error) if isinstance(error, MoriepError) else "its launcher was ended")
+            wire.close()
+        raise
+    for wire in wires.values():
+        wire.send(service_port=service_port)
+    return Party(nodes, nprocs, wires, service_port, events)
+
+
+def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, Wire]) -> None:
+    """Node 0's part: fills ``wires``."""
+    deadline = time.monotonic() + nodes.join_timeout
+    with _listening(nodes) as server:
+        while len(wires) < nodes.count - 1:
+            server.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = [k for k in range(1, nodes.count) if k not in wires]
+                raise TransportError(
+                    f"of {nodes.count} nodes these did not come to {nodes.coordinator} within "
+                    f"{nodes.join_timeout:g} s: {missing}; start `jax-moriep launch` on each"
+                ) from None
+            try:
+                wire = Wire(connection, _GREETING_SECONDS)
+            except OSError:
+                # It has gone already, as what looks for open ports does.
+                connection.close()
+                continue
+            try:
+                said = wire.receive()
+                node, format_ = int(said["node"]), said["format"]
+            except (OSError, ValueError, KeyError, TypeError):
+                say(f"ignores {wire.peer}, which is no launcher of this version")
+                wire.close()
+                continue
+            theirs = {name: said.get(name) for name in shape}
+            if format_ != _FORMAT or theirs != shape:
+                text = (
+                    f"node {node} ({wire.peer}) was started with {theirs} by {format_!r}, node 0 with "
+                    f"{shape} by {_FORMAT!r}; start all nodes alike"
+                )
+            elif not 0 < node < nodes.count or (node in wires and not wires[node].is_closed()):
+                text = rule("node", node, "be another on each node", f"{wire.peer} gave it; correct one")
+            else:
+                if node in wires:
+                    say(f"node {node} was started again, by {wire.peer}")
+                    wires[node].close()
+                wires[node] = wire
+                continue
+            wire.send(refused=text)
+            wire.close()
+            raise ConfigError(text)
+
+
+@contextlib.contextmanager
+def _listening(nodes: Nodes) -> Iterator[socket.socket]:
+    host, port = nodes.address
+    dual = socket.has_dualstack_ipv6()
+    try:
+        # The host must be one of this machine's: else the others would wait for somebody else.
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        must = f"be an address of node 0's machine with a free port ({error})"
+        raise ConfigError(
+            rule("coordinator", nodes.coordinator, must, "correct it, or take another port")
+        ) from None
+    with server:
+        yield server
+
+
+def _join(nodes: Nodes, shape: dict[str, int]) -> tuple[Wire, int]:
+    """Another node's part: the wire to node 0, and the port of jax's service there."""
+    deadline = time.monotonic() + nodes.join_timeout
+    seen: Exception | None = None
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            wire = Wire(socket.create_connection(nodes.address, timeout=min(left, _GREETING_SECONDS)), left)
+        except OSError as error:
+            seen = error
+            time.sleep(min(_RETRY_SECONDS, left))
+            continue
+        wire.send(format=_FORMAT, node=nodes.index, **shape)
+        try:
+            said = wire.receive()
+            if "refused" not in said:
+                return wire, int(said["service_port"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # Node 0's launcher was ended, or was none: it may come again.
+            seen = error
+            wire.close()
+            time.sleep(_RETRY_SECONDS)
+            continue
+        wire.close()
+        raise ConfigError(f"node 0 refused node {nodes.index}: {said['refused']}")
+    raise TransportError(
+        f"node {nodes.index}: no launcher of node 0 with all its nodes at {nodes.coordinator} within "
+        f"{nodes.join_timeout:g} s ({seen}); start `jax-moriep launch` on each, and let it reach that address"
+    )
