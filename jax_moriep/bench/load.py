@@ -14,8 +14,8 @@ from typing import Any
 from jax_moriep.bench import load_worker, runner
 from jax_moriep.bench.load_files import Model
 from jax_moriep.bench.world import Barrier
-from jax_moriep.cli.launch import launch
 from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.processes.launch import launch
 
 FORMAT = "jax-moriep bench load 1"
 _FILE_BYTES = 1e9

@@ -18,9 +18,9 @@ from jax_moriep.bench import exchange, worker
 from jax_moriep.bench.cases import GPU_PLATFORMS, ITERATIONS, Case, is_baseline
 from jax_moriep.bench.exchanges import FP8, puts
 from jax_moriep.bench.timing import percentile, slowest
-from jax_moriep.cli.launch import LaunchResult, launch
 from jax_moriep.errors import MoriepError
 from jax_moriep.mori import limits
+from jax_moriep.processes.launch import LaunchResult, launch
 from jax_moriep.version import __version__
 
 FORMAT = "jax-moriep bench 1"
