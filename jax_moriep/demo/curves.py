@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench import figures, runner
-from jax_moriep.cli.demo_report import Results, smoothed
+from jax_moriep.demo.report import Results, smoothed
 
 FORMAT = "jax-moriep demo 1"
 

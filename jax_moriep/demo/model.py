@@ -1,7 +1,7 @@
 """The demo's model: a small decoder-only language model, each of its MLPs a mixture of experts.
 
 Norms have no weights and there are no biases, so outside the experts a layer has two weights. They may have
-one leading dimension more, a copy per rank (see demo_train.py): every product is ``x @ w`` with x [R, ...].
+one leading dimension more, a copy per rank (see train.py): every product is ``x @ w`` with x [R, ...].
 """
 
 from __future__ import annotations
