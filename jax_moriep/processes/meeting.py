@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import selectors
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 from jax_moriep.errors import ConfigError, MoriepError, TransportError, rule
 from jax_moriep.processes.nodes import Nodes
@@ -21,6 +23,7 @@ from jax_moriep.processes.wire import Wire
 _FORMAT = "jax-moriep launch 1"
 _RETRY_SECONDS = 0.5
 _GREETING_SECONDS = 10.0
+"""Within which who connects must say who it is."""
 
 
 def meet(
@@ -59,34 +62,12 @@ def meet(
 def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, Wire]) -> None:
     """Node 0's part: fills ``wires``."""
     deadline = time.monotonic() + nodes.join_timeout
-    with _listening(nodes) as server:
-        while len(wires) < nodes.count - 1:
-            server.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = [k for k in range(1, nodes.count) if k not in wires]
-                raise TransportError(
-                    f"of {nodes.count} nodes these did not come to {nodes.coordinator} within "
-                    f"{nodes.join_timeout:g} s: {missing}; start `jax-moriep launch` on each"
-                ) from None
-            try:
-                wire = Wire(connection, _GREETING_SECONDS)
-            except OSError:
-                # It has gone already, as what looks for open ports does.
-                connection.close()
-                continue
-            try:
-                said = wire.receive()
-                node, format_ = int(said["node"]), said["format"]
-            except (OSError, ValueError, KeyError, TypeError):
-                say(f"ignores {wire.peer}, which is no launcher of this version")
-                wire.close()
-                continue
+    with _listening(nodes) as server, contextlib.closing(_greetings(server, deadline)) as greetings:
+        for wire, node, said in greetings:
             theirs = {name: said.get(name) for name in shape}
-            if format_ != _FORMAT or theirs != shape:
+            if said["format"] != _FORMAT or theirs != shape:
                 text = (
-                    f"node {node} ({wire.peer}) was started with {theirs} by {format_!r}, node 0 with "
+                    f"node {node} ({wire.peer}) was started with {theirs} by {said['format']!r}, node 0 with "
                     f"{shape} by {_FORMAT!r}; start all nodes alike"
                 )
             elif not 0 < node < nodes.count or (node in wires and not wires[node].is_closed()):
@@ -96,10 +77,75 @@ def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, Wire]) -> None
                     say(f"node {node} was started again, by {wire.peer}")
                     wires[node].close()
                 wires[node] = wire
+                if len(wires) == nodes.count - 1:
+                    return
                 continue
             wire.send(refused=text)
             wire.close()
             raise ConfigError(text)
+    missing = [k for k in range(1, nodes.count) if k not in wires]
+    raise TransportError(
+        f"of {nodes.count} nodes these did not come to {nodes.coordinator} within {nodes.join_timeout:g} s: "
+        f"{missing}; start `jax-moriep launch` on each"
+    )
+
+
+def _greetings(
+    server: socket.socket, deadline: float
+) -> Generator[tuple[Wire, int, dict[str, Any]], None, None]:
+    """What launchers say first, with their nodes, as it comes: who connects and is silent holds up nobody."""
+    until: dict[Wire, float] = {}
+
+    def take_out(wire: Wire) -> None:
+        selector.unregister(wire)
+        del until[wire]
+
+    def ignore(wire: Wire) -> None:
+        take_out(wire)
+        say(f"ignores {wire.peer}, which is no launcher of this version")
+        wire.close()
+
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        try:
+            while (now := time.monotonic()) < deadline:
+                for wire in [wire for wire, last in until.items() if last <= now]:
+                    ignore(wire)
+                for key, _ in selector.select(min([deadline, *until.values()]) - now):
+                    if key.fileobj is server:
+                        if (wire := _accept(server)) is not None:
+                            until[wire] = now + _GREETING_SECONDS
+                            selector.register(wire, selectors.EVENT_READ, wire)
+                        continue
+                    wire = key.data
+                    try:
+                        said = wire.receive()
+                        node, _ = int(said["node"]), said["format"]
+                    except BlockingIOError:
+                        continue  # the rest of it is still to come
+                    except (OSError, ValueError, KeyError, TypeError):
+                        ignore(wire)
+                        continue
+                    take_out(wire)
+                    wire.wait_for(_GREETING_SECONDS)
+                    yield wire, node, said
+        finally:
+            for wire in until:
+                wire.close()
+
+
+def _accept(server: socket.socket) -> Wire | None:
+    """Somebody who has connected, as a wire that waits for nothing; None where nobody is there any more."""
+    try:
+        connection, _ = server.accept()
+    except OSError:
+        return None
+    try:
+        return Wire(connection, 0.0)
+    except OSError:
+        # It has gone already, as what looks for open ports does.
+        connection.close()
+        return None
 
 
 @contextlib.contextmanager
@@ -119,6 +165,7 @@ def _listening(nodes: Nodes) -> Iterator[socket.socket]:
             rule("coordinator", nodes.coordinator, must, "correct it, or take another port")
         ) from None
     with server:
+        server.setblocking(False)
         yield server
 
 

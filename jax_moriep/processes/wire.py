@@ -21,7 +21,12 @@ class Wire:
         self._rest = b""
         connection.settimeout(seconds)
 
+    def fileno(self) -> int:
+        """For selectors."""
+        return self._connection.fileno()
+
     def wait_for(self, seconds: float) -> None:
+        """How long ``receive`` waits."""
         self._connection.settimeout(seconds)
 
     def send(self, **said: Any) -> None:
@@ -33,7 +38,7 @@ class Wire:
         """The next line.
 
         Raises:
-          TimeoutError: none came.
+          TimeoutError: none came, or BlockingIOError where it does not wait; what came of it is kept.
           ConnectionError: the other has closed.
           ValueError: it is no launcher's.
         """

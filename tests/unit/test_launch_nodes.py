@@ -1,5 +1,6 @@
 """Launchers of several nodes, in one process: how they meet, whom they refuse, what they tell each other."""
 
+import json
 import queue
 import socket
 import threading
@@ -223,6 +224,51 @@ def test_a_stranger_is_ignored(address, capfd):
     assert "ignores 127.0.0.1, which is no launcher of this version" in capfd.readouterr().err
     first.close(0)
     assert events.get(timeout=20).verdict
+    second.close(0)
+
+
+def connected(address):
+    """A connection to node 0's launcher, once that listens."""
+    host, port = address.split(":")
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=20)
+        except ConnectionRefusedError:
+            continue
+
+
+def test_who_is_silent_holds_up_nobody(address, capfd):
+    """One says nothing, one half a line, and one begins before another and ends after it."""
+    greeting = json.dumps({"format": meeting._FORMAT, "nodes": 3, "nprocs": 1, "devices_per_process": 1})
+    greeting = greeting.encode()[:-1] + b', "node": 2}\n'
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(meet_all, address, [(1, 1)], 3)
+        with connected(address), connected(address) as half, connected(address) as slow:
+            half.sendall(greeting[:-1])
+            slow.sendall(greeting[:20])
+            begin = time.monotonic()
+            joined = pool.submit(meeting.meet, Nodes(3, 1, address), 1, 1, 0, queue.SimpleQueue())
+            time.sleep(0.5)
+            slow.sendall(greeting[20:])
+            second = joined.result(20)
+            first, _ = futures.result()[0].result()
+            assert time.monotonic() - begin < meeting._GREETING_SECONDS / 2
+            assert slow.makefile().readline() == '{"service_port": 1234}\n'
+    assert "ignores" not in capfd.readouterr().err
+    first.close(0)
+    second.close(0)
+
+
+def test_who_stays_silent_is_ignored(address, capfd, monkeypatch):
+    monkeypatch.setattr(meeting, "_GREETING_SECONDS", 0.2)
+    with ThreadPoolExecutor() as pool:
+        futures = pool.submit(meet_all, address, [(1, 1)], 2)
+        with connected(address) as silent:
+            assert silent.recv(1) == b""
+        second = meeting.meet(Nodes(2, 1, address), 1, 1, 0, queue.SimpleQueue())
+        first, _ = futures.result()[0].result()
+    assert "ignores 127.0.0.1, which is no launcher of this version" in capfd.readouterr().err
+    first.close(0)
     second.close(0)
 
 
