@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.processes.meeting import meet
+from jax_moriep.processes.meeting import Start, meet
 from jax_moriep.processes.nodes import Nodes, why_name_misleads
 from jax_moriep.processes.process import Event, Process, end
 from jax_moriep.processes.wait import check_seconds, wait
@@ -116,7 +116,11 @@ def launch(
         on_line = (lambda i, line: lines[i - first].append(line)) if capture else _print_line
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     port = _free_port()
-    party = meet(nodes, nprocs, devices_per_process, port, events) if nodes.count > 1 else None
+    named = f"-m {script}" if module else os.path.basename(script)
+    start = Start(
+        nprocs, devices_per_process, environment.get("JAX_PLATFORMS") or None, os.fspath(named), tuple(args)
+    )
+    party = meet(nodes, start, port, events) if nodes.count > 1 else None
     coordinator = f"{nodes.host}:{party.service_port if party else port}"
     service = None
     output_lock = threading.Lock()

@@ -6,6 +6,8 @@ Node 0's launcher listens at the coordinator's address, and the others connect t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import queue
 import selectors
 import socket
@@ -20,35 +22,55 @@ from jax_moriep.processes.process import Event
 from jax_moriep.processes.wait import say
 from jax_moriep.processes.wire import Wire
 
-_FORMAT = "jax-moriep launch 1"
+_FORMAT = "jax-moriep launch 2"
 _RETRY_SECONDS = 0.5
 _GREETING_SECONDS = 10.0
 """Within which who connects must say who it is."""
+_OTHER_ARGUMENTS = "what is to be another on each goes by an environment variable"
 
 
-def meet(
-    nodes: Nodes, nprocs: int, devices_per_process: int, service_port: int, events: queue.SimpleQueue[Event]
-) -> Party:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a launcher was started: alike on all nodes, or the job would hang or compute something else.
+
+    Attributes:
+      nprocs: processes on each node.
+      devices_per_process: devices of each.
+      platform: value of JAX_PLATFORMS, None where it is not set.
+      script: its name without the folder, which may be another on each machine, or "-m" and a module's name.
+      arguments: of the script.
+    """
+
+    nprocs: int
+    devices_per_process: int
+    platform: str | None
+    script: str
+    arguments: tuple[str, ...]
+
+    def said(self, nodes: Nodes) -> dict[str, Any]:
+        """What a launcher says of it, as JSON has it."""
+        return {"nodes": nodes.count, **dataclasses.asdict(self), "arguments": list(self.arguments)}
+
+
+def meet(nodes: Nodes, start: Start, service_port: int, events: queue.SimpleQueue[Event]) -> Party:
     """Waits until the launchers of all nodes are there.
 
     Args:
       nodes: which.
-      nprocs: processes on each node.
-      devices_per_process: devices of each.
+      start: how this one was started.
       service_port: that node 0 chose for jax's coordination service; other nodes are told.
       events: where the party puts what it hears.
 
     Raises:
-      ConfigError: a node was started with other numbers, or the coordinator's address is of another machine.
+      ConfigError: a node was started differently, or the coordinator's address is of another machine.
       TransportError: a node has not come in time.
     """
-    shape = {"nodes": nodes.count, "nprocs": nprocs, "devices_per_process": devices_per_process}
     if nodes.index:
-        wire, service_port = _join(nodes, shape)
-        return Party(nodes, nprocs, {0: wire}, service_port, events)
+        wire, service_port = _join(nodes, start)
+        return Party(nodes, start.nprocs, {0: wire}, service_port, events)
     wires: dict[int, Wire] = {}
     try:
-        _gather(nodes, shape, wires)
+        _gather(nodes, start, wires)
     except BaseException as error:
         for wire in wires.values():
             wire.send(refused=str(error) if isinstance(error, MoriepError) else "its launcher was ended")
@@ -56,20 +78,22 @@ def meet(
         raise
     for wire in wires.values():
         wire.send(service_port=service_port)
-    return Party(nodes, nprocs, wires, service_port, events)
+    return Party(nodes, start.nprocs, wires, service_port, events)
 
 
-def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, Wire]) -> None:
+def _gather(nodes: Nodes, start: Start, wires: dict[int, Wire]) -> None:
     """Node 0's part: fills ``wires``."""
     deadline = time.monotonic() + nodes.join_timeout
     with _listening(nodes) as server, contextlib.closing(_greetings(server, deadline)) as greetings:
         for wire, node, said in greetings:
-            theirs = {name: said.get(name) for name in shape}
-            if said["format"] != _FORMAT or theirs != shape:
-                text = (
-                    f"node {node} ({wire.peer}) was started with {theirs} by {said['format']!r}, node 0 with "
-                    f"{shape} by {_FORMAT!r}; start all nodes alike"
-                )
+            who, ours = f"node {node} ({wire.peer})", start.said(nodes)
+            if said["format"] != _FORMAT:
+                text = f"{who} speaks {said['format']!r}, node 0 {_FORMAT!r}; install one version everywhere"
+            elif differ := _differences(said, ours):
+                theirs, mine = map(", ".join, zip(*differ, strict=True))
+                text = f"{who} was started with {theirs}, node 0 with {mine}; start all nodes alike"
+                if said.get("arguments") != ours["arguments"]:
+                    text += f"; {_OTHER_ARGUMENTS}"
             elif not 0 < node < nodes.count or (node in wires and not wires[node].is_closed()):
                 text = rule("node", node, "be another on each node", f"{wire.peer} gave it; correct one")
             else:
@@ -88,6 +112,16 @@ def _gather(nodes: Nodes, shape: dict[str, int], wires: dict[int, Wire]) -> None
         f"of {nodes.count} nodes these did not come to {nodes.coordinator} within {nodes.join_timeout:g} s: "
         f"{missing}; start `jax-moriep launch` on each"
     )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, str]]:
+    """What one launcher was started with and another was not, in words; of the arguments the first."""
+    pairs = [(name, theirs.get(name), ours[name]) for name in ours if name != "arguments"]
+    for i, of_both in enumerate(itertools.zip_longest(theirs.get("arguments") or (), ours["arguments"]), 1):
+        if of_both[0] != of_both[1]:
+            pairs.append((f"argument {i}", *of_both))
+            break
+    return [(f"{name}={their!r}", f"{name}={our!r}") for name, their, our in pairs if their != our]
 
 
 def _greetings(
@@ -169,7 +203,7 @@ def _listening(nodes: Nodes) -> Iterator[socket.socket]:
         yield server
 
 
-def _join(nodes: Nodes, shape: dict[str, int]) -> tuple[Wire, int]:
+def _join(nodes: Nodes, start: Start) -> tuple[Wire, int]:
     """Another node's part: the wire to node 0, and the port of jax's service there."""
     deadline = time.monotonic() + nodes.join_timeout
     seen: Exception | None = None
@@ -180,7 +214,7 @@ def _join(nodes: Nodes, shape: dict[str, int]) -> tuple[Wire, int]:
             seen = error
             time.sleep(min(_RETRY_SECONDS, left))
             continue
-        wire.send(format=_FORMAT, node=nodes.index, **shape)
+        wire.send(format=_FORMAT, node=nodes.index, **start.said(nodes))
         try:
             said = wire.receive()
             if "refused" not in said:

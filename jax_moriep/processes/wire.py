@@ -8,7 +8,8 @@ import socket
 import threading
 from typing import Any
 
-_LONGEST_LINE = 1 << 16
+_LONGEST_LINE = 1 << 22
+"""A script's arguments are in one, and the kernel lets them have two million bytes."""
 
 
 class Wire:
@@ -45,7 +46,7 @@ class Wire:
         while b"\n" not in self._rest:
             if len(self._rest) > _LONGEST_LINE:
                 raise ValueError("a line without an end")
-            if not (read := self._connection.recv(1 << 12)):
+            if not (read := self._connection.recv(1 << 16)):
                 raise ConnectionError("closed")
             self._rest += read
         line, self._rest = self._rest.split(b"\n", 1)

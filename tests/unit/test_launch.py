@@ -6,6 +6,8 @@ import pytest
 
 from jax_moriep.errors import ConfigError, TransportError
 from jax_moriep.processes import launch
+from jax_moriep.processes.meeting import Start
+from jax_moriep.processes.nodes import Nodes
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,22 @@ def test_the_port_is_free_and_outside_the_kernels_own_range():
     assert 20000 <= port < 32768
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(("module", "name"), [(False, "test_launch.py"), (True, "-m tests.unit.test_launch")])
+def test_what_the_nodes_compare(monkeypatch, module, name):
+    """Of a script no folder, which may be another on each machine."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    asked = []
+
+    def meet(nodes, start, port, events):
+        asked.append(start)
+        raise TransportError("asked")
+
+    monkeypatch.setattr(launch, "meet", meet)
+    nodes = Nodes(2, 0, "127.0.0.1:1")
+    script = "tests.unit.test_launch" if module else __file__
+    for platform in ("cpu", None):
+        with pytest.raises(TransportError, match="asked"):
+            launch.launch(script, 2, 3, ["-x", "y"], platform=platform, module=module, nodes=nodes)
+    assert asked == [Start(2, 3, platform, name, ("-x", "y")) for platform in ("cpu", None)]
