@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.processes.meeting import Start, meet
-from jax_moriep.processes.nodes import Nodes, why_name_misleads
+from jax_moriep.processes.nodes import Nodes, has_only_cpus, why_name_misleads
 from jax_moriep.processes.process import Event, Process, end
 from jax_moriep.processes.wait import check_seconds, wait
 from jax_moriep.runtime import compat, settings
@@ -106,7 +106,7 @@ def launch(
     if nodes is None or nodes.count == 1:
         # Of one machine nobody needs the coordinator's address.
         nodes = Nodes(1, 0, "127.0.0.1:1")
-    if nodes.count > 1 and not nodes.on_one_machine and environment.get("JAX_PLATFORMS") == "cpu":
+    if nodes.count > 1 and not nodes.on_one_machine and has_only_cpus(environment):
         if (why := why_name_misleads()) is not None:
             raise ConfigError(why)
 

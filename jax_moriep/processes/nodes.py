@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
+import pkgutil
 import socket
+from collections.abc import Mapping
 
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.processes.wait import check_seconds
@@ -72,6 +76,26 @@ def _is_host(text: str) -> bool:
         return bool(text.encode("idna"))
     except UnicodeError:
         return False
+
+
+def has_only_cpus(environment: Mapping[str, str]) -> bool:
+    """Whether jax will have no devices but CPUs: it was told so, or no plugin for others is installed.
+
+    With a plugin but without its devices jax takes the CPUs too; that shows only when it has started.
+
+    Args:
+      environment: of the processes.
+    """
+    if platforms := environment.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    # As jax looks for them; for TPUs the plugin is jaxlib's own, and needs this library.
+    plugins = importlib.util.find_spec("jax_plugins")
+    return not (
+        environment.get("PJRT_NAMES_AND_LIBRARY_PATHS")
+        or importlib.metadata.entry_points(group="jax_plugins")
+        or (plugins and any(pkgutil.iter_modules(plugins.submodule_search_locations or ())))
+        or importlib.util.find_spec("libtpu")
+    )
 
 
 def why_name_misleads() -> str | None:

@@ -1,13 +1,14 @@
 """What the launcher decides before it starts a process."""
 
 import socket
+import sys
 
 import pytest
 
 from jax_moriep.errors import ConfigError, TransportError
 from jax_moriep.processes import launch
 from jax_moriep.processes.meeting import Start
-from jax_moriep.processes.nodes import Nodes
+from jax_moriep.processes.nodes import Nodes, has_only_cpus
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,41 @@ def test_what_the_nodes_compare(monkeypatch, module, name):
         with pytest.raises(TransportError, match="asked"):
             launch.launch(script, 2, 3, ["-x", "y"], platform=platform, module=module, nodes=nodes)
     assert asked == [Start(2, 3, platform, name, ("-x", "y")) for platform in ("cpu", None)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "expected"),
+    [
+        ({}, None, True),
+        ({"JAX_PLATFORMS": ""}, None, True),
+        ({"JAX_PLATFORMS": "cpu"}, "entry point", True),
+        ({"JAX_PLATFORMS": "cuda"}, None, False),
+        ({}, "entry point", False),
+        ({}, "module", False),
+        ({}, "libtpu", False),
+        ({"PJRT_NAMES_AND_LIBRARY_PATHS": "a:b"}, None, False),
+    ],
+)
+def test_where_jax_has_only_cpus(monkeypatch, tmp_path, environment, installed, expected):
+    # This environment's own plugins are not seen.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "jax_plugins", raising=False)
+    if installed == "entry point":
+        (tmp_path / "plugin-1.dist-info").mkdir()
+        text = "[jax_plugins]\nplugin = plugin\n"
+        (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text(text)
+    elif installed is not None:
+        folder = tmp_path / {"module": "jax_plugins/plugin", "libtpu": "libtpu"}[installed]
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    assert has_only_cpus(environment) == expected
+
+
+@pytest.mark.parametrize("only_cpus", [False, True])
+def test_the_hostname_is_looked_at_where_jax_has_only_cpus(monkeypatch, only_cpus):
+    monkeypatch.setattr(launch, "has_only_cpus", lambda environment: only_cpus)
+    monkeypatch.setattr(launch, "why_name_misleads", lambda: "it misleads")
+    # An address that is kept for documentation and is nobody's.
+    nodes = Nodes(2, 0, "192.0.2.1:4000")
+    with pytest.raises(ConfigError, match="it misleads" if only_cpus else "coordinator="):
+        launch.launch(__file__, 1, nodes=nodes)
