@@ -11,7 +11,7 @@ import os
 import sys
 
 from jax_moriep.bench.run import devices
-from jax_moriep.cli.launch import launch
+from jax_moriep.processes.launch import launch
 from tests import processes
 
 KEPT_LINES = 200

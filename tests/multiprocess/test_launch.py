@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -11,9 +10,8 @@ import time
 
 import pytest
 
-from jax_moriep.cli.launch import launch
-from jax_moriep.cli.launch_process import Event
-from jax_moriep.cli.launch_wait import TIMEOUT_CODE, wait
+from jax_moriep.processes.launch import launch
+from jax_moriep.processes.wait import TIMEOUT_CODE
 
 
 @pytest.fixture
@@ -90,23 +88,6 @@ def test_processes_are_joined(script):
         # From a file: Gloo, which carries the collective, writes to stdout by pieces, between other lines.
         lines = path.with_name(f"{rank}.txt").read_text().splitlines()
         assert lines == ["2 3 6 [0, 1]", "['-x', 'y z'] value __main__ True"]
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [
-        ([1, 137], 137),  # a killed process is the cause, also where a peer that noticed it is seen first
-        ([1, 134], 1),  # by SIGABRT jax ends those that lost a peer
-        ([137, 139], 137),
-        ([3, 1, 0], 3),
-        ([0, 0], 0),
-    ],
-)
-def test_the_cause_gives_the_code(codes, expected):
-    events = queue.SimpleQueue()
-    for index, code in enumerate(codes):
-        events.put(Event(f"process {index}", code))
-    assert wait(events, len(codes), timeout=None, grace=5.0).code == expected
 
 
 def test_output_of_any_kind_is_passed_on(script):

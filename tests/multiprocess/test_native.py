@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jax_moriep as jm
-from jax_moriep.cli.launch import launch
+from jax_moriep.processes.launch import launch
 from tests.multiprocess import common
 
 HERE = Path(__file__).parent

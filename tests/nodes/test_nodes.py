@@ -161,8 +161,10 @@ def test_a_script_that_fails_on_one_machine_ends_the_job_on_both(machines):
     with started(machines, "exit", "collective") as job:
         begin = time.time()
         for machine in job.wait(SECONDS):
-            assert machine.code == 7
-            assert "process 3 on node 1 failed with exit code 7; ending the others in 10 s" in machine.output
+            assert machine.code == 7, job.said()
+            # Its connections close before it has ended: a peer that raises for that may end sooner.
+            first = "; ending the others in 10 s|, which others noticed first"
+            assert re.search(f"process 3 on node 1 failed with exit code 7({first})", machine.output)
             assert machine.when - begin < 30
 
 

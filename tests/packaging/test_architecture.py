@@ -1,6 +1,7 @@
 """The direction of dependence, kept: in Python by the import statements, in C++ by the includes."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -30,6 +31,20 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
+# The rooms at the top, and which of them each may import; nothing else of the package imports one.
+ROOMS = {
+    "processes": set(),
+    "doctor": set(),
+    "demo": {"processes", "bench"},
+    "bench": {"processes", "demo"},
+    "cli": {"processes", "doctor", "demo", "bench"},
+    "__main__": {"cli"},
+}
+# All that `processes` needs of the package.
+BELOW_PROCESSES = ("runtime", "config", "errors")
+# All that the demo needs of bench: how pictures are drawn, and which machine it was.
+BENCH_FOR_DEMO = ("bench.figures", "bench.runner")
+
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
     "aiter": [r"moriep/", r"gpu/", r"[a-z0-9_]+\.h$"],
@@ -49,23 +64,26 @@ def name_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path):
-    """The parts of the package that a module imports anywhere in its text."""
+def imported_names(path):
+    """What a module imports of the package anywhere in its text, without the package's name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write it in full"
-            # `from jax_moriep import x` names the part after `import`.
-            names = [node.module or ""]
-            if node.module == "jax_moriep":
-                names = [f"jax_moriep.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             package, _, rest = name.partition(".")
             if package == "jax_moriep":
-                yield rest.split(".")[0], node.lineno
+                yield rest, node.lineno
+
+
+def imported_parts(path):
+    """The parts of the package that a module imports."""
+    for name, line in imported_names(path):
+        yield name.split(".")[0], line
 
 
 @pytest.mark.parametrize("path", python_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -88,6 +106,35 @@ def test_interop_stands_alone():
                 assert part in ("interop", "runtime", "config", "errors"), where
             elif path != PACKAGE / "__init__.py":
                 assert part != "interop", where
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_depend_one_way(path):
+    room = name_of(path)
+    for name, line in imported_names(path):
+        part = name.split(".")[0]
+        where = f"{path.relative_to(ROOT)}:{line} imports jax_moriep.{name}"
+        assert part == room or part not in ROOMS or part in ROOMS.get(room, ()), where
+        if room == "processes":
+            assert part == room or part in BELOW_PROCESSES, where
+        if (room, part) == ("demo", "bench"):
+            assert f"{name}.".startswith(tuple(f"{module}." for module in BENCH_FOR_DEMO)), where
+
+
+@pytest.mark.parametrize("room", ["processes", "doctor", "demo", "cli"])
+def test_no_circle_of_files_in_a_room(room):
+    files = [path for path in python_modules() if name_of(path) == room]
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+    graph = {}
+    for module, path in modules.items():
+        # `from a.b import c` is of the module a.b, if a.b.c is none.
+        names = [name for name, _ in imported_names(path)]
+        graph[module] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules.keys()
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_room_exists():
+    assert set(ROOMS) <= {name_of(path) for path in python_modules()}
 
 
 def test_every_layer_exists():

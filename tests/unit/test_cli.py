@@ -1,15 +1,14 @@
-"""The command line: choosing a subcommand, its errors, and what the launcher decides before it starts."""
+"""The command line: choosing a subcommand, and its errors."""
 
 import importlib
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.cli import doctor, launch
-from jax_moriep.errors import ConfigError, TransportError
+from jax_moriep.cli import doctor
+from jax_moriep.errors import TransportError
 
 
 def test_help_lists_every_subcommand(capsys):
@@ -113,45 +112,3 @@ def test_the_module_runs_as_a_program():
     )
     assert done.returncode == 1
     assert "nprocs=0 must be at least 1" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "text"),
-    [
-        ({"nprocs": 0}, "nprocs=0 must be at least 1; pass a positive int"),
-        ({"nprocs": 1, "devices_per_process": -1}, "devices_per_process=-1 must be at least 1"),
-        ({"nprocs": 1}, "script='no/such/file.py' must be an existing file"),
-    ],
-)
-def test_launch_refuses_bad_arguments(kwargs, text):
-    with pytest.raises(ConfigError) as error:
-        launch.launch("no/such/file.py", **kwargs)
-    assert text in str(error.value)
-
-
-def test_the_device_count_replaces_an_inherited_one(monkeypatch):
-    timeout = "--xla_cpu_collective_timeout_seconds=7"
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {timeout} --xla_force_host_platform_device_count=8")
-    environment = launch._environment(None, None, 3)
-    assert environment["XLA_FLAGS"] == f"--xla_a=1 {timeout} --xla_force_host_platform_device_count=3"
-    environment = launch._environment({"XLA_FLAGS": timeout, "X": "y"}, "cpu", 2)
-    assert environment["XLA_FLAGS"] == f"{timeout} --xla_force_host_platform_device_count=2"
-    assert environment["JAX_PLATFORMS"] == "cpu"
-    assert environment["X"] == "y"
-
-
-def test_collectives_between_cpus_wait_no_longer_than_exchanges(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    for seconds, flag in (("0.5", "1"), ("45", "45"), (None, "300")):
-        monkeypatch.delenv("JAX_MORIEP_TIMEOUT", raising=False)
-        environment = launch._environment({"JAX_MORIEP_TIMEOUT": seconds} if seconds else None, None, 1)
-        assert f"--xla_cpu_collective_timeout_seconds={flag} " in environment["XLA_FLAGS"]
-    with pytest.raises(TransportError, match="JAX_MORIEP_TIMEOUT='soon' must be a positive number"):
-        launch._environment({"JAX_MORIEP_TIMEOUT": "soon"}, None, 1)
-
-
-def test_the_port_is_free_and_outside_the_kernels_own_range():
-    port = launch._free_port()
-    assert 20000 <= port < 32768
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))

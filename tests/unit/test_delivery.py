@@ -6,7 +6,7 @@ import pytest
 
 import jax_moriep as jm
 from jax_moriep import transports
-from jax_moriep.cli import doctor
+from jax_moriep.doctor import facts, text
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import delivery, native
@@ -68,11 +68,11 @@ def test_what_is_neither_is_refused(monkeypatch):
     with pytest.raises(jm.TransportError, match=refused):
         delivery.choose(HOPPER, None)
     assert told(HOPPER, jm.MoEConfig(*SIZES)) == f"refuses every exchange: {refused}"
-    assert doctor._native_dispatch(HOPPER) == f"refuses every exchange: {refused}"
+    assert facts._native_dispatch(HOPPER) == f"refuses every exchange: {refused}"
 
 
 def test_doctor_says_it(monkeypatch):
-    found = doctor.examine()
+    found = facts.examine()
     assert found["native_dispatch"] == {}
-    found["native_dispatch"]["cpu"] = doctor._native_dispatch(HOPPER)  # as it would stand with GPUs
-    assert "\n      native dispatches by pull: on two H200" in doctor.as_text(found)
+    found["native_dispatch"]["cpu"] = facts._native_dispatch(HOPPER)  # as it would stand with GPUs
+    assert "\n      native dispatches by pull: on two H200" in text.as_text(found)

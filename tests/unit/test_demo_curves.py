@@ -5,9 +5,9 @@ import json
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.cli import demo_curves
-from jax_moriep.cli.demo_report import Results
-from jax_moriep.cli.demo_settings import Settings
+from jax_moriep.demo import curves
+from jax_moriep.demo.report import Results
+from jax_moriep.demo.settings import Settings
 
 
 def results(quant):
@@ -19,8 +19,8 @@ def results(quant):
 def test_plot_draws_what_demo_wrote(tmp_path, capsys):
     files = [tmp_path / f"{quant}.json" for quant in (None, "fp8_block")]
     for quant, path in zip((None, "fp8_block"), files, strict=True):
-        demo_curves.write(results(quant), 1.0, "jax-moriep demo", path)
-    read = demo_curves.read(files[1])
+        curves.write(results(quant), 1.0, "jax-moriep demo", path)
+    read = curves.read(files[1])
     assert read is not None
     assert read["settings"]["quant"] == "fp8_block"
     assert read["loss"] == [5.5, 4.0, 3.5]
@@ -32,7 +32,7 @@ def test_plot_draws_what_demo_wrote(tmp_path, capsys):
 
 def test_plot_does_not_mix_the_demo_with_the_bench(tmp_path, capsys):
     files = [tmp_path / "demo.json", tmp_path / "bench.json"]
-    demo_curves.write(results(None), 1.0, "jax-moriep demo", files[0])
+    curves.write(results(None), 1.0, "jax-moriep demo", files[0])
     files[1].write_text(json.dumps({"format": "jax-moriep bench 1"}))
     assert cli.main(["plot", *map(str, files)]) == 1
     assert "be all of `demo` or all of others" in capsys.readouterr().err
@@ -42,7 +42,7 @@ def test_plot_does_not_mix_the_demo_with_the_bench(tmp_path, capsys):
 def test_other_files_are_none(text, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text)
-    assert demo_curves.read(path) is None
+    assert curves.read(path) is None
 
 
 def test_the_demo_refuses_a_folder_that_is_not_there_before_it_trains(tmp_path, capsys):

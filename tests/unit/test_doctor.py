@@ -5,14 +5,14 @@ import json
 import pytest
 
 from jax_moriep import __version__, cli, experts, transports
-from jax_moriep.cli import doctor
+from jax_moriep.doctor import facts
 
 
 @pytest.fixture
 def found(monkeypatch):
     # Set, so that the assignment that examine makes for GPUs does not outlive the test.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return doctor.examine()
+    return facts.examine()
 
 
 def test_json_is_what_examine_found(found, capsys):
@@ -75,9 +75,9 @@ def test_exit_code_1_when_nothing_can_run(found, monkeypatch, capsys):
 
 def test_transports_are_asked_about_these_devices_with_a_process_for_each(found, monkeypatch):
     asked = []
-    monkeypatch.setattr(doctor.compat, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(facts.compat, "architecture", lambda device: "gfx942")
     monkeypatch.setattr(transports, "reasons", lambda place: asked.append(place) or {"native": None})
-    doctor.examine()
+    facts.examine()
     (place,) = asked
     assert (place.platform, place.architecture, place.num_ranks) == ("cpu", "gfx942", 8)
     assert (place.num_processes, place.devices_per_process) == (8, 1)
@@ -87,15 +87,15 @@ def test_jax_without_devices_is_reported(found, monkeypatch, capsys):
     def devices(backend=None):
         raise RuntimeError("Unable to initialize backend 'rocm'")
 
-    monkeypatch.setattr(doctor.jax, "devices", devices)
+    monkeypatch.setattr(facts.jax, "devices", devices)
     assert cli.main(["doctor"]) == 1
     assert "  none: Unable to initialize backend 'rocm'\n" in capsys.readouterr().out
 
 
 def test_peer_memory_that_cannot_be_opened(monkeypatch):
     # No process has this id, so that the path does not exist: what a peer in another PID namespace sees.
-    monkeypatch.setattr(doctor.os, "getpid", lambda: 2**22 + 1)
-    reason = doctor._peer_memory_reason()
+    monkeypatch.setattr(facts.os, "getpid", lambda: 2**22 + 1)
+    reason = facts._peer_memory_reason()
     assert reason is not None
     assert "FileNotFoundError" in reason
     assert "transport='collective'" in reason

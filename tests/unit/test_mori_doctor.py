@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.cli import doctor, doctor_mori
+from jax_moriep.doctor import facts, mori
 from jax_moriep.errors import TransportError
 from jax_moriep.mori import network
 from tests.unit.test_mori_kernels import make_program
@@ -38,9 +38,9 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_without_mori():
-    found = doctor_mori.examine()
+    found = mori.examine()
     assert (found["folder"], found["version"]) == (None, None)
-    title, line = doctor_mori.lines(found)
+    title, line = mori.lines(found)
     assert title == "MORI"
     assert line == "  no  amd-mori: amd-mori is not installed; run: pip install amd-mori==1.2.4"
 
@@ -50,7 +50,7 @@ def test_with_mori(machine):
     for name in ("IntraNode-bf16-gfx942-1.2.4-0123", ".IntraNode-f32-gfx942-1.2.4-4567.tmp"):
         (kept / name).mkdir(parents=True)
         (kept / name / "IntraNode.hsaco").touch()
-    lines = doctor_mori.lines(doctor_mori.examine())
+    lines = mori.lines(mori.examine())
     assert lines[:6] == [
         "MORI",
         f"  ok  amd-mori: 1.2.4 at {machine}/wheel/mori",
@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said_with_its_cure(machine, monkeypatch):
     monkeypatch.setenv("MORI_SOCKET_IFNAME", "eth")
     monkeypatch.setenv("MORI_SHMEM_HEAP_SIZE", "1T")
     monkeypatch.setenv("MORI_IGNORE_CPU_AFFINITY", "1")
-    text = "\n".join(doctor_mori.lines(doctor_mori.examine()))
+    text = "\n".join(mori.lines(mori.examine()))
     assert "  no  compiler of its kernels: no HIP compiler was found in " in text
     assert "  no  interface between ranks: MORI_SOCKET_IFNAME='eth' must be one interface" in text
     assert "  no  settings: MORI_SHMEM_HEAP_SIZE='1T' must be a whole number" in text
@@ -76,16 +76,16 @@ def test_what_is_wrong_is_said_with_its_cure(machine, monkeypatch):
     assert "      MORI_SHMEM_HEAP_SIZE=1T" in text
     monkeypatch.delenv("MORI_SHMEM_HEAP_SIZE")
     monkeypatch.setenv("MORI_DISABLE_P2P", "1")
-    assert "MORI_DISABLE_P2P='1' must be unset" in doctor_mori.examine()["settings"]
+    assert "MORI_DISABLE_P2P='1' must be unset" in mori.examine()["settings"]
 
 
 def test_given_kernels_are_named(machine, monkeypatch):
     monkeypatch.setenv("JAX_MORIEP_MORI_KERNELS", str(machine))
-    assert f"      kernels in {machine}: none yet" in doctor_mori.lines(doctor_mori.examine())
+    assert f"      kernels in {machine}: none yet" in mori.lines(mori.examine())
 
 
 def test_it_is_a_part_of_the_doctor(machine, capsys):
-    found = doctor.examine()
+    found = facts.examine()
     assert found["mori"]["version"] == "1.2.4"
     assert cli.main(["doctor"]) == 0
     assert f"MORI\n  ok  amd-mori: 1.2.4 at {machine}/wheel/mori\n" in capsys.readouterr().out
@@ -106,10 +106,10 @@ def test_xlas_own_mori(tmp_path, monkeypatch, machine):
         library.parent.mkdir(parents=True)
         library.write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    found = doctor_mori.examine()
+    found = mori.examine()
     assert found["xla"] == ["jax-rocm7-pjrt 0.12.0"]
     line = "      jax-rocm7-pjrt 0.12.0 holds a MORI of its own, which obeys the same MORI_* variables"
-    assert line in doctor_mori.lines(found)
+    assert line in mori.lines(found)
 
 
 def test_the_interface():
@@ -138,7 +138,7 @@ def test_numa_nodes(tmp_path, count, said):
     for number in range(count):
         (tmp_path / f"node{number}").mkdir()
     (tmp_path / "online").touch()
-    assert said in doctor_mori._affinity(tmp_path)
+    assert said in mori._affinity(tmp_path)
 
 
 @pytest.mark.parametrize(

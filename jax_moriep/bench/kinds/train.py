@@ -97,7 +97,10 @@ class Train(Kind):
         """
         try:
             # Imported here: no other kind of run needs flax, optax and orbax.
-            from jax_moriep.cli import demo_data, demo_model, demo_settings, demo_train
+            from jax_moriep.demo import data as demo_data
+            from jax_moriep.demo import model as demo_model
+            from jax_moriep.demo import settings as demo_settings
+            from jax_moriep.demo import train as demo_train
         except ImportError as e:
             raise MoriepError(
                 f"the demo cannot be imported ({describe(e)}); pip install 'jax-moriep[flax]'"

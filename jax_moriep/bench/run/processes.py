@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from jax_moriep.cli.launch import launch
+from jax_moriep.processes.launch import launch
 
 _SHOWN_LINES = 30
 _KEPT_LINES = 400

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_moriep.bench.measure import machine
 from jax_moriep.bench.show import figures
-from jax_moriep.cli.demo_report import Results, smoothed
+from jax_moriep.demo.report import Results, smoothed
 
 FORMAT = "jax-moriep demo 1"
 

@@ -1,4 +1,4 @@
-"""The part of ``jax-moriep doctor`` about MORI: the wheel, its kernels, and what it does to a process."""
+"""What there is of MORI: the wheel, its kernels, and what it does to a process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The demo's model: a small decoder-only language model, each of its MLPs a mixture of experts.
 
 Norms have no weights and there are no biases, so outside the experts a layer has two weights. They may have
-one leading dimension more, a copy per rank (see demo_train.py): every product is ``x @ w`` with x [R, ...].
+one leading dimension more, a copy per rank (see train.py): every product is ``x @ w`` with x [R, ...].
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_moriep as jm
-from jax_moriep.bench.problem.cases import DTYPES
 from jax_moriep.flax import EpMoE
+
+_DTYPES = {"f32": jnp.dtype(jnp.float32), "bf16": jnp.dtype(jnp.bfloat16), "f16": jnp.dtype(jnp.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelConfig:
     @property
     def compute_dtype(self) -> Any:
         """Of x between the layers and of the products; routing and norms compute in float32."""
-        return DTYPES[self.dtype]
+        return _DTYPES[self.dtype]
 
 
 class Block(nnx.Module):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jax_moriep.cli.demo_report import Results, smoothed
+from jax_moriep.demo.report import Results, smoothed
 
 _COLUMNS = 120
 """At most so many columns in a heat map; each is the mean over a few steps."""

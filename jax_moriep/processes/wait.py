@@ -9,16 +9,18 @@ import sys
 import time
 from typing import Protocol
 
-from jax_moriep.cli.launch_process import Event
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.processes.process import Event
 
 TIMEOUT_CODE = 124
 """Exit code of a run that took longer than its timeout, as the command ``timeout`` has it."""
 _MOST_SECONDS = 1e9
 """What threads and sockets can wait ends somewhere; this is thirty years."""
 _SETTLE_SECONDS = 1.0
-"""Within this time after the first failure a killed process counts as the one that failed first: the
-kernel tells of it when all its memory is given back, and its peers may have ended before that."""
+"""Within this time after the first failure one that says more counts as the first (``_weight``): a process's
+connections close before it has ended and its memory is given back, and peers that notice may end sooner."""
+_LOST_A_PEER = (1, 128 + signal.SIGABRT)
+"""How those end that lost a peer: an exception that nobody caught, and jax's own abort."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +97,15 @@ def wait(
             if event.process is not None:
                 event.process.join_output()
             deadline = time.monotonic() + grace
-            settled = time.monotonic() + _SETTLE_SECONDS
+            settled = 0.0 if event.verdict else time.monotonic() + _SETTLE_SECONDS
             rest = f"; ending the others in {grace:g} s" if own else ""
             say(f"{event.title} {event.says or f'failed with {describe(code)}'}{rest}")
-        elif first_failure and event.verdict and code:
+        elif code and event.verdict:
+            # All nodes end by the one code, whatever else is still heard here.
+            first_failure, settled = code, 0.0
+        elif time.monotonic() < settled and _weight(code) > _weight(first_failure) and not event.lost:
             first_failure = code
-        elif first_failure and first_failure <= 128 and _was_killed(code) and time.monotonic() < settled:
-            first_failure = code
-            say(f"{event.title} failed with {describe(code)}, which others noticed first")
+            say(f"{event.title} {event.says or f'failed with {describe(code)}'}, which others noticed first")
     return Outcome(first_failure)
 
 
@@ -122,9 +125,11 @@ def check_seconds(name: str, value: float, *, zero: bool = False) -> None:
         raise ConfigError(rule(name, value, must, "pass a number of seconds"))
 
 
-def _was_killed(code: int) -> bool:
-    """Whether a signal ended a process from outside; by SIGABRT jax ends those that lost a peer."""
-    return code > 128 and code != 128 + signal.SIGABRT
+def _weight(code: int) -> int:
+    """How surely a process that ended so is the cause and no other's victim: most if a signal killed it."""
+    if not code or code in _LOST_A_PEER:
+        return 0
+    return 2 if code > 128 else 1
 
 
 def say(text: str) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from jax_moriep.errors import ConfigError, rule
+
 EVENT_MARK = "\x1emoriep "
 """Begins a line of JSON from process 0; all else that the processes write is talk of their libraries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run of the demo."""
+    """One run of the demo.
+
+    Raises:
+      ConfigError: a number that must be positive is not.
+    """
 
     ranks: int
     steps: int
@@ -34,6 +40,11 @@ class Settings:
     learning_rate: float = 8e-3
     sample_bytes: int = 240
     """Length of the text that the trained model writes."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "steps", "experts", "windows", "sample_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(rule(name, getattr(self, name), "be at least 1", "pass a positive number"))
 
     def to_json(self) -> str:
         """The settings as one word of a command line."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jax_moriep.cli.demo_settings import Settings
+from jax_moriep.demo.settings import Settings
 from jax_moriep.errors import ConfigError, rule
 
 _State = TypeVar("_State")

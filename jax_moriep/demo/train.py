@@ -23,10 +23,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
-from jax_moriep.cli import demo_data
-from jax_moriep.cli.demo_checkpoint import Checkpoints
-from jax_moriep.cli.demo_model import LanguageModel, ModelConfig
-from jax_moriep.cli.demo_settings import EVENT_MARK, Settings
+from jax_moriep.demo import data
+from jax_moriep.demo.checkpoint import Checkpoints
+from jax_moriep.demo.model import LanguageModel, ModelConfig
+from jax_moriep.demo.settings import EVENT_MARK, Settings
 from jax_moriep.flax import ScoreBias
 
 PROMPT = 'def read_lines(path):\n    """'
@@ -67,7 +67,7 @@ class Trainer:
         self,
         settings: Settings,
         mesh: jax.sharding.Mesh,
-        corpus: demo_data.Corpus,
+        corpus: data.Corpus,
         model_config: ModelConfig | None = None,
     ) -> None:
         self.settings, self.mesh, self.corpus = settings, mesh, corpus
@@ -115,9 +115,7 @@ class Trainer:
         """The tokens of a step."""
         count = self.num_ranks * self.windows_per_rank
         settings = self.settings
-        return self.batch(
-            demo_data.train_windows(self.corpus.train, settings.seed, step, count, settings.context)
-        )
+        return self.batch(data.train_windows(self.corpus.train, settings.seed, step, count, settings.context))
 
     def _losses(
         self, params: nnx.State, biases: nnx.State, tokens: jax.Array
@@ -185,7 +183,7 @@ class Trainer:
     def heldout_windows(self) -> list[np.ndarray]:
         """The windows that are measured, in batches."""
         count = self.num_ranks * self.windows_per_rank
-        windows = demo_data.heldout_windows(self.corpus.heldout, EVAL_BATCHES * count, self.settings.context)
+        windows = data.heldout_windows(self.corpus.heldout, EVAL_BATCHES * count, self.settings.context)
         return np.split(windows, EVAL_BATCHES)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -209,11 +207,11 @@ class Trainer:
     def sample(self, state: TrainState) -> str:
         """A continuation of ``PROMPT``."""
         prompt = np.frombuffer(PROMPT.encode(), np.uint8)[-self.settings.context :]
-        start = np.full((self.num_ranks, self.settings.context), demo_data.END_OF_FILE, np.uint8)
+        start = np.full((self.num_ranks, self.settings.context), data.END_OF_FILE, np.uint8)
         start[:, -len(prompt) :] = prompt
         drawn = self._continue(state, self.batch(start)).addressable_shards[0].data
         text = bytes(np.asarray(drawn).reshape(-1).astype(np.uint8).tolist())
-        return text.split(bytes([demo_data.END_OF_FILE]))[0].decode(errors="replace")
+        return text.split(bytes([data.END_OF_FILE]))[0].decode(errors="replace")
 
 
 def train(settings: Settings) -> None:
@@ -223,7 +221,7 @@ def train(settings: Settings) -> None:
       settings: what the user asked for.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
-    corpus = demo_data.read_corpus()
+    corpus = data.read_corpus()
     trainer = Trainer(settings, mesh, corpus)
     explanation = jm.explain(trainer.model_config.moe(), mesh)
     checkpoints = Checkpoints(settings)
@@ -243,7 +241,7 @@ def train(settings: Settings) -> None:
         heldout_bytes=corpus.heldout.size,
         heldout_files=corpus.num_heldout_files,
         tokens_per_step=trainer.num_ranks * trainer.windows_per_rank * settings.context,
-        byte_frequency_loss=demo_data.byte_frequency_loss(corpus.train, windows[:, 1:]),
+        byte_frequency_loss=data.byte_frequency_loss(corpus.train, windows[:, 1:]),
         first_step=first,
         history=history,
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_moriep.cli import demo_data
-from jax_moriep.cli.demo_settings import Settings
+from jax_moriep.demo import data
+from jax_moriep.demo.settings import Settings
 
 _BAR = 24
 _LOG_LINES = 20
@@ -50,7 +50,7 @@ class Progress:
         )
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Takes one event of process 0 (``demo_train.emit``)."""
+        """Takes one event of process 0 (``train.emit``)."""
         getattr(self, f"_on_{event.pop('event')}")(**event)
 
     def _on_start(self, history: dict[str, Any], **start: Any) -> None:
@@ -136,7 +136,7 @@ class Progress:
         frequency = results.start["byte_frequency_loss"]
         self._note("")
         print("held-out loss          before training   after training   byte frequencies alone")
-        for unit, convert in (("nats per byte", float), ("bits per byte", demo_data.bits)):
+        for unit, convert in (("nats per byte", float), ("bits per byte", data.bits)):
             before, after, alone = (convert(x) for x in (results.before, results.after, frequency))
             print(f"  {unit:20} {before:15.3f} {after:16.3f} {alone:24.3f}")
         print("\nload of the experts over the last tenth of the run, in % of a layer's tokens' routes")
