@@ -43,7 +43,7 @@ ROOMS = {
 # All that `processes` needs of the package.
 BELOW_PROCESSES = ("runtime", "config", "errors")
 # All that the demo needs of bench: how pictures are drawn, and which machine it was.
-BENCH_FOR_DEMO = ("bench.figures", "bench.runner")
+BENCH_FOR_DEMO = ("bench.show.figures", "bench.measure.machine")
 
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],

@@ -19,7 +19,6 @@ from jax_moriep.bench.problem.checkpoint import Model
 from jax_moriep.bench.problem.world import Barrier
 from jax_moriep.bench.run import load_worker, processes
 from jax_moriep.errors import ConfigError, MoriepError, rule
-from jax_moriep.processes.launch import launch
 
 _FILE_BYTES = 1e9
 _GLIBC_DEFAULT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
