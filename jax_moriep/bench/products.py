@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.bench.shares import Data, Share
-from jax_moriep.experts import ExpertWeights, triton
-from jax_moriep.experts.triton import hopper, passes, products, tuning
-from jax_moriep.experts.triton.tiles import row_tiles
+from jax_moriep.experts import ExpertWeights, pallas
+from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.tiles import row_tiles
+from jax_moriep.experts.pallas.triton import passes, products, tuning
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 
@@ -121,7 +122,7 @@ def mlp(data: Data, backward: bool) -> Work:
     spec = data.spec
 
     def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return triton.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
 
     return Work(with_gradients(forward, backward), (data.d_out, *data.operands))
 

@@ -22,9 +22,11 @@ from jax_moriep.bench import products, shares
 from jax_moriep.bench.products import Work
 from jax_moriep.bench.programs import Programs, Timed, bound, by_turns, milliseconds, times_for
 from jax_moriep.bench.shares import Data, Share
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
-from jax_moriep.experts.triton import hopper, hopper_fp8, hopper_quantised
-from jax_moriep.experts.triton.tiles import row_tiles
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
+from jax_moriep.experts.pallas.hopper import fp8 as hopper_fp8
+from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.hopper import quantised as hopper_quantised
+from jax_moriep.experts.pallas.tiles import row_tiles
 from jax_moriep.plan import default_block
 from jax_moriep.runtime import compat
 
@@ -236,7 +238,7 @@ def _of_codes(data: Data, frozen: ExpertWeights, scheme: str) -> Work:
 
     def fn(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any, s1: Any, s2: Any) -> tuple[jax.Array]:
         of = ExpertWeights(w1, w2, None, None, s1, s2)
-        return (triton.expert_mlp(rows, factors, sizes, of, spec),)
+        return (pallas.expert_mlp(rows, factors, sizes, of, spec),)
 
     weights = (frozen.w1, frozen.w2, frozen.w1_scale, frozen.w2_scale)
     return Work(fn, (*data.operands[:3], *weights))
@@ -247,7 +249,7 @@ def _of_master(data: Data, scheme: str) -> Work:
     spec = _spec(data, scheme)
 
     def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return triton.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
 
     return Work(products.with_gradients(forward, True), (data.d_out, *data.operands))
 

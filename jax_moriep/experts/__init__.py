@@ -13,7 +13,7 @@ import jax
 from jax_moriep import schemes
 from jax_moriep.config import EXPERTS, QUANTISED, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, TransportError, rule
-from jax_moriep.experts import aiter, blocked, reference, triton
+from jax_moriep.experts import aiter, blocked, pallas, reference
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
@@ -104,7 +104,7 @@ class Describes(Protocol):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "aiter": aiter,
-    "triton": triton,
+    "triton": pallas,
     "blocked": blocked,
     "reference": reference,
 }

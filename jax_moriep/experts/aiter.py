@@ -25,7 +25,7 @@ from jax_moriep.aiter import kernels, wheel
 from jax_moriep.aiter.layout import shuffled, unshuffled
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, MoriepError, rule
-from jax_moriep.experts import triton
+from jax_moriep.experts import pallas
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts, dequantised
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime import compat, targets
@@ -212,7 +212,7 @@ def _expert_mlp_bwd(call: _Call, operands: tuple[jax.Array, ...], d_out: jax.Arr
     seen = schemes.dequantise_rows(schemes.quantise_rows(rows, call.spec.scheme, w1.dtype))
 
     def run(rows: jax.Array, row_weights: jax.Array) -> jax.Array:
-        return triton.expert_mlp(rows, row_weights, group_sizes, plain, spec)
+        return pallas.expert_mlp(rows, row_weights, group_sizes, plain, spec)
 
     _, pull = jax.vjp(run, seen.astype(rows.dtype), row_weights)
     return *pull(d_out), None, None, None, None, None

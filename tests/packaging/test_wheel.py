@@ -164,7 +164,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
     data = {
         f"jax_moriep/{name}"
-        for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip", "mori/relay.h")
+        for name in ("py.typed", "experts/pallas/triton/tuning.json", "mori/kernels.hip", "mori/relay.h")
     }
     assert others == data | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

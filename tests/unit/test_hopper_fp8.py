@@ -8,8 +8,8 @@ import schemes_oracle as oracle
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import schemes
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 
@@ -21,7 +21,8 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.triton import hopper, hopper_few, hopper_fp8, hopper_quantised, quantise
+from jax_moriep.experts.pallas import quantise
+from jax_moriep.experts.pallas.hopper import few, fp8, products, quantised
 
 BLOCK, H, INNER, L = 128, 256, 128, 4
 F8 = jnp.float8_e4m3fn
@@ -29,7 +30,7 @@ SIZES = np.array([130, 5, 0, 128], np.int32)
 STARTS = np.asarray(run_starts(jnp.asarray(SIZES), BLOCK))
 CAPACITY = 640
 REAL = np.asarray(real_rows(jnp.asarray(SIZES), BLOCK, CAPACITY))
-TILES = row_tiles(jnp.asarray(SIZES), BLOCK, CAPACITY, hopper.ROWS)
+TILES = row_tiles(jnp.asarray(SIZES), BLOCK, CAPACITY, products.ROWS)
 SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
 # One product of exact codes, rounded to bf16.
 TOLERANCE = 3e-3
@@ -39,14 +40,14 @@ TOLERANCE = 3e-3
 def races(monkeypatch):
     """Few programs, so that each has several tiles. The Triton passes beside them are interpreted as ever."""
     params = mg.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
-    call = hopper._call
+    call = products._call
 
     def interpreted(*args):
         with mg.force_gpu_interpret_mode(params):  # pyright: ignore[reportAttributeAccessIssue]
             return call(*args)
 
-    monkeypatch.setattr(hopper, "PROGRAMS", 2)
-    monkeypatch.setattr(hopper, "_call", interpreted)
+    monkeypatch.setattr(products, "PROGRAMS", 2)
+    monkeypatch.setattr(products, "_call", interpreted)
     yield
     assert not gpu_callbacks.get_races().races_found
 
@@ -94,7 +95,7 @@ def test_product(races, by_block):
     rows, of = codes(rng, CAPACITY, INNER), scales(rng, INNER // 128, CAPACITY)
     w = codes(rng, L, H, INNER)
     w_scale = scales(rng, L, *((H // 128, INNER // 128) if by_block else (H,)))
-    out = hopper_fp8.product(rows, of, w, w_scale, TILES, jnp.bfloat16)
+    out = fp8.product(rows, of, w, w_scale, TILES, jnp.bfloat16)
     for expert, at, _ in runs():
         assert_close(out[at], of_rows(rows[at], of[:, at]) @ of_weights(w[expert], w_scale[expert]).T)
 
@@ -108,7 +109,7 @@ def test_gate_up(races, by_block, saved_rows):
     w_scale = scales(rng, L, *((2 * INNER // 128, H // 128) if by_block else (2 * INNER,))) / 16
     factors = jnp.asarray(np.where(REAL, rng.uniform(0.5, 1, CAPACITY), 0), jnp.float32)
     operands = (rows, of, w, w_scale, factors, TILES, SPEC)
-    act, act_scales, *kept = hopper_fp8.gate_up(*operands, saved_rows=saved_rows, dtype=jnp.bfloat16)
+    act, act_scales, *kept = fp8.gate_up(*operands, saved_rows=saved_rows, dtype=jnp.bfloat16)
     assert len(kept) == (saved_rows > 0)
     spread = of if by_block else jnp.repeat(of, H // 128, 0)
     for expert, at, padding in runs():
@@ -131,7 +132,7 @@ FEW_CAPACITY = 120
 
 
 def few_tiles():
-    return row_tiles(jnp.asarray(FEW_SIZES), FEW_BLOCK, FEW_CAPACITY, hopper_few.ROWS)
+    return row_tiles(jnp.asarray(FEW_SIZES), FEW_BLOCK, FEW_CAPACITY, few.ROWS)
 
 
 def in_tiles(values):
@@ -139,7 +140,7 @@ def in_tiles(values):
     tiles = few_tiles()
     first = np.asarray(tiles.table)[1, : tiles.max_tiles]
     padded = np.pad(np.asarray(values), ((0, 0), (0, FEW_CAPACITY)), constant_values=np.nan)
-    return np.concatenate([padded[:, start : start + hopper_few.ROWS] for start in first], axis=1)
+    return np.concatenate([padded[:, start : start + few.ROWS] for start in first], axis=1)
 
 
 def few_runs():
@@ -152,7 +153,7 @@ def test_product_of_few_rows(races):
     rng = drawn(5)
     rows, of = codes(rng, FEW_CAPACITY, INNER), scales(rng, INNER // 128, FEW_CAPACITY)
     w, w_scale = codes(rng, L, 128, INNER), scales(rng, L, 1, INNER // 128)
-    out = hopper_few.product(rows, jnp.asarray(in_tiles(of)), w, w_scale, few_tiles(), jnp.bfloat16)
+    out = few.product(rows, jnp.asarray(in_tiles(of)), w, w_scale, few_tiles(), jnp.bfloat16)
     for expert, at in few_runs():
         assert_close(out[at], of_rows(rows[at], of[:, at]) @ of_weights(w[expert], w_scale[expert]).T)
 
@@ -180,8 +181,8 @@ def test_forward_of_few_rows(races, scheme):
     spec = ExpertSpec("silu", 7.0, 1.702, False, FEW_BLOCK, None, scheme)
     rows = jnp.asarray(np.where(real[:, None], x, np.nan), jnp.bfloat16)
     factors = jnp.asarray(np.where(real, q, np.nan), jnp.float32)
-    assert hopper_quantised.covers_few(spec, rows, given)
-    (out,) = hopper_quantised.few_rows(spec, True, rows, factors, jnp.asarray(FEW_SIZES), given)
+    assert quantised.covers_few(spec, rows, given)
+    (out,) = quantised.few_rows(spec, True, rows, factors, jnp.asarray(FEW_SIZES), given)
     none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
     nothing = np.zeros((FEW_CAPACITY, H))
     want = oracle.experts(
@@ -249,11 +250,11 @@ def test_both_passes(races, scheme, frozen, saved_rows):
     spec = ExpertSpec("silu", 7.0, 1.702, False, BLOCK, saved_rows, scheme)
     low = [jnp.asarray(a, jnp.bfloat16) for a in (x, d_out)]
     operands = (low[0], jnp.asarray(q, jnp.float32), jnp.asarray(SIZES), given)
-    assert hopper_quantised.covers(spec, low[0], given)
-    out, saved, *kept = hopper_quantised.forward(spec, saved_rows, True, *operands)
-    assert tuple((x.shape, x.dtype) for x in kept) == hopper_quantised.kept(spec, given)
+    assert quantised.covers(spec, low[0], given)
+    out, saved, *kept = quantised.forward(spec, saved_rows, True, *operands)
+    assert tuple((x.shape, x.dtype) for x in kept) == quantised.kept(spec, given)
     assert bool(kept) == (scheme == "fp8_block" and not frozen)
-    got = (out, *hopper_quantised.backward(spec, saved_rows, True, low[1], saved, *operands, *kept))
+    got = (out, *quantised.backward(spec, saved_rows, True, low[1], saved, *operands, *kept))
     clean = [np.nan_to_num(a) for a in (x, q, d_out)]
     none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
     want = oracle.experts(
@@ -282,7 +283,7 @@ def test_a_program_for_another_platform(monkeypatch):
     def gradients(rows, sizes, weights):
         def loss(rows, weights):
             factors = jnp.ones(CAPACITY, jnp.float32)
-            return jnp.sum(triton.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
+            return jnp.sum(pallas.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
 
         return jax.grad(loss, (0, 1))(rows, weights)
 

@@ -10,9 +10,11 @@ from test_experts import SIZES, TOLERANCE, check, make_case, make_spec, with_gra
 
 from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
-from jax_moriep.experts.triton import hopper, mlp, tuning
-from jax_moriep.experts.triton.launch import Tile
-from jax_moriep.experts.triton.tiles import position, real_rows, row_tiles
+from jax_moriep.experts.pallas import mlp
+from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.launch import Tile
+from jax_moriep.experts.pallas.tiles import position, real_rows, row_tiles
+from jax_moriep.experts.pallas.triton import tuning
 
 
 # Either number of rows is rounded to the same tiles.

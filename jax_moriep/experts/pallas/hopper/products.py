@@ -23,11 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.hopper import stream
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line, Work
+from jax_moriep.experts.pallas.tiles import RowTiles
+from jax_moriep.experts.pallas.triton import products
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper_stream, products
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line, Work
-from jax_moriep.experts.triton.tiles import RowTiles
 from jax_moriep.runtime import compat
 
 ROWS = 128
@@ -221,7 +223,7 @@ def weight_gradient(
                 finish,
             )
 
-        hopper_stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile)
+        stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile)
 
     shape = ((num_experts, tall, cols), left.dtype)
     return _call(body, (starts, group_sizes, left, right), [shape])[0]
@@ -246,14 +248,14 @@ def _all_tiles(
     tile: Callable[[Lanes, Any, Any], Any],
     **of_stream: Any,
 ) -> None:
-    """Does tile(lanes, tile of rows, tile of columns) for all that are in use; see ``hopper_stream.run``."""
+    """Does tile(lanes, tile of rows, tile of columns) for all that are in use; see ``stream.run``."""
     first = table[rows_of.FIRST_TILE, tiles.max_tiles]
     num_tiles = table[rows_of.NUM_TILES, tiles.max_tiles] - first
 
     def of_turn(lanes: Lanes, index: Any) -> Work:
         return tile(lanes, *rows_of.position(table, index[0], first, col_tiles))
 
-    hopper_stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
+    stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
 
 
 def _call(

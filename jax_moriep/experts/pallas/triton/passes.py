@@ -20,10 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation
-from jax_moriep.experts.triton.biases import row_sums, rows_times_bias
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     barrier,
@@ -33,9 +31,11 @@ from jax_moriep.experts.triton.launch import (
     store,
     store_vector,
 )
-from jax_moriep.experts.triton.products import At, Scales, rows_times_weights, weight_gradient
-from jax_moriep.experts.triton.rowwise import pre_activations, second
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.rowwise import pre_activations, second
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.triton.biases import row_sums, rows_times_bias
+from jax_moriep.experts.pallas.triton.products import At, Scales, rows_times_weights, weight_gradient
+from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import run_starts
 
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]

@@ -1,4 +1,4 @@
-"""The expert MLP of ``experts/triton``: its derivative rule, and the kernels that each platform gets."""
+"""The expert MLP of ``experts/pallas``: its derivative rule, and the kernels that each platform gets."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep.experts.pallas.hopper import passes as hopper_passes
+from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.hopper import quantised as hopper_quantised
+from jax_moriep.experts.pallas.launch import Tile
+from jax_moriep.experts.pallas.triton import passes, tuning
+from jax_moriep.experts.pallas.triton import quantised as quantised_passes
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import (
-    hopper,
-    hopper_passes,
-    hopper_quantised,
-    passes,
-    quantised_passes,
-    tuning,
-)
-from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.runtime import compat
 
 _Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     by_turns,
@@ -20,7 +20,7 @@ from jax_moriep.experts.triton.launch import (
     span,
     store_vector,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import RowTiles
 
 _ROWS, _COLS = 32, 128
 _TILE = Tile(_ROWS, _COLS, _ROWS, warps=4, stages=2)

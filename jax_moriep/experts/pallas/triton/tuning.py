@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.experts.triton.launch import Tile
+from jax_moriep.experts.pallas.launch import Tile
 
 KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
 FORWARD = KERNELS[:2]
@@ -97,7 +97,7 @@ def lookup_of_codes(table: Table, device_kind: str, kernel: str, block: int, mea
 @functools.cache
 def shipped() -> Table:
     """The table in the package."""
-    text = importlib.resources.files("jax_moriep.experts.triton").joinpath("tuning.json").read_text()
+    text = importlib.resources.files("jax_moriep.experts.pallas.triton").joinpath("tuning.json").read_text()
     return json.loads(text)["devices"]
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     by_turns,
@@ -31,7 +31,7 @@ from jax_moriep.experts.triton.launch import (
     store,
     unpaired,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import RowTiles
 
 
 @dataclasses.dataclass(frozen=True)

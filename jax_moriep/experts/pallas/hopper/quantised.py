@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
+from jax_moriep.experts.pallas import quantise, rowwise
+from jax_moriep.experts.pallas.hopper import few, fp8, products
+from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
+from jax_moriep.experts.pallas.triton.quantised import codes_of
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import hopper, hopper_few, hopper_fp8, quantise, rowwise
-from jax_moriep.experts.triton.quantised_passes import codes_of
-from jax_moriep.experts.triton.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
 _FORMAT = jnp.dtype(jnp.float8_e4m3fn)
@@ -25,7 +26,9 @@ _FORMAT = jnp.dtype(jnp.float8_e4m3fn)
 def covers(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
     """Whether the kernels here can run a call: float8 codes, 16-bit rows, no biases, output weights, even
     sizes."""
-    return _even(spec, rows, weights) and spec.block % hopper.ROWS == 0 and rows.shape[0] % hopper.ROWS == 0
+    return (
+        _even(spec, rows, weights) and spec.block % products.ROWS == 0 and rows.shape[0] % products.ROWS == 0
+    )
 
 
 def covers_few(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> bool:
@@ -34,7 +37,7 @@ def covers_few(spec: ExpertSpec, rows: jax.Array, weights: ExpertWeights) -> boo
         _even(spec, rows, weights)
         and weights.frozen
         and spec.block % 8 == 0
-        and hopper_few.ROWS % spec.block == 0
+        and few.ROWS % spec.block == 0
         and rows.shape[0] % spec.block == 0
     )
 
@@ -76,16 +79,16 @@ def forward(
     group_sizes: jax.Array,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, ...]:
-    """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``.
+    """See ``passes.forward``; ``saved_rows`` is a multiple of ``products.ROWS``.
 
     Behind the pre-activations, if there are any, comes what ``kept`` describes.
     """
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], products.ROWS)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     coded, *transposed = _codes_of(weights, spec, interpret, keep=saved_rows > 0)
     codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
-    act, act_scales, *saved = hopper_fp8.gate_up(
+    act, act_scales, *saved = fp8.gate_up(
         codes,
         scales,
         coded.w1,
@@ -96,7 +99,7 @@ def forward(
         saved_rows=saved_rows,
         dtype=rows.dtype,
     )
-    out = hopper_fp8.product(act, act_scales, coded.w2, coded.w2_scale, tiles, rows.dtype)
+    out = fp8.product(act, act_scales, coded.w2, coded.w2_scale, tiles, rows.dtype)
     return (rowwise.zeroed_behind(out, tiles, interpret=interpret), *saved, *transposed)
 
 
@@ -111,11 +114,11 @@ def few_rows(
     """See ``passes.forward``, for short runs; nothing is kept for a backward pass."""
     assert weights.w1_scale is not None
     assert weights.w2_scale is not None
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper_few.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], few.ROWS)
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     codes, scales = _quantised_rows(rows, spec, tiles, interpret)
-    act, act_scales = hopper_few.gate_up(codes, scales, weights.w1, weights.w1_scale, factors, tiles, spec)
-    out = hopper_few.product(act, act_scales, weights.w2, weights.w2_scale, tiles, rows.dtype)
+    act, act_scales = few.gate_up(codes, scales, weights.w1, weights.w1_scale, factors, tiles, spec)
+    out = few.product(act, act_scales, weights.w2, weights.w2_scale, tiles, rows.dtype)
     return (rowwise.zeroed_behind(out, tiles, interpret=interpret),)
 
 
@@ -133,7 +136,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """See ``quantised_passes.backward``; ``transposed`` is what ``kept`` describes."""
     capacity, dtype = rows.shape[0], rows.dtype
-    tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, capacity, products.ROWS)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
     pre = (saved,)
     if saved_rows < capacity:
@@ -155,21 +158,21 @@ def backward(
     if spec.quantises_gradients(weights):
         d_y = quantise.rows(d_out, slices, _FORMAT, interpret=interpret)
         w1, s1, w2, s2 = transposed
-        d_act = hopper_fp8.product(*d_y, w2, s2, tiles, dtype)
+        d_act = fp8.product(*d_y, w2, s2, tiles, dtype)
         act, d_pre, shares, codes, scales = through_activation(d_act, _FORMAT)
-        d_rows = hopper_fp8.product(codes, scales, w1, s1, tiles, dtype)
+        d_rows = fp8.product(codes, scales, w1, s1, tiles, dtype)
     else:
         w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
-        d_act = hopper.product(d_out, w2, tiles, by_column=True)
+        d_act = products.product(d_out, w2, tiles, by_column=True)
         act, d_pre, shares = through_activation(d_act, None)
-        d_rows = hopper.product(d_pre, w1, tiles, by_column=True)
+        d_rows = products.product(d_pre, w1, tiles, by_column=True)
     d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=interpret)
     d_row_weights = jnp.where(real_rows(group_sizes, spec.block, capacity), jnp.sum(shares, axis=0), 0)
     if weights.frozen:
         return d_rows, d_row_weights
     starts = run_starts(group_sizes, spec.block)
-    dw1 = hopper.weight_gradient(d_pre, rows, starts, group_sizes, unclean="right")
-    dw2 = hopper.weight_gradient(d_out, act, starts, group_sizes, unclean="left")
+    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, unclean="left")
     return d_rows, d_row_weights, dw1.astype(weights.w1.dtype), dw2.astype(weights.w2.dtype)
 
 
@@ -184,11 +187,11 @@ def _pre_activations(
 ) -> jax.Array:
     """Those of the rows from one on, [C, 2*I]."""
     capacity = rows.shape[0]
-    behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, first_row)
+    behind = row_tiles(group_sizes, spec.block, capacity, products.ROWS, first_row)
     coded, *_ = _codes_of(weights, spec, interpret, keep=False)
     codes, scales = quantised_rows(rows, spec, group_sizes, interpret)
     operands = (codes, scales, coded.w1, coded.w1_scale, row_weights, behind, spec)
-    return hopper_fp8.gate_up(*operands, saved_rows=capacity, dtype=rows.dtype)[-1]
+    return fp8.gate_up(*operands, saved_rows=capacity, dtype=rows.dtype)[-1]
 
 
 def quantised_rows(

@@ -43,6 +43,6 @@ def expert_mlp(
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     # Imported on first use: Pallas would be most of what `import jax_moriep` adds to jax's own time.
-    from jax_moriep.experts.triton import mlp
+    from jax_moriep.experts.pallas import mlp
 
     return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec)

@@ -13,12 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas.hopper import products, scaled
+from jax_moriep.experts.pallas.hopper.products import ROWS
+from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
+from jax_moriep.experts.pallas.tiles import RowTiles
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper, hopper_scaled, quantise
-from jax_moriep.experts.triton.hopper import ROWS
-from jax_moriep.experts.triton.hopper_scaled import DEPTH, Work
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line
-from jax_moriep.experts.triton.tiles import RowTiles
 
 _WIDTH = 128
 _HEIGHT = ROWS // 2
@@ -56,7 +57,7 @@ def product(
         table: Any, codes_ref: Any, rows_ref: Any, weights_ref: Any, scales_ref: Any, out_ref: Any
     ) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            expert, at_rows = products._rows_of_tile(table, row_tile)
             own = pl.ds(lanes.me * _HEIGHT, _HEIGHT)
             first_col = col_tile * (halves * _WIDTH)
 
@@ -87,7 +88,7 @@ def product(
                 finish,
             )
 
-        hopper._all_tiles(
+        products._all_tiles(
             blocks,
             codes.dtype,
             table,
@@ -95,12 +96,12 @@ def product(
             cols // (halves * _WIDTH),
             tile,
             results=(dtype,),
-            multiply=hopper_scaled.multiply,
+            multiply=scaled.multiply,
             copier_registers=_PRODUCT_COPIER_REGISTERS,
         )
 
     shape = ((tiles.capacity, cols), dtype)
-    return hopper._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
+    return products._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
 
 
 def gate_up(
@@ -151,7 +152,7 @@ def gate_up(
         *kept_ref: Any,
     ) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            expert, at_rows = products._rows_of_tile(table, row_tile)
             first, own = at_rows.start, pl.ds(lanes.me * _HEIGHT, _HEIGHT)
             mine = pl.ds(first + lanes.me * _HEIGHT, _HEIGHT)
             at_cols = [pl.ds(n * cols + col_tile * _WIDTH, _WIDTH) for n in range(2)]
@@ -199,7 +200,7 @@ def gate_up(
             )
 
         results = (codes.dtype, *([dtype] if saved_rows else []))
-        hopper._all_tiles(
+        products._all_tiles(
             blocks,
             codes.dtype,
             table,
@@ -207,14 +208,14 @@ def gate_up(
             cols // _WIDTH,
             tile,
             results=results,
-            multiply=hopper_scaled.multiply,
+            multiply=scaled.multiply,
         )
 
     shapes = [((tiles.capacity, cols), codes.dtype), ((cols // _WIDTH, tiles.capacity), jnp.float32)]
     if saved_rows:
         shapes.append(((saved_rows, 2 * cols), dtype))
     operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
-    return hopper._call(body, operands, shapes)
+    return products._call(body, operands, shapes)
 
 
 def of_rows(ref: Any) -> Any:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, quantise
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     by_turns,
@@ -23,7 +22,8 @@ from jax_moriep.experts.triton.launch import (
     store,
     store_vector,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import RowTiles
+from jax_moriep.experts.spec import ExpertSpec
 
 SLICE = quantise.SLICE
 """Rows per program: those of the tiles that the functions here take."""

@@ -17,13 +17,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.hopper import products, scaled
+from jax_moriep.experts.pallas.hopper.fp8 import along_cols, of_rows
+from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
+from jax_moriep.experts.pallas.tiles import RowTiles
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper, hopper_scaled, quantise
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_fp8 import along_cols, of_rows
-from jax_moriep.experts.triton.hopper_scaled import DEPTH, Work
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line
-from jax_moriep.experts.triton.tiles import RowTiles
 
 ROWS = 64
 """Rows of a tile; ``RowTiles.block`` divides it or is a multiple of it."""
@@ -82,7 +83,7 @@ def product(
         _all_tiles(blocks, codes, table, tiles, cols // (2 * width), tile, dtype)
 
     shape = ((tiles.capacity, cols), dtype)
-    return hopper._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
+    return products._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
 
 
 def gate_up(
@@ -180,7 +181,7 @@ def gate_up(
 
     operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
     in_tiles = ((cols // _GROUP, tiles.max_tiles * ROWS), jnp.float32)
-    act, scales = hopper._call(body, operands, [((tiles.capacity, cols), codes.dtype), in_tiles])
+    act, scales = products._call(body, operands, [((tiles.capacity, cols), codes.dtype), in_tiles])
     return act, scales
 
 
@@ -226,7 +227,7 @@ def _all_tiles(
     dtype: Any,
     **of_stream: Any,
 ) -> None:
-    hopper._all_tiles(
+    products._all_tiles(
         blocks,
         codes.dtype,
         table,
@@ -234,6 +235,6 @@ def _all_tiles(
         col_tiles,
         tile,
         results=(dtype,),
-        multiply=hopper_scaled.multiply,
+        multiply=scaled.multiply,
         **of_stream,
     )

@@ -1,4 +1,4 @@
-"""Both passes of experts that a scheme quantises, by Triton products; ``hopper_quantised`` is the fast case.
+"""Both passes of experts that a scheme quantises, by Triton products; ``hopper/quantised`` is the fast case.
 
 Forward, codes are multiplied. XLA quantises, on every platform: with few rows that is little, and with many
 it is a pass over memory beside a product. On the way back the products read values, the weights dequantised
@@ -19,13 +19,14 @@ from jax import lax
 
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
+from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.launch import Tile, store
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.triton import passes
+from jax_moriep.experts.pallas.triton.biases import row_sums, rows_times_bias
+from jax_moriep.experts.pallas.triton.passes import Tiles
+from jax_moriep.experts.pallas.triton.products import At, Scales, rows_times_weights, weight_gradient
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import passes, rowwise
-from jax_moriep.experts.triton.biases import row_sums, rows_times_bias
-from jax_moriep.experts.triton.launch import Tile, store
-from jax_moriep.experts.triton.passes import Tiles
-from jax_moriep.experts.triton.products import At, Scales, rows_times_weights, weight_gradient
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
 

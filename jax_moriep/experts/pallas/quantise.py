@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import Span, Tile, by_turns, call, load, store, store_vector
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas import tiles as rows_of
+from jax_moriep.experts.pallas.launch import Span, Tile, by_turns, call, load, store, store_vector
+from jax_moriep.experts.pallas.tiles import RowTiles
 
 GROUP = 128
 SLICE = 32
