@@ -17,7 +17,8 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.pallas.hopper import products, stream
+from jax_moriep.experts.pallas.hopper import launch, products, stream
+from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
 SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
@@ -29,7 +30,7 @@ TOLERANCE = 3e-3
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     """Few programs, so that each has several tiles."""
-    monkeypatch.setattr(products, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
     params = mg.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
     with mg.force_gpu_interpret_mode(params):  # pyright: ignore[reportAttributeAccessIssue]
         yield
@@ -44,7 +45,7 @@ class Case:
         self.capacity = int(aligned.sum()) + BLOCK
         self.starts = np.asarray(run_starts(jnp.asarray(self.sizes), BLOCK))
         self.real = np.asarray(real_rows(jnp.asarray(self.sizes), BLOCK, self.capacity))
-        self.tiles = row_tiles(jnp.asarray(self.sizes), BLOCK, self.capacity, products.ROWS)
+        self.tiles = row_tiles(jnp.asarray(self.sizes), BLOCK, self.capacity, ROWS)
         self.rng = np.random.default_rng(0)
 
     def rows(self, width, padding=np.nan):

@@ -1,4 +1,7 @@
-"""experts="triton": grouped matrix products in Pallas-Triton, one source for NVIDIA and AMD GPUs.
+"""experts="triton": grouped matrix products in Pallas, on every GPU of NVIDIA and AMD.
+
+Pallas-Triton has kernels for every GPU, size and option (``triton/``), Pallas-Mosaic faster ones for the
+common sizes on NVIDIA's Hopper (``hopper/``); ``choice`` says which of them a call gets, and why.
 
 The rows' layout makes the products dense: a run starts at a multiple of ``block`` and belongs to one expert,
 so a tile of rows needs one expert's weights and no gather. What follows from that:
@@ -20,7 +23,9 @@ from __future__ import annotations
 import jax
 
 from jax_moriep.config import MoEConfig
+from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 
 PLATFORMS = ("gpu", "cuda", "rocm")
@@ -32,6 +37,13 @@ def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
     if place.platform in PLATFORMS:
         return None
     return f"it needs a GPU of NVIDIA or AMD, and this is {place.platform}; use experts='blocked'"
+
+
+def describe(place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, dtype: str) -> str | None:
+    """See ``experts.Describes.describe``: whether Pallas-Mosaic's or Pallas-Triton's kernels run, and why."""
+    if unavailable_reason(place, cfg) is not None:
+        return None
+    return choice.describe(place, cfg, shape, dtype)
 
 
 def expert_mlp(

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import rowwise
 from jax_moriep.experts.pallas.hopper import products
+from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import run_starts
 
 
 def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """See ``passes.forward``; ``saved_rows`` is a multiple of ``products.ROWS``."""
+    """See ``passes.forward``; ``saved_rows`` is a multiple of ``ROWS``."""
     rows, row_weights, group_sizes, w1, w2 = operands
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], products.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     act, *saved = products.gate_up(rows, w1, factors, tiles, spec, saved_rows=saved_rows, act=True)
@@ -30,10 +31,10 @@ def backward(
     rows, row_weights, group_sizes, w1, w2 = operands
     capacity = rows.shape[0]
     starts = run_starts(group_sizes, spec.block)
-    tiles = row_tiles(group_sizes, spec.block, capacity, products.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, capacity, ROWS)
     pre = (saved,)
     if saved_rows < capacity:
-        behind = row_tiles(group_sizes, spec.block, capacity, products.ROWS, saved_rows)
+        behind = row_tiles(group_sizes, spec.block, capacity, ROWS, saved_rows)
         pre += tuple(products.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False))
     d_act = products.product(d_out, w2, tiles, by_column=True)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
