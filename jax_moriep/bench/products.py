@@ -13,7 +13,9 @@ from jax import lax
 
 from jax_moriep.bench.shares import Data, Share
 from jax_moriep.experts import ExpertWeights, pallas
+from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import row_tiles
 from jax_moriep.experts.pallas.triton import passes, products, tuning
 from jax_moriep.plan import run_starts
@@ -49,8 +51,9 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
     """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``."""
     rows, factors, sizes, w1, w2 = data.operands
     spec, capacity = data.spec, rows.shape[0]
-    if compat.has_hopper_kernels() and hopper.covers(spec, rows, w1, w2, False):
-        tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=hopper.ROWS)
+    chosen = choice.of(spec, rows, ExpertWeights(w1, w2), differentiated=True)
+    if compat.has_hopper_kernels() and chosen.mosaic:
+        tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=ROWS)
 
         def product(s: jax.Array, x: jax.Array, w: jax.Array, by_column: bool) -> jax.Array:
             return hopper.product(x, w, tiles(s), by_column=by_column)

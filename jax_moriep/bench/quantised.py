@@ -24,8 +24,8 @@ from jax_moriep.bench.programs import Programs, Timed, bound, by_turns, millisec
 from jax_moriep.bench.shares import Data, Share
 from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
 from jax_moriep.experts.pallas.hopper import fp8 as hopper_fp8
-from jax_moriep.experts.pallas.hopper import products as hopper
 from jax_moriep.experts.pallas.hopper import quantised as hopper_quantised
+from jax_moriep.experts.pallas.hopper.support import ROWS, unsuited
 from jax_moriep.experts.pallas.tiles import row_tiles
 from jax_moriep.plan import default_block
 from jax_moriep.runtime import compat
@@ -258,19 +258,20 @@ def _kernels(data: Data, frozen: ExpertWeights, scheme: str) -> dict[str, Work]:
     """The Hopper kernels alone, where they run."""
     rows, factors, sizes = data.operands[:3]
     spec, capacity = _spec(data, scheme), rows.shape[0]
-    if not (compat.has_hopper_kernels() and hopper_quantised.covers(spec, rows, frozen)):
+    if not compat.has_hopper_kernels() or unsuited(spec, rows, frozen) is not None:
         return {}
 
     def tiles(sizes: jax.Array) -> Any:
-        return row_tiles(sizes, spec.block, capacity, hopper.ROWS)
+        return row_tiles(sizes, spec.block, capacity, ROWS)
 
     def gate_up(s: Any, c: Any, cs: Any, w: Any, ws: Any, f: Any) -> list[jax.Array]:
-        return hopper_fp8.gate_up(c, cs, w, ws, f, tiles(s), spec, saved_rows=0, dtype=rows.dtype)
+        of_rows, of_weights = schemes.Quantised(c, cs), schemes.Quantised(w, ws)
+        return hopper_fp8.gate_up(of_rows, of_weights, f, tiles(s), spec, saved_rows=0, dtype=rows.dtype)
 
     def down(s: Any, c: Any, cs: Any, w: Any, ws: Any) -> jax.Array:
-        return hopper_fp8.product(c, cs, w, ws, tiles(s), rows.dtype)
+        return hopper_fp8.product(schemes.Quantised(c, cs), schemes.Quantised(w, ws), tiles(s), rows.dtype)
 
-    def quantised(s: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+    def quantised(s: Any, x: Any) -> schemes.Quantised:
         return hopper_quantised.quantised_rows(x, spec, s, False)
 
     codes, scales = jax.jit(quantised)(sizes, rows)
