@@ -56,6 +56,7 @@ def examine() -> dict[str, Any]:
       - platforms_error: why jax has no devices, or None.
       - libraries: for each backend path, ffi_api that it was built for, and reason.
       - transports, experts: for each platform, for each implementation the reason.
+      - experts_details: for each platform what implementations that can run tell of it: which kernels run.
       - chosen: for each platform what "auto" takes.
       - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
@@ -81,6 +82,7 @@ def examine() -> dict[str, Any]:
         "libraries": _libraries(),
         "transports": {p: reasons[p]["transport"] for p in devices},
         "experts": {p: reasons[p]["experts"] for p in devices},
+        "experts_details": {p: _experts_details(place, reasons[p]["experts"]) for p, place in places.items()},
         "chosen": chosen,
         "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
@@ -117,7 +119,10 @@ def as_text(found: dict[str, Any]) -> str:
     for kind, title in (("transport", "transports"), ("experts", "experts")):
         for name in found["platforms"]:
             lines.append(f"{title} on {name} (auto takes {found['chosen'][name][kind] or 'nothing'})")
-            lines += [_line(choice, why) for choice, why in found[title][name].items()]
+            for choice, why in found[title][name].items():
+                lines.append(_line(choice, why))
+                if kind == "experts" and choice in found["experts_details"][name]:
+                    lines.append(f"      {found['experts_details'][name][choice]}")
             if kind == "transport" and name in found["native_dispatch"]:
                 lines.append(f"      native {found['native_dispatch'][name]}")
 
@@ -170,6 +175,11 @@ def _place(platform: str) -> Place:
     """All devices of a platform, with a process for each: the layout in which every transport may run."""
     found = jax.devices(platform)
     return Place(platform, compat.architecture(found[0]), num_ranks=len(found), num_processes=len(found))
+
+
+def _experts_details(place: Place, reasons: dict[str, str | None]) -> dict[str, str]:
+    told = {name: experts.describe(name, place, None) for name, why in reasons.items() if why is None}
+    return {name: text for name, text in told.items() if text is not None}
 
 
 def _native_dispatch(place: Place) -> str:

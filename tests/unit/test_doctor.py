@@ -6,6 +6,7 @@ import pytest
 
 from jax_moriep import __version__, cli, experts, transports
 from jax_moriep.cli import doctor
+from jax_moriep.runtime.place import Place
 
 
 @pytest.fixture
@@ -53,6 +54,17 @@ def test_text_names_everything(found, capsys):
         assert (f"  ok  {name}: can run\n" if why is None else f"  no  {name}: {why}\n") in text
     assert f"cpu: {found['libraries']['cpu']['path']}" in text
     assert text.endswith("the default path can run\n")
+
+
+def test_which_kernels_run_is_told(found):
+    """Mosaic's or Triton's: asked as of a GPU that this machine has not, shown below the experts' line."""
+    assert found["experts_details"] == {"cpu": {}}
+    reasons = {"aiter": "why not", "triton": None, "blocked": None}
+    told = doctor._experts_details(Place("gpu", "gfx942"), reasons)
+    assert list(told) == ["triton"]
+    assert told["triton"].startswith("products by Pallas-Triton; not by Pallas-Mosaic's kernels: they are")
+    shown = found | {"experts_details": {"cpu": {"blocked": told["triton"]}}}
+    assert f"  ok  blocked: can run\n      {told['triton']}\n" in doctor.as_text(shown)
 
 
 def test_a_missing_library_is_said_with_its_cure(found, monkeypatch, tmp_path, capsys):
