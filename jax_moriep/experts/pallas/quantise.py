@@ -151,7 +151,7 @@ def scaled(values: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.where(inverse != 0, values * inverse, 0.0)
 
 
-def seen(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def coded_groups(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What codes leave of groups: codes as f32 and f32 scales [..., 1], of f32 values [..., G].
 
     Rounding is spelled out, because Pallas-Triton converts to few float8 formats and rounds nothing itself.

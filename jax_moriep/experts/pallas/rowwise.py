@@ -41,7 +41,7 @@ def activation_gradient(
     spec: ExpertSpec,
     *,
     saved_rows: int,
-    seen: Any = None,
+    read_as: Any = None,
     gradient_codes: Any = None,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
@@ -55,7 +55,7 @@ def activation_gradient(
       tiles: tiles of ``SLICE`` rows.
       spec: names the activation.
       saved_rows: how many rows were kept.
-      seen: of what dtype the codes were of which the second product got the activations; None: none.
+      read_as: of what dtype the codes were of which the second product read the activations; None: none.
       gradient_codes: a float8 in which the cotangent of the pre-activations is wanted too, or None; then 128
         divides I.
       interpret: see ``launch.call``.
@@ -84,8 +84,8 @@ def activation_gradient(
             # Every load gives zeros in padding, so zeros are what is stored there.
             weight = load_vector(weights_ref, real)[:, None]
             read = act
-            if seen is not None:
-                codes, scale = quantise.seen(act, seen)
+            if read_as is not None:
+                codes, scale = quantise.coded_groups(act, read_as)
                 read = codes * scale
             store_vector(shares_ref, real, jnp.sum(d * read, axis=1), col_tile)
             d = d * weight

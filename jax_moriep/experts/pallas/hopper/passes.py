@@ -1,4 +1,4 @@
-"""The forward and the backward pass by the Hopper products; see ``passes`` for what each step is."""
+"""The forward and the backward pass by the Hopper products; see ``triton.passes`` for what each step is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax_moriep.plan import run_starts
 
 
 def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """See ``passes.forward``; ``saved_rows`` is a multiple of ``ROWS``."""
+    """See ``triton.passes.forward``; ``saved_rows`` is a multiple of ``ROWS``."""
     rows, row_weights, group_sizes, w1, w2 = operands
     tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS)
     # Zero in padding, whose activations and results are then zeros too.
@@ -27,7 +27,7 @@ def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[ja
 def backward(
     spec: ExpertSpec, saved_rows: int, d_out: jax.Array, saved: jax.Array, *operands: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """See ``passes.backward``."""
+    """See ``triton.passes.backward``."""
     rows, row_weights, group_sizes, w1, w2 = operands
     capacity = rows.shape[0]
     starts = run_starts(group_sizes, spec.block)

@@ -37,7 +37,7 @@ where 8 is the default of ``Tile.group``; not tuned here."""
 
 
 def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: bool) -> jax.Array:
-    """See ``products.rows_times_weights``: the product alone, undefined behind the last run."""
+    """See ``triton.products.rows_times_weights``: the product alone, undefined behind the last run."""
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
     width, height = _width(cols), ROWS // 2
     blocks = (Block(ROWS, _DEPTH, 1), Block(_DEPTH, width, 0) if by_column else Block(width, _DEPTH, 1))
@@ -144,7 +144,7 @@ def gate_up(
 def weight_gradient(
     left: jax.Array, right: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, unclean: str
 ) -> jax.Array:
-    """See ``products.weight_gradient``.
+    """See ``triton.products.weight_gradient``.
 
     Args:
       left: [C, M].

@@ -104,7 +104,7 @@ def backward(
             slices,
             spec,
             saved_rows=saved_rows,
-            seen=FORMAT,
+            read_as=FORMAT,
             gradient_codes=gradient_codes,
             interpret=interpret,
         )

@@ -85,7 +85,7 @@ def backward(
     d_act = _d_activations(tile_of("d_act"), spec, interpret, d_y, group_sizes, w2)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
     act, d_pre, shares = rowwise.activation_gradient(
-        d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, seen=codes, interpret=interpret
+        d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, read_as=codes, interpret=interpret
     )
     seen = rounding.halves(d_pre, codes).astype(dtype) if back else d_pre
     plain = (rows, row_weights, group_sizes, w1, w2)
