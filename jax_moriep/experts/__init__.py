@@ -17,7 +17,7 @@ from jax_moriep.experts import aiter, blocked, pallas, reference
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Rows, TokenExperts
 from jax_moriep.plan import Dispatched, ExchangeShape, Link
 from jax_moriep.runtime.place import Place
 
@@ -26,6 +26,7 @@ __all__ = [
     "ExpertSpec",
     "ExpertWeights",
     "Implementation",
+    "Rows",
     "choose",
     "expert_mlp",
     "mlp_at",
@@ -231,17 +232,18 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
       TransportError: the named implementation cannot run here.
     """
     link = disp.plan.link
-    return mlp_at(_place(link), disp, params, cfg, saved_rows=saved_rows(link.shape))
+    given = Rows(disp.rows, disp.row_weights, disp.group_sizes, disp.block)
+    return mlp_at(_place(link), given, params, cfg, saved_rows=saved_rows(link.shape))
 
 
 def mlp_at(
-    place: Place, disp: Dispatched, params: MoEParams, cfg: MoEConfig, *, saved_rows: int | None = None
+    place: Place, given: Rows, params: MoEParams, cfg: MoEConfig, *, saved_rows: int | None = None
 ) -> jax.Array:
     """``expert_mlp`` of rows that need not come from an exchange.
 
     Args:
       place: where.
-      disp: rows, row weights, group sizes and block; its plan is not used.
+      given: the rows.
       params: see ``expert_mlp``.
       cfg: the layer.
       saved_rows: see ``ExpertSpec``.
@@ -249,12 +251,12 @@ def mlp_at(
     Returns:
       As ``expert_mlp``, which says what is raised too.
     """
-    check_operands(disp, params, cfg)
+    check_operands(given, params, cfg)
     name = choose(cfg, place, prepared=params.layout != "plain")
     _check_layout(name, params.layout)
-    spec = ExpertSpec.of(cfg, block=disp.block, architecture=place.architecture, saved_rows=saved_rows)
+    spec = ExpertSpec.of(cfg, block=given.block, architecture=place.architecture, saved_rows=saved_rows)
     weights = _weights(params, cfg, place)
-    return IMPLEMENTATIONS[name].expert_mlp(disp.rows, disp.row_weights, disp.group_sizes, weights, spec)
+    return IMPLEMENTATIONS[name].expert_mlp(given.rows, given.row_weights, given.group_sizes, weights, spec)
 
 
 def saved_rows(shape: ExchangeShape) -> int:

@@ -15,6 +15,19 @@ INPUT_WEIGHT_ROUTERS = ("llama4",)
 """Routers whose weights multiply the experts' inputs."""
 
 
+class Rows(NamedTuple):
+    """What experts run on, on one rank: ``plan.Dispatched`` without its plan."""
+
+    rows: Any
+    """[C, H]."""
+    row_weights: Any
+    """f32[C]."""
+    group_sizes: Any
+    """i32[L]."""
+    block: int
+    """Every expert's run starts at a multiple of it."""
+
+
 class ExpertWeights(NamedTuple):
     """One rank's experts: floating weights, or codes and scales as ``MoEParams`` has them."""
 

@@ -1,4 +1,4 @@
-"""The Triton experts beyond what every implementation must do: tiles, tuning, repeatable bits."""
+"""The Pallas experts beyond what every implementation must do: tiles, tuning, kernels, repeatable bits."""
 
 import json
 
