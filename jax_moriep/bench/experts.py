@@ -21,7 +21,6 @@ from jax_moriep.bench.cases import Case
 from jax_moriep.bench.timing import Call, Check
 from jax_moriep.bench.world import World
 from jax_moriep.config import MoEParams
-from jax_moriep.plan import Dispatched
 from jax_moriep.runtime.place import Place
 
 FORWARD = "forward"
@@ -134,7 +133,7 @@ def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
 
     def fn(sizes: jax.Array, rows: jax.Array, weights: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
         params = MoEParams(router=None, w1=w1, w2=w2)
-        given = Dispatched(rows, weights, sizes, None, shape.block)
+        given = experts.Rows(rows, weights, sizes, shape.block)
         return experts.mlp_at(place, given, params, cfg, saved_rows=experts.saved_rows(shape))
 
     return fn
