@@ -209,4 +209,6 @@ def weight_gradient(
 
 
 def _width(cols: int) -> int:
+    """Columns of a tile: the most that the matrix unit multiplies at once, or half of it where those do not
+    divide the matrix."""
     return 256 if cols % 256 == 0 else 128

@@ -24,7 +24,9 @@ PIECES = 2
 """How many of them have a place in shared memory; two warpgroups' are 32 KiB. With ``SLOTS`` steps that is
 224 KiB, and a program can have 227."""
 _MULTIPLIERS = 2
+"""Warpgroups that multiply: with the sums of a tile of 128 x 256 each thread holds 128 values."""
 _COPIER = _MULTIPLIERS
+"""The number of the one behind them."""
 COPIER_REGISTERS = 40
 """Of each of the copier's 128 threads, which need few: the others get what is left."""
 MULTIPLIER_REGISTERS = 232

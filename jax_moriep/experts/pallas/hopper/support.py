@@ -13,6 +13,8 @@ ROWS = 128
 """Rows of a tile: 64, the fewest that the matrix unit multiplies, for each of two warpgroups."""
 FEW_ROWS = 64
 """Rows of a tile of the kernels for short runs, which both warpgroups multiply."""
+_STRIP = 8
+"""Rows of swizzled shared memory that belong together: results leave in multiples of them."""
 FORMAT = jnp.dtype(jnp.float8_e4m3fn)
 """The float8 that the matrix unit multiplies."""
 
@@ -36,7 +38,7 @@ def unsuited_few(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | N
     if spec.scheme is None or not weights.frozen:
         return "those for few rows have quantised weights only"
     why = _unsuited_operands(spec, rows, weights)
-    if why is None and (spec.block % 8 or FEW_ROWS % spec.block or rows.shape[0] % spec.block):
+    if why is None and (spec.block % _STRIP or FEW_ROWS % spec.block or rows.shape[0] % spec.block):
         why = f"block={spec.block} is none of 8, 16, 32 and {FEW_ROWS}"
     return why
 
