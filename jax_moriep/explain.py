@@ -102,7 +102,9 @@ def explain(
         names = [name for name, why in transport_reasons.items() if why is None]
         told = {name: transports.describe(name, place, cfg, shape, jnp.dtype(dtype).name) for name in names}
     layers = {
-        name: experts.describe(name, place, cfg) for name, why in experts_reasons.items() if why is None
+        name: experts.describe(name, place, cfg, shape, jnp.dtype(dtype).name)
+        for name, why in experts_reasons.items()
+        if why is None
     }
     transport = _chosen(cfg.transport, transport_reasons)
     implementation = _chosen(cfg.experts, experts_reasons)

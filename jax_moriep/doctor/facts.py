@@ -37,6 +37,7 @@ def examine() -> dict[str, Any]:
       - platforms_error: why jax has no devices, or None.
       - libraries: for each backend path, ffi_api that it was built for, and reason.
       - transports, experts: for each platform, for each implementation the reason.
+      - experts_details: for each platform what implementations that can run tell of it: which kernels run.
       - chosen: for each platform what "auto" takes.
       - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
@@ -63,6 +64,7 @@ def examine() -> dict[str, Any]:
         "libraries": _libraries(),
         "transports": {p: reasons[p]["transport"] for p in devices},
         "experts": {p: reasons[p]["experts"] for p in devices},
+        "experts_details": {p: _experts_details(place, reasons[p]["experts"]) for p, place in places.items()},
         "chosen": chosen,
         "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
@@ -108,6 +110,11 @@ def _place(platform: str) -> Place:
     """All devices of a platform, with a process for each: the layout in which every transport may run."""
     found = jax.devices(platform)
     return Place(platform, compat.architecture(found[0]), num_ranks=len(found), num_processes=len(found))
+
+
+def _experts_details(place: Place, reasons: dict[str, str | None]) -> dict[str, str]:
+    told = {name: experts.describe(name, place, None) for name, why in reasons.items() if why is None}
+    return {name: text for name, text in told.items() if text is not None}
 
 
 def _native_dispatch(place: Place) -> str:

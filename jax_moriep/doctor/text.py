@@ -38,7 +38,10 @@ def as_text(facts: dict[str, Any]) -> str:
     for kind, title in (("transport", "transports"), ("experts", "experts")):
         for name in facts["platforms"]:
             lines.append(f"{title} on {name} (auto takes {facts['chosen'][name][kind] or 'nothing'})")
-            lines += [_line(choice, why) for choice, why in facts[title][name].items()]
+            for choice, why in facts[title][name].items():
+                lines.append(_line(choice, why))
+                if kind == "experts" and choice in facts["experts_details"][name]:
+                    lines.append(f"      {facts['experts_details'][name][choice]}")
             if kind == "transport" and name in facts["native_dispatch"]:
                 lines.append(f"      native {facts['native_dispatch'][name]}")
 

@@ -13,11 +13,11 @@ import jax
 from jax_moriep import schemes
 from jax_moriep.config import EXPERTS, QUANTISED, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, TransportError, rule
-from jax_moriep.experts import aiter, blocked, reference, triton
+from jax_moriep.experts import aiter, blocked, pallas, reference
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Rows, TokenExperts
 from jax_moriep.plan import Dispatched, ExchangeShape, Link
 from jax_moriep.runtime.place import Place
 
@@ -26,13 +26,14 @@ __all__ = [
     "ExpertSpec",
     "ExpertWeights",
     "Implementation",
+    "Rows",
     "choose",
     "expert_mlp",
+    "mlp_at",
     "reasons",
+    "saved_rows",
     "shared_mlp",
 ]
-
-_INPUT_WEIGHT_ROUTERS = ("llama4",)
 
 
 class Implementation(Protocol):
@@ -97,14 +98,20 @@ class Opens(Protocol):
 class Describes(Protocol):
     """What an implementation may offer besides, if it chooses what it runs by more than its name."""
 
-    def describe(self, place: Place, cfg: MoEConfig) -> str | None:
-        """What it would run, and what must be known of that; in lines for people. None: nothing to tell."""
+    def describe(
+        self, place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, dtype: str
+    ) -> str | None:
+        """What it would run, and what must be known of that; in lines for people. None: nothing to tell.
+
+        cfg None asks about the place alone, shape None about no sizes in particular; ``dtype`` is that of
+        rows and of floating weights.
+        """
         ...
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "aiter": aiter,
-    "triton": triton,
+    "triton": pallas,
     "blocked": blocked,
     "reference": reference,
 }
@@ -137,12 +144,26 @@ def open_for(cfg: MoEConfig, place: Place, backend: str | None = None) -> None:
         implementation.open(cfg, backend)
 
 
-def describe(name: str, place: Place, cfg: MoEConfig) -> str | None:
-    """What an implementation tells of a layer, see ``Describes``; None if it tells nothing."""
+def describe(
+    name: str,
+    place: Place,
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None = None,
+    dtype: str = "bfloat16",
+) -> str | None:
+    """What an implementation that can run tells of a layer or of a place; None if it tells nothing.
+
+    Args:
+      name: of the implementation.
+      place: where.
+      cfg: the layer; None asks about the place alone.
+      shape: the sizes of the exchange before the experts; None where they are not known.
+      dtype: of x, and of floating weights.
+    """
     implementation = IMPLEMENTATIONS[name]
     if place.platform is None or not isinstance(implementation, Describes):
         return None
-    return implementation.describe(place, cfg)
+    return implementation.describe(place, cfg, shape, dtype)
 
 
 def _reason(name: str, place: Place, cfg: MoEConfig | None) -> str | None:
@@ -210,13 +231,38 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
         wants, or a gradient of quantised weights is asked for.
       TransportError: the named implementation cannot run here.
     """
-    check_operands(disp, params, cfg)
     link = disp.plan.link
-    name = choose(cfg, Place(link.platform, link.architecture), prepared=params.layout != "plain")
+    given = Rows(disp.rows, disp.row_weights, disp.group_sizes, disp.block)
+    return mlp_at(_place(link), given, params, cfg, saved_rows=saved_rows(link.shape))
+
+
+def mlp_at(
+    place: Place, given: Rows, params: MoEParams, cfg: MoEConfig, *, saved_rows: int | None = None
+) -> jax.Array:
+    """``expert_mlp`` of rows that need not come from an exchange.
+
+    Args:
+      place: where.
+      given: the rows.
+      params: see ``expert_mlp``.
+      cfg: the layer.
+      saved_rows: see ``ExpertSpec``.
+
+    Returns:
+      As ``expert_mlp``, which says what is raised too.
+    """
+    check_operands(given, params, cfg)
+    name = choose(cfg, place, prepared=params.layout != "plain")
     _check_layout(name, params.layout)
-    spec = _spec(link, disp.block, cfg)
-    weights = _weights(params, cfg, link)
-    return IMPLEMENTATIONS[name].expert_mlp(disp.rows, disp.row_weights, disp.group_sizes, weights, spec)
+    spec = ExpertSpec.of(cfg, block=given.block, architecture=place.architecture, saved_rows=saved_rows)
+    weights = _weights(params, cfg, place)
+    return IMPLEMENTATIONS[name].expert_mlp(given.rows, given.row_weights, given.group_sizes, weights, spec)
+
+
+def saved_rows(shape: ExchangeShape) -> int:
+    """Of how many rows of an exchange the backward pass may keep pre-activations: twice what a balanced
+    routing brings, and the padding of the runs."""
+    return 2 * shape.num_tokens * shape.top_k + shape.num_local_experts * shape.block
 
 
 def expert_tokens(
@@ -231,12 +277,20 @@ def expert_tokens(
       backend: the library that has the call.
       fp8_wire: whether tokens come as float8.
     """
-    name = choose(cfg, Place(link.platform, link.architecture), prepared=params.layout != "plain")
+    place, shape = _place(link), link.shape
+    name = choose(cfg, place, prepared=params.layout != "plain")
     _check_layout(name, params.layout)
     implementation = IMPLEMENTATIONS[name]
     assert isinstance(implementation, RunsOnTokens)
-    spec, weights = _spec(link, link.shape.block, cfg), _weights(params, cfg, link)
-    return implementation.expert_tokens(weights, spec, link.shape, backend=backend, fp8_wire=fp8_wire)
+    architecture = place.architecture
+    spec = ExpertSpec.of(cfg, block=shape.block, architecture=architecture, saved_rows=saved_rows(shape))
+    weights = _weights(params, cfg, place)
+    return implementation.expert_tokens(weights, spec, shape, backend=backend, fp8_wire=fp8_wire)
+
+
+def _place(link: Link) -> Place:
+    """Where an exchange brings rows to."""
+    return Place(link.platform, link.architecture)
 
 
 def without_gradients(params: MoEParams) -> MoEParams:
@@ -245,10 +299,10 @@ def without_gradients(params: MoEParams) -> MoEParams:
     return MoEParams(router=None, **fixed, layout=params.layout)
 
 
-def _weights(params: MoEParams, cfg: MoEConfig, link: Link) -> ExpertWeights:
+def _weights(params: MoEParams, cfg: MoEConfig, place: Place) -> ExpertWeights:
     weights = ExpertWeights(params.w1, params.w2)
     if params.w1_scale is not None:
-        check_format(params, link.platform, schemes.format_name(link.architecture))
+        check_format(params, place.platform, schemes.format_name(place.architecture))
         fixed = without_gradients(params)
         weights = ExpertWeights(fixed.w1, fixed.w2, w1_scale=fixed.w1_scale, w2_scale=fixed.w2_scale)
     if cfg.expert_bias:
@@ -267,18 +321,3 @@ def _check_layout(name: str, layout: str) -> None:
                 "pass the weights through jm.prepare_params(params, cfg, mesh), with this cfg and mesh",
             )
         )
-
-
-def _spec(link: Link, block: int, cfg: MoEConfig) -> ExpertSpec:
-    shape = link.shape
-    return ExpertSpec(
-        activation=cfg.activation,
-        activation_limit=cfg.activation_limit,
-        activation_alpha=cfg.activation_alpha,
-        weight_input=cfg.router in _INPUT_WEIGHT_ROUTERS,
-        block=block,
-        # Twice what a balanced routing brings, and the padding of the runs.
-        saved_rows=2 * shape.num_tokens * shape.top_k + shape.num_local_experts * shape.block,
-        scheme=cfg.expert_quant,
-        format=schemes.format_name(link.architecture),
-    )

@@ -25,8 +25,14 @@ from jax_moriep.aiter import kernels, wheel
 from jax_moriep.aiter.layout import shuffled, unshuffled
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, MoriepError, rule
-from jax_moriep.experts import triton
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, TokenExperts, dequantised
+from jax_moriep.experts import pallas
+from jax_moriep.experts.spec import (
+    INPUT_WEIGHT_ROUTERS,
+    ExpertSpec,
+    ExpertWeights,
+    TokenExperts,
+    dequantised,
+)
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime import compat, targets
 from jax_moriep.runtime.place import Place
@@ -35,7 +41,7 @@ from jax_moriep.transports import arrivals
 ARCHITECTURE = "gfx942"
 _CURE = "use experts='triton' or 'blocked'"
 _BLOCK_ROWS = 32
-_INPUT_WEIGHT_ROUTERS = ("llama4",)
+"""Pairs of a row and an expert that a work-group of AITER's kernels takes; csrc/aiter has it too."""
 
 
 def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
@@ -69,9 +75,10 @@ def open(cfg: MoEConfig, backend: str | None) -> None:  # noqa: A001 - the contr
         kernels.load(backend, kernel)
 
 
-def describe(place: Place, cfg: MoEConfig) -> str | None:
+def describe(place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, dtype: str) -> str | None:
     """See ``experts.Describes.describe``: the kernel, and what is known to be wrong with it."""
-    if unavailable_reason(place, cfg) is not None:
+    del shape, dtype
+    if cfg is None or unavailable_reason(place, cfg) is not None:
         return None
     kernel = _kernel_of(cfg)
     lines = [f"{kernel.name}, {kernel.tile} columns of the intermediate size at once"]
@@ -212,7 +219,7 @@ def _expert_mlp_bwd(call: _Call, operands: tuple[jax.Array, ...], d_out: jax.Arr
     seen = schemes.dequantise_rows(schemes.quantise_rows(rows, call.spec.scheme, w1.dtype))
 
     def run(rows: jax.Array, row_weights: jax.Array) -> jax.Array:
-        return triton.expert_mlp(rows, row_weights, group_sizes, plain, spec)
+        return pallas.expert_mlp(rows, row_weights, group_sizes, plain, spec)
 
     _, pull = jax.vjp(run, seen.astype(rows.dtype), row_weights)
     return *pull(d_out), None, None, None, None, None
@@ -256,7 +263,7 @@ def _unsuited(cfg: MoEConfig) -> str | None:
         return f"its kernels have activation='silu' only, not {cfg.activation!r}"
     if cfg.expert_bias:
         return "its kernels have no biases, and expert_bias is True"
-    if cfg.router in _INPUT_WEIGHT_ROUTERS:
+    if cfg.router in INPUT_WEIGHT_ROUTERS:
         return f"its kernels weight the experts' outputs, and router={cfg.router!r} weights their inputs"
     kernel = kernels.choose(cfg.expert_quant, cfg.hidden_size, cfg.intermediate_size)
     return kernel if isinstance(kernel, str) else None

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax_moriep import schemes
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.plan import Dispatched
+from jax_moriep.experts.spec import Rows
 
 
-def check_operands(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
+def check_operands(given: Rows, params: MoEParams, cfg: MoEConfig) -> None:
     """Raises ConfigError unless rows, weights and config fit each other; see ``experts.expert_mlp``."""
-    rows = disp.rows
+    rows = given.rows
     if rows.ndim != 2 or rows.shape[1] != cfg.hidden_size:
         raise ConfigError(
             rule("rows.shape", rows.shape, f"be [C, H={cfg.hidden_size}]", "pass dispatch's rows")
@@ -22,20 +22,20 @@ def check_operands(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
     capacity, hidden = rows.shape
     if str(rows.dtype) not in ("float32", "bfloat16", "float16"):
         raise ConfigError(rule("rows.dtype", str(rows.dtype), "be float32, bfloat16 or float16", "cast x"))
-    if disp.block < 1 or capacity % disp.block:
+    if given.block < 1 or capacity % given.block:
         raise ConfigError(
-            rule("block", disp.block, f"divide the capacity C={capacity}", "pass dispatch's block")
+            rule("block", given.block, f"divide the capacity C={capacity}", "pass dispatch's block")
         )
-    if disp.group_sizes.dtype != jnp.int32 or disp.row_weights.dtype != jnp.float32:
+    if given.group_sizes.dtype != jnp.int32 or given.row_weights.dtype != jnp.float32:
         raise ConfigError(
-            f"group_sizes.dtype={disp.group_sizes.dtype} and row_weights.dtype={disp.row_weights.dtype} must "
-            "be int32 and float32; pass what dispatch returned"
+            f"group_sizes.dtype={given.group_sizes.dtype} and row_weights.dtype={given.row_weights.dtype} "
+            "must be int32 and float32; pass what dispatch returned"
         )
-    _check_weights(disp, params, cfg)
+    _check_weights(given, params, cfg)
 
 
-def _check_weights(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
-    (capacity, hidden), w1 = disp.rows.shape, params.w1
+def _check_weights(given: Rows, params: MoEParams, cfg: MoEConfig) -> None:
+    (capacity, hidden), w1 = given.rows.shape, params.w1
     if w1 is None or w1.ndim != 3 or w1.shape[1] % 2 or w1.shape[2] != hidden:
         shape = None if w1 is None else w1.shape
         raise ConfigError(
@@ -52,8 +52,8 @@ def _check_weights(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> None:
             )
         )
     wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "group_sizes": (disp.group_sizes, (num_local,)),
-        "row_weights": (disp.row_weights, (capacity,)),
+        "group_sizes": (given.group_sizes, (num_local,)),
+        "row_weights": (given.row_weights, (capacity,)),
         "w2": (params.w2, (num_local, hidden, inner)),
     }
     if params.w1_scale is not None and cfg.expert_quant is not None:

@@ -9,6 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep import schemes
+from jax_moriep.config import MoEConfig
+
+INPUT_WEIGHT_ROUTERS = ("llama4",)
+"""Routers whose weights multiply the experts' inputs."""
+
+
+class Rows(NamedTuple):
+    """What experts run on, on one rank: ``plan.Dispatched`` without its plan."""
+
+    rows: Any
+    """[C, H]."""
+    row_weights: Any
+    """f32[C]."""
+    group_sizes: Any
+    """i32[L]."""
+    block: int
+    """Every expert's run starts at a multiple of it."""
 
 
 class ExpertWeights(NamedTuple):
@@ -57,6 +74,22 @@ class ExpertSpec:
     saved_rows: int | None = None
     scheme: str | None = None
     format: str = "e4m3fn"
+
+    @classmethod
+    def of(
+        cls, cfg: MoEConfig, *, block: int, architecture: str, saved_rows: int | None = None
+    ) -> ExpertSpec:
+        """Of a layer on GPUs of an architecture ("gfx942", "sm_90"; "" for other devices)."""
+        return cls(
+            activation=cfg.activation,
+            activation_limit=cfg.activation_limit,
+            activation_alpha=cfg.activation_alpha,
+            weight_input=cfg.router in INPUT_WEIGHT_ROUTERS,
+            block=block,
+            saved_rows=saved_rows,
+            scheme=cfg.expert_quant,
+            format=schemes.format_name(architecture),
+        )
 
     def code_dtype(self, weights: ExpertWeights) -> jnp.dtype:
         """Of the codes of rows and weights: that of the weights, if they are codes."""

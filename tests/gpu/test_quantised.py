@@ -7,7 +7,7 @@ import pytest
 
 from jax_moriep import schemes
 from jax_moriep.config import SCHEMES
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
 from jax_moriep.plan import run_starts
 from tests.unit import schemes_oracle as oracle
 
@@ -59,7 +59,7 @@ def test_experts(scheme, frozen, hidden, inner, block):
     spec = ExpertSpec("silu", 7.0, 1.702, False, block, None, scheme, FORMAT)
 
     def forward(rows, weights):
-        return triton.expert_mlp(rows, weights, jnp.asarray(sizes), given, spec)
+        return pallas.expert_mlp(rows, weights, jnp.asarray(sizes), given, spec)
 
     operands = jnp.asarray(x, jnp.bfloat16), jnp.asarray(q, jnp.float32)
     # Without a gradient other kernels may run.

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jax_moriep as jm
 from jax_moriep import schemes
 from jax_moriep.config import SCHEMES
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
 
 L, C = 4, 1024
 FORWARD = ["moriep_down", "moriep_gate_up"]
@@ -45,7 +45,7 @@ def kernels(platform, dtype, hidden, inner, spec, biases=False, backward=True):
     operands = [jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), d) for shape, d in shapes]
 
     def loss(rows, weights, sizes, *params):
-        out = triton.expert_mlp(rows, weights, sizes, ExpertWeights(*params), spec)
+        out = pallas.expert_mlp(rows, weights, sizes, ExpertWeights(*params), spec)
         return jnp.sum(out.astype(jnp.float32))
 
     arguments = (0, 1, *range(3, len(operands)))
@@ -116,7 +116,7 @@ def test_quantised_weights(scheme, platform, format):
     rows = jax.ShapeDtypeStruct((C, hidden), jnp.bfloat16)
 
     def loss(rows, row_weights, sizes, weights):
-        return jnp.sum(triton.expert_mlp(rows, row_weights, sizes, weights, spec).astype(jnp.float32))
+        return jnp.sum(pallas.expert_mlp(rows, row_weights, sizes, weights, spec).astype(jnp.float32))
 
     operands = rows, jax.ShapeDtypeStruct((C,), jnp.float32), jax.ShapeDtypeStruct((L,), jnp.int32), weights
     backward = ["moriep_act_grad", "moriep_d_act", "moriep_d_rows"]

@@ -44,6 +44,10 @@ ROOMS = {
 BELOW_PROCESSES = ("runtime", "config", "errors")
 # All that the demo needs of bench: how pictures are drawn, and which machine it was.
 BENCH_FOR_DEMO = ("bench.show.figures", "bench.measure.machine")
+# The rooms of ``experts/pallas``: what Triton's and Mosaic's kernels share knows neither of them, and neither
+# knows the other. Only these modules, which choose between them, know both.
+PALLAS = "jax_moriep.experts.pallas"
+CHOOSES = ["__init__.py", "choice.py", "mlp.py"]
 
 CPP_MAY_INCLUDE = {
     "include": [r"moriep/"],
@@ -95,6 +99,48 @@ def test_python_depends_one_way(path):
         where = f"{path.relative_to(ROOT)}:{line} imports jax_moriep.{part}"
         assert part in LEVEL, f"{where}, which is at the top of the package"
         assert LEVEL[part] <= level, f"{where}, which is a layer above"
+
+
+def imported_modules(path):
+    """The full names of the modules, or of names in them, that a module imports anywhere in its text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(name):
+    """The room of a module of ``experts/pallas``: "triton", "hopper", or "" for what both share."""
+    first = name.removeprefix(f"{PALLAS}.").split(".")[0]
+    return first if first in ("triton", "hopper") else ""
+
+
+def test_the_rooms_of_pallas_depend_one_way():
+    folder = PACKAGE / "experts" / "pallas"
+    rooms_seen = set()
+    for path in sorted(folder.rglob("*.py")):
+        own = room_of(f"{PALLAS}." + ".".join(path.relative_to(folder).with_suffix("").parts))
+        rooms_seen.add(own)
+        for name in imported_modules(path):
+            if not name.startswith(PALLAS) or str(path.relative_to(folder)) in CHOOSES:
+                continue
+            assert room_of(name) in (own, ""), f"{path.relative_to(ROOT)} imports {name}"
+            # What is shared does not know who chooses, and neither does what is chosen.
+            assert not name.startswith((f"{PALLAS}.choice", f"{PALLAS}.mlp")), f"{path} imports {name}"
+    assert rooms_seen == {"", "triton", "hopper"}
+
+
+def test_the_experts_know_pallas_by_its_front_door():
+    """The other modules of ``experts`` import the package and nothing in it; it knows none of the others."""
+    others = {"aiter", "blocked", "reference"}
+    for path in sorted((PACKAGE / "experts").rglob("*.py")):
+        inside = "pallas" in path.relative_to(PACKAGE / "experts").parts
+        for name in imported_modules(path):
+            if inside:
+                assert name.removeprefix("jax_moriep.experts.").split(".")[0] not in others, (path, name)
+            else:
+                assert not name.startswith(f"{PALLAS}."), (path, name)
 
 
 def test_interop_stands_alone():

@@ -162,10 +162,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         f"jax_moriep/lib/libmoriep_{name}.{kind}" for name in ("rocm", "mori") for kind in ("so", "txt")
     }
     libraries = {f"jax_moriep/lib/libmoriep_{name}.so" for name in ("cpu", "interop", "cuda")}
-    data = {
-        f"jax_moriep/{name}"
-        for name in ("py.typed", "experts/triton/tuning.json", "mori/kernels.hip", "mori/relay.h")
-    }
+    data = {f"jax_moriep/{name}" for name in ("py.typed", "mori/kernels.hip", "mori/relay.h")}
+    tables = {str(path.relative_to(ROOT)) for path in (ROOT / "jax_moriep").rglob("triton/devices/*.json")}
+    assert tables
+    data |= tables
     assert others == data | libraries
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

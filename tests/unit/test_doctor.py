@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jax_moriep import __version__, cli, experts, transports
-from jax_moriep.doctor import facts
+from jax_moriep.doctor import facts, text
+from jax_moriep.runtime.place import Place
 
 
 @pytest.fixture
@@ -48,29 +49,40 @@ def test_all_variables_of_ours_are_shown(monkeypatch, capsys):
 
 def test_text_names_everything(found, capsys):
     assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for name, why in (found["transports"]["cpu"] | found["experts"]["cpu"]).items():
-        assert (f"  ok  {name}: can run\n" if why is None else f"  no  {name}: {why}\n") in text
-    assert f"cpu: {found['libraries']['cpu']['path']}" in text
-    assert text.endswith("the default path can run\n")
+        assert (f"  ok  {name}: can run\n" if why is None else f"  no  {name}: {why}\n") in shown
+    assert f"cpu: {found['libraries']['cpu']['path']}" in shown
+    assert shown.endswith("the default path can run\n")
+
+
+def test_which_kernels_run_is_told(found):
+    """Mosaic's or Triton's: asked as of a GPU that this machine has not, shown below the experts' line."""
+    assert found["experts_details"] == {"cpu": {}}
+    reasons = {"aiter": "why not", "triton": None, "blocked": None}
+    told = facts._experts_details(Place("gpu", "gfx942"), reasons)
+    assert list(told) == ["triton"]
+    assert told["triton"].startswith("products by Pallas-Triton; not by Pallas-Mosaic's kernels: they are")
+    shown = found | {"experts_details": {"cpu": {"blocked": told["triton"]}}}
+    assert f"  ok  blocked: can run\n      {told['triton']}\n" in text.as_text(shown)
 
 
 def test_a_missing_library_is_said_with_its_cure(found, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_MORIEP_LIB_DIR", str(tmp_path))
     assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert f"  no  cpu: the native library of backend='cpu' is not at {tmp_path}/libmoriep_cpu.so; " in text
-    assert "  no  native: the native library" in text
-    assert "transports on cpu (auto takes collective)" in text
-    assert f"  JAX_MORIEP_LIB_DIR={tmp_path}\n" in text
+    shown = capsys.readouterr().out
+    assert f"  no  cpu: the native library of backend='cpu' is not at {tmp_path}/libmoriep_cpu.so; " in shown
+    assert "  no  native: the native library" in shown
+    assert "transports on cpu (auto takes collective)" in shown
+    assert f"  JAX_MORIEP_LIB_DIR={tmp_path}\n" in shown
 
 
 def test_exit_code_1_when_nothing_can_run(found, monkeypatch, capsys):
     monkeypatch.setattr(transports, "reasons", lambda platform: {"native": "it is broken; mend it"})
     assert cli.main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "  no  native: it is broken; mend it\n" in text
-    assert text.endswith("the default path can NOT run\n")
+    shown = capsys.readouterr().out
+    assert "  no  native: it is broken; mend it\n" in shown
+    assert shown.endswith("the default path can NOT run\n")
 
 
 def test_transports_are_asked_about_these_devices_with_a_process_for_each(found, monkeypatch):

@@ -407,6 +407,18 @@ def test_config_decides(activation, router, weight_input, name):
     assert_close(out, case.want()[0], TOLERANCE["float32"])
 
 
+def test_rows_need_no_exchange():
+    """A place and the rows are enough; how many pre-activations are kept changes no result."""
+    case = make_case(SIZES["uneven"], make_spec())
+    dispatched, params, cfg = make_dispatched(case), make_params(case), make_cfg()
+    rows = experts.Rows(dispatched.rows, dispatched.row_weights, dispatched.group_sizes, BLOCK)
+    want = experts.expert_mlp(dispatched, params, cfg)
+    assert experts.saved_rows(dispatched.plan.link.shape) == 2 * 16 * 2 + L * BLOCK
+    for saved_rows in (None, 1):
+        got = experts.mlp_at(Place("cpu"), rows, params, cfg, saved_rows=saved_rows)
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
 def choose(name, platform):
     return experts.choose(make_cfg(experts=name), Place(platform))
 

@@ -10,6 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 import jax_moriep as jm
 from jax_moriep import transports
+from jax_moriep.runtime import compat
+from jax_moriep.runtime.place import Place
 from tests.unit.test_mori_wheel import make_wheel
 
 LOWERED = AbstractMesh((8,), ("ep",))
@@ -95,3 +97,20 @@ def test_any_transport_may_tell(monkeypatch):
     here = Mesh(np.array(jax.devices()[:2]), ("ep",))
     told = jm.explain(jm.MoEConfig(8, 2, 16, 8), here, num_tokens=32, dtype="float32")
     assert lines_below(told, "native") == ["32 tokens of float32 on 2"]
+
+
+def test_which_kernels_the_experts_run_is_told(monkeypatch):
+    """The sizes and the dtype that explain was given decide; on a mesh of GPUs that this machine has not."""
+    monkeypatch.setattr(compat, "has_hopper_kernels", lambda: True)
+    monkeypatch.setattr(Place, "of", lambda mesh, axis_name: Place("gpu", "sm_90", 8))
+    cfg = jm.MoEConfig(*SIZES)
+    assert "products by Pallas-Mosaic if block is a multiple of 128" in str(jm.explain(cfg, LOWERED))
+    told = jm.explain(cfg, LOWERED, num_tokens=8192)
+    assert lines_below(told, "triton") == ["products by Pallas-Mosaic"]
+    assert told.experts_details == {"triton": "products by Pallas-Mosaic"}
+    why = "products by Pallas-Triton; not by Pallas-Mosaic's kernels: "
+    assert lines_below(jm.explain(cfg, LOWERED, num_tokens=8), "triton") == [
+        f"{why}block=8 is no multiple of 128"
+    ]
+    in_f32 = jm.explain(cfg, LOWERED, num_tokens=8192, dtype="float32")
+    assert lines_below(in_f32, "triton") == [f"{why}rows are float32, and must be bfloat16 or float16"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_moriep.experts import ExpertSpec
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
 if jax.__version_info__ < (0, 11):
@@ -17,7 +17,8 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.triton import hopper, hopper_stream
+from jax_moriep.experts.pallas.hopper import launch, products, stream
+from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
 SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
@@ -29,7 +30,7 @@ TOLERANCE = 3e-3
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     """Few programs, so that each has several tiles."""
-    monkeypatch.setattr(hopper, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
     params = mg.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
     with mg.force_gpu_interpret_mode(params):  # pyright: ignore[reportAttributeAccessIssue]
         yield
@@ -44,7 +45,7 @@ class Case:
         self.capacity = int(aligned.sum()) + BLOCK
         self.starts = np.asarray(run_starts(jnp.asarray(self.sizes), BLOCK))
         self.real = np.asarray(real_rows(jnp.asarray(self.sizes), BLOCK, self.capacity))
-        self.tiles = row_tiles(jnp.asarray(self.sizes), BLOCK, self.capacity, hopper.ROWS)
+        self.tiles = row_tiles(jnp.asarray(self.sizes), BLOCK, self.capacity, ROWS)
         self.rng = np.random.default_rng(0)
 
     def rows(self, width, padding=np.nan):
@@ -77,7 +78,7 @@ def no_races():
 def test_product(sizes, by_column):
     case = Case(sizes)
     rows, weights = case.rows(H), case.weights(4, *((H, INNER) if by_column else (INNER, H)))
-    out = hopper.product(rows, weights, case.tiles, by_column=by_column)
+    out = products.product(rows, weights, case.tiles, by_column=by_column)
     for expert, at, _ in case.experts():
         w = f64(weights[expert])
         assert_close(out[at], f64(rows[at]) @ (w if by_column else w.T))
@@ -89,7 +90,7 @@ def test_gate_up(saved_rows):
     case = Case("uneven")
     rows, w1 = case.rows(H), case.weights(4, 2 * INNER, H)
     factors = np.where(case.real, case.rng.uniform(0.5, 1, case.capacity), 0).astype(np.float32)
-    act, *saved = hopper.gate_up(
+    act, *saved = products.gate_up(
         rows, w1, jnp.asarray(factors), case.tiles, SPEC, saved_rows=saved_rows, act=True
     )
     assert len(saved) == (saved_rows > 0)
@@ -112,7 +113,7 @@ def test_weight_gradient(sizes, unclean):
     left = case.rows(H, np.nan if unclean == "left" else 0)
     right = case.rows(INNER, np.nan if unclean == "right" else 0)
     starts, group_sizes = jnp.asarray(case.starts), jnp.asarray(case.sizes)
-    out = hopper.weight_gradient(left, right, starts, group_sizes, unclean=unclean)
+    out = products.weight_gradient(left, right, starts, group_sizes, unclean=unclean)
     for expert, at, _ in case.experts():
         assert_close(out[expert], f64(left[at]).T @ f64(right[at]))
     assert no_races()
@@ -120,7 +121,7 @@ def test_weight_gradient(sizes, unclean):
 
 def test_any_number_of_slots(monkeypatch):
     """The stream goes on from tile to tile, though a tile's four steps are no multiple of the slots."""
-    monkeypatch.setattr(hopper_stream, "SLOTS", 3)
+    monkeypatch.setattr(stream, "SLOTS", 3)
     test_product("uneven", False)
 
 
@@ -134,8 +135,8 @@ def test_a_missing_wait_is_an_error(monkeypatch):
         if len(seen) > 1:
             real(barrier, *args, **kwargs)
 
-    monkeypatch.setattr(hopper_stream, "SLOTS", 2)
+    monkeypatch.setattr(stream, "SLOTS", 2)
     monkeypatch.setattr(mg, "barrier_wait", second_on)
     with pytest.raises(jax.errors.JaxRuntimeError, match="barrier|RACE DETECTED"):
-        hopper.product(case.rows(H), case.weights(4, INNER, H), case.tiles, by_column=False)
+        products.product(case.rows(H), case.weights(4, INNER, H), case.tiles, by_column=False)
     gpu_callbacks.reset_gpu_interpret_mode_state()

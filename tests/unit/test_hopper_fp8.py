@@ -7,11 +7,14 @@ import pytest
 import schemes_oracle as oracle
 from jax.sharding import PartitionSpec as P
 
-from jax_moriep import schemes
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep import experts, schemes
+from jax_moriep.config import MoEConfig
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
+from jax_moriep.runtime.place import Place
+from jax_moriep.schemes import Quantised
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(
@@ -21,7 +24,9 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.triton import hopper, hopper_few, hopper_fp8, hopper_quantised, quantise
+from jax_moriep.experts.pallas import quantise
+from jax_moriep.experts.pallas.hopper import few, fp8, launch, quantised
+from jax_moriep.experts.pallas.hopper.support import FEW_ROWS, ROWS, unsuited, unsuited_few
 
 BLOCK, H, INNER, L = 128, 256, 128, 4
 F8 = jnp.float8_e4m3fn
@@ -29,7 +34,7 @@ SIZES = np.array([130, 5, 0, 128], np.int32)
 STARTS = np.asarray(run_starts(jnp.asarray(SIZES), BLOCK))
 CAPACITY = 640
 REAL = np.asarray(real_rows(jnp.asarray(SIZES), BLOCK, CAPACITY))
-TILES = row_tiles(jnp.asarray(SIZES), BLOCK, CAPACITY, hopper.ROWS)
+TILES = row_tiles(jnp.asarray(SIZES), BLOCK, CAPACITY, ROWS)
 SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
 # One product of exact codes, rounded to bf16.
 TOLERANCE = 3e-3
@@ -39,14 +44,14 @@ TOLERANCE = 3e-3
 def races(monkeypatch):
     """Few programs, so that each has several tiles. The Triton passes beside them are interpreted as ever."""
     params = mg.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
-    call = hopper._call
+    call = launch.call
 
     def interpreted(*args):
         with mg.force_gpu_interpret_mode(params):  # pyright: ignore[reportAttributeAccessIssue]
             return call(*args)
 
-    monkeypatch.setattr(hopper, "PROGRAMS", 2)
-    monkeypatch.setattr(hopper, "_call", interpreted)
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "call", interpreted)
     yield
     assert not gpu_callbacks.get_races().races_found
 
@@ -94,7 +99,7 @@ def test_product(races, by_block):
     rows, of = codes(rng, CAPACITY, INNER), scales(rng, INNER // 128, CAPACITY)
     w = codes(rng, L, H, INNER)
     w_scale = scales(rng, L, *((H // 128, INNER // 128) if by_block else (H,)))
-    out = hopper_fp8.product(rows, of, w, w_scale, TILES, jnp.bfloat16)
+    out = fp8.product(Quantised(rows, of), Quantised(w, w_scale), TILES, jnp.bfloat16)
     for expert, at, _ in runs():
         assert_close(out[at], of_rows(rows[at], of[:, at]) @ of_weights(w[expert], w_scale[expert]).T)
 
@@ -107,8 +112,8 @@ def test_gate_up(races, by_block, saved_rows):
     w = codes(rng, L, 2 * INNER, H)
     w_scale = scales(rng, L, *((2 * INNER // 128, H // 128) if by_block else (2 * INNER,))) / 16
     factors = jnp.asarray(np.where(REAL, rng.uniform(0.5, 1, CAPACITY), 0), jnp.float32)
-    operands = (rows, of, w, w_scale, factors, TILES, SPEC)
-    act, act_scales, *kept = hopper_fp8.gate_up(*operands, saved_rows=saved_rows, dtype=jnp.bfloat16)
+    operands = (Quantised(rows, of), Quantised(w, w_scale), factors, TILES, SPEC)
+    act, act_scales, *kept = fp8.gate_up(*operands, saved_rows=saved_rows, dtype=jnp.bfloat16)
     assert len(kept) == (saved_rows > 0)
     spread = of if by_block else jnp.repeat(of, H // 128, 0)
     for expert, at, padding in runs():
@@ -131,7 +136,7 @@ FEW_CAPACITY = 120
 
 
 def few_tiles():
-    return row_tiles(jnp.asarray(FEW_SIZES), FEW_BLOCK, FEW_CAPACITY, hopper_few.ROWS)
+    return row_tiles(jnp.asarray(FEW_SIZES), FEW_BLOCK, FEW_CAPACITY, FEW_ROWS)
 
 
 def in_tiles(values):
@@ -139,7 +144,7 @@ def in_tiles(values):
     tiles = few_tiles()
     first = np.asarray(tiles.table)[1, : tiles.max_tiles]
     padded = np.pad(np.asarray(values), ((0, 0), (0, FEW_CAPACITY)), constant_values=np.nan)
-    return np.concatenate([padded[:, start : start + hopper_few.ROWS] for start in first], axis=1)
+    return np.concatenate([padded[:, start : start + FEW_ROWS] for start in first], axis=1)
 
 
 def few_runs():
@@ -152,7 +157,8 @@ def test_product_of_few_rows(races):
     rng = drawn(5)
     rows, of = codes(rng, FEW_CAPACITY, INNER), scales(rng, INNER // 128, FEW_CAPACITY)
     w, w_scale = codes(rng, L, 128, INNER), scales(rng, L, 1, INNER // 128)
-    out = hopper_few.product(rows, jnp.asarray(in_tiles(of)), w, w_scale, few_tiles(), jnp.bfloat16)
+    in_place = Quantised(rows, jnp.asarray(in_tiles(of)))
+    out = few.product(in_place, Quantised(w, w_scale), few_tiles(), jnp.bfloat16)
     for expert, at in few_runs():
         assert_close(out[at], of_rows(rows[at], of[:, at]) @ of_weights(w[expert], w_scale[expert]).T)
 
@@ -180,8 +186,8 @@ def test_forward_of_few_rows(races, scheme):
     spec = ExpertSpec("silu", 7.0, 1.702, False, FEW_BLOCK, None, scheme)
     rows = jnp.asarray(np.where(real[:, None], x, np.nan), jnp.bfloat16)
     factors = jnp.asarray(np.where(real, q, np.nan), jnp.float32)
-    assert hopper_quantised.covers_few(spec, rows, given)
-    (out,) = hopper_quantised.few_rows(spec, True, rows, factors, jnp.asarray(FEW_SIZES), given)
+    assert unsuited_few(spec, rows, given) is None
+    (out,) = quantised.few_rows(spec, True, (rows, factors, jnp.asarray(FEW_SIZES), given))
     none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
     nothing = np.zeros((FEW_CAPACITY, H))
     want = oracle.experts(
@@ -214,7 +220,7 @@ def test_what_codes_leave_in_a_kernel(dtype):
     x[3] = np.arange(128) / 64
     x = x.astype(np.float32)
     code = {"e4m3fn": F8, "e4m3fnuz": jnp.float8_e4m3fnuz, "int8": jnp.int8}[dtype]
-    got, scale = quantise.seen(jnp.asarray(x), code)
+    got, scale = quantise.coded_groups(jnp.asarray(x), code)
     want = oracle.rounded_columns(x.astype(np.float64), 128, dtype)
     np.testing.assert_allclose(f64(got) * f64(scale), want, rtol=3e-7 if dtype == "int8" else 0)
 
@@ -249,11 +255,11 @@ def test_both_passes(races, scheme, frozen, saved_rows):
     spec = ExpertSpec("silu", 7.0, 1.702, False, BLOCK, saved_rows, scheme)
     low = [jnp.asarray(a, jnp.bfloat16) for a in (x, d_out)]
     operands = (low[0], jnp.asarray(q, jnp.float32), jnp.asarray(SIZES), given)
-    assert hopper_quantised.covers(spec, low[0], given)
-    out, saved, *kept = hopper_quantised.forward(spec, saved_rows, True, *operands)
-    assert tuple((x.shape, x.dtype) for x in kept) == hopper_quantised.kept(spec, given)
+    assert unsuited(spec, low[0], given) is None
+    out, saved, *kept = quantised.forward(spec, saved_rows, True, operands)
+    assert tuple((x.shape, x.dtype) for x in kept) == quantised.kept(spec, given)
     assert bool(kept) == (scheme == "fp8_block" and not frozen)
-    got = (out, *hopper_quantised.backward(spec, saved_rows, True, low[1], saved, *operands, *kept))
+    got = (out, *quantised.backward(spec, saved_rows, True, low[1], saved, operands, *kept))
     clean = [np.nan_to_num(a) for a in (x, q, d_out)]
     none = (np.zeros((L, 2 * INNER)), np.zeros((L, H)))
     want = oracle.experts(
@@ -282,7 +288,7 @@ def test_a_program_for_another_platform(monkeypatch):
     def gradients(rows, sizes, weights):
         def loss(rows, weights):
             factors = jnp.ones(CAPACITY, jnp.float32)
-            return jnp.sum(triton.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
+            return jnp.sum(pallas.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
 
         return jax.grad(loss, (0, 1))(rows, weights)
 
@@ -295,3 +301,32 @@ def test_a_program_for_another_platform(monkeypatch):
     mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     assert "moriep_quantise_weights" in str(jax.jit(sharded).trace(*operands).jaxpr)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("block", [8, 128])
+@pytest.mark.parametrize("scheme", [None, "fp8_block"])
+def test_what_is_told_is_what_is_traced(monkeypatch, scheme, block, differentiated):
+    """A program traced as on a Hopper GPU has the kernels that explain names."""
+    monkeypatch.setattr(compat, "has_hopper_kernels", lambda: True)
+    cfg = MoEConfig(L, 2, H, INNER, block=block, expert_quant=scheme)
+    text = experts.describe("triton", Place("gpu", "sm_90"), cfg)
+    S = jax.ShapeDtypeStruct
+    weights = ExpertWeights(S((L, 2 * INNER, H), jnp.bfloat16), S((L, H, INNER), jnp.bfloat16))
+    if scheme is not None:
+        scaled = zip(("w1_scale", "w2_scale"), schemes.scale_shapes(scheme, L, H, INNER), strict=True)
+        codes = (S(w.shape, F8) for w in weights[:2])
+        weights = ExpertWeights(*codes, **{name: S(shape, jnp.float32) for name, shape in scaled})
+        if "\n" in text:
+            whose = f"of quantised weights, {'' if differentiated else 'not '}differentiated: "
+            (text,) = (s.removeprefix(whose) for s in text.splitlines() if s.startswith(whose))
+    spec = ExpertSpec.of(cfg, block=block, architecture="sm_90")
+    rows, factors, sizes = S((CAPACITY, H), jnp.bfloat16), S((CAPACITY,), jnp.float32), S((L,), jnp.int32)
+
+    def run(rows, factors, sizes, weights):
+        return jnp.sum(pallas.expert_mlp(rows, factors, sizes, weights, spec).astype(jnp.float32))
+
+    traced = jax.make_jaxpr(jax.grad(run) if differentiated else run)(rows, factors, sizes, weights)
+    by_mosaic = "wgmma" in str(traced)
+    assert by_mosaic == (block == 128 or (scheme is not None and not differentiated))
+    assert by_mosaic == text.startswith("products by Pallas-Mosaic")

@@ -26,7 +26,7 @@ from jax_moriep.bench.problem.names import EXPERTS
 from jax_moriep.bench.problem.world import World
 from jax_moriep.config import MoEParams
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.plan import Dispatched, Link, Plan
+from jax_moriep.runtime.place import Place
 
 FORWARD = "forward"
 BACKWARD = "forward+backward"
@@ -107,12 +107,12 @@ def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
         return lambda sizes, rows, weights, w1, w2: ragged.expert_mlp(
             rows, weights, sizes, w1, w2, shape.block, max(1, share.row.size)
         )
-    cfg = case.config(experts=name)
+    cfg, place = case.config(experts=name), Place(jax.default_backend())
 
     def fn(sizes: jax.Array, rows: jax.Array, weights: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
-        nowhere = Plan(None, None, Link(shape, "none", "none", jax.default_backend()))
         params = MoEParams(router=None, w1=w1, w2=w2)
-        return experts.expert_mlp(Dispatched(rows, weights, sizes, nowhere, shape.block), params, cfg)
+        given = experts.Rows(rows, weights, sizes, shape.block)
+        return experts.mlp_at(place, given, params, cfg, saved_rows=experts.saved_rows(shape))
 
     return fn
 

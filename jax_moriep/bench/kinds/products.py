@@ -11,9 +11,12 @@ import jax
 from jax_moriep.bench.against.grouped import with_gradients
 from jax_moriep.bench.measure.programs import Work
 from jax_moriep.bench.problem.shares import Data, Share
-from jax_moriep.experts import ExpertWeights, triton
-from jax_moriep.experts.triton import hopper, passes, products, tuning
-from jax_moriep.experts.triton.tiles import row_tiles
+from jax_moriep.experts import ExpertWeights, pallas
+from jax_moriep.experts.pallas import choice
+from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import row_tiles
+from jax_moriep.experts.pallas.triton import passes, products, tuning
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 
@@ -39,8 +42,9 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
     """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``."""
     rows, factors, sizes, w1, w2 = data.operands
     spec, capacity = data.spec, rows.shape[0]
-    if compat.has_hopper_kernels() and hopper.covers(spec, rows, w1, w2, False):
-        tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=hopper.ROWS)
+    chosen = choice.of(spec, rows, ExpertWeights(w1, w2), differentiated=True)
+    if compat.has_hopper_kernels() and chosen.mosaic:
+        tiles = functools.partial(row_tiles, block=spec.block, capacity=capacity, size=ROWS)
 
         def product(s: jax.Array, x: jax.Array, w: jax.Array, by_column: bool) -> jax.Array:
             return hopper.product(x, w, tiles(s), by_column=by_column)
@@ -112,6 +116,6 @@ def mlp(data: Data, backward: bool) -> Work:
     spec = data.spec
 
     def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return triton.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
 
     return Work(with_gradients(forward, backward), (data.d_out, *data.operands))

@@ -13,9 +13,11 @@ from jax_moriep.bench.against.grouped import with_gradients
 from jax_moriep.bench.measure.programs import Work
 from jax_moriep.bench.problem import shares
 from jax_moriep.bench.problem.shares import Data
-from jax_moriep.experts import ExpertSpec, ExpertWeights, triton
-from jax_moriep.experts.triton import hopper, hopper_fp8, hopper_quantised
-from jax_moriep.experts.triton.tiles import row_tiles
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
+from jax_moriep.experts.pallas.hopper import fp8 as hopper_fp8
+from jax_moriep.experts.pallas.hopper import quantised as hopper_quantised
+from jax_moriep.experts.pallas.hopper.support import ROWS, unsuited
+from jax_moriep.experts.pallas.tiles import row_tiles
 from jax_moriep.runtime import compat
 
 
@@ -42,7 +44,7 @@ def of_codes(data: Data, frozen: ExpertWeights, scheme: str) -> Work:
 
     def fn(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any, s1: Any, s2: Any) -> tuple[jax.Array]:
         of = ExpertWeights(w1, w2, None, None, s1, s2)
-        return (triton.expert_mlp(rows, factors, sizes, of, spec),)
+        return (pallas.expert_mlp(rows, factors, sizes, of, spec),)
 
     weights = (frozen.w1, frozen.w2, frozen.w1_scale, frozen.w2_scale)
     return Work(fn, (*data.operands[:3], *weights))
@@ -53,7 +55,7 @@ def of_master(data: Data, scheme: str) -> Work:
     spec = spec_of(data, scheme)
 
     def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return triton.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
 
     return Work(with_gradients(forward, True), (data.d_out, *data.operands))
 
@@ -62,17 +64,18 @@ def kernels(data: Data, frozen: ExpertWeights, scheme: str) -> dict[str, Work]:
     """The Hopper kernels alone, where they run."""
     rows, factors, sizes = data.operands[:3]
     spec, capacity = spec_of(data, scheme), rows.shape[0]
-    if not (compat.has_hopper_kernels() and hopper_quantised.covers(spec, rows, frozen)):
+    if not compat.has_hopper_kernels() or unsuited(spec, rows, frozen) is not None:
         return {}
 
     def tiles(sizes: jax.Array) -> Any:
-        return row_tiles(sizes, spec.block, capacity, hopper.ROWS)
+        return row_tiles(sizes, spec.block, capacity, ROWS)
 
     def gate_up(s: Any, c: Any, cs: Any, w: Any, ws: Any, f: Any) -> list[jax.Array]:
-        return hopper_fp8.gate_up(c, cs, w, ws, f, tiles(s), spec, saved_rows=0, dtype=rows.dtype)
+        of_rows, of_weights = schemes.Quantised(c, cs), schemes.Quantised(w, ws)
+        return hopper_fp8.gate_up(of_rows, of_weights, f, tiles(s), spec, saved_rows=0, dtype=rows.dtype)
 
     def down(s: Any, c: Any, cs: Any, w: Any, ws: Any) -> jax.Array:
-        return hopper_fp8.product(c, cs, w, ws, tiles(s), rows.dtype)
+        return hopper_fp8.product(schemes.Quantised(c, cs), schemes.Quantised(w, ws), tiles(s), rows.dtype)
 
     def quantised(s: Any, x: Any) -> tuple[jax.Array, jax.Array]:
         return hopper_quantised.quantised_rows(x, spec, s, False)

@@ -18,8 +18,8 @@ from jax_moriep.bench.measure.programs import on_device
 from jax_moriep.bench.measure.turns import in_a_row
 from jax_moriep.bench.problem.shares import Data, Share
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.experts.triton import tuning
-from jax_moriep.experts.triton.launch import Tile
+from jax_moriep.experts.pallas.launch import Tile
+from jax_moriep.experts.pallas.triton import tuning
 
 BLOCK_AND_ROWS = {"few": (8, 32), "some": (32, 160), "many": (128, 1024)}
 """What stands for a class of ``tuning.CLASSES``: rows per block, and rows of each expert."""

@@ -1,4 +1,4 @@
-"""The expert MLP of ``experts/triton``: its derivative rule, and the kernels that each platform gets."""
+"""The expert MLP of ``experts/pallas``: its derivative rule, and the kernels that each platform gets."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep.experts.pallas import choice
+from jax_moriep.experts.pallas.hopper import passes as hopper_passes
+from jax_moriep.experts.pallas.hopper import quantised as hopper_quantised
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.launch import Tile
+from jax_moriep.experts.pallas.triton import passes, tuning
+from jax_moriep.experts.pallas.triton import quantised as quantised_passes
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import (
-    hopper,
-    hopper_passes,
-    hopper_quantised,
-    passes,
-    quantised_passes,
-    tuning,
-)
-from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.runtime import compat
 
 _Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
@@ -70,7 +68,7 @@ def saved_rows(spec: ExpertSpec, capacity: int) -> int:
     """Of how many rows pre-activations are kept: whole tiles of the Hopper kernels, or all."""
     if spec.saved_rows is None:
         return capacity
-    return min(-(-max(1, spec.saved_rows) // hopper.ROWS) * hopper.ROWS, capacity)
+    return min(-(-max(1, spec.saved_rows) // ROWS) * ROWS, capacity)
 
 
 def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *of_pass: jax.Array) -> Any:
@@ -80,7 +78,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         biases = () if weights.b1 is None else (weights.b1, weights.b2)
         arrays = (*of_pass, rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
     else:
-        arrays = (*of_pass[:2], *operands, *of_pass[2:])
+        arrays = (*of_pass[:2], operands, *of_pass[2:])
     capacity, itemsize, table = rows.shape[0], rows.dtype.itemsize, tuning.table()
 
     def by_triton(platform: str) -> Callable[..., Any]:
@@ -97,9 +95,9 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         native = compat.converts_float8(platform, spec.code_dtype(weights))
         return functools.partial(getattr(quantised_passes, name), spec, tile_of, kept, False, native)
 
+    chosen = choice.of(spec, rows, weights, differentiated=name == "backward" or kept > 0)
     if spec.scheme is None:
         interpreted = functools.partial(getattr(passes, name), spec, _interpreted_tile, kept, True)
-        covered = hopper.covers(spec, rows, weights.w1, weights.w2, weights.b1 is not None)
         by_hopper = functools.partial(getattr(hopper_passes, name), spec, kept)
     else:
         # Both ways to read codes are tested so: one float8 is converted, the other one's bits are taken.
@@ -107,13 +105,11 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
         interpreted = functools.partial(
             getattr(quantised_passes, name), spec, _interpreted_tile, kept, True, native
         )
-        covered = hopper_quantised.covers(spec, rows, weights)
         by_hopper = functools.partial(getattr(hopper_quantised, name), spec, kept, False)
-        if name == "forward" and not kept and hopper_quantised.covers_few(spec, rows, weights):
-            covered = True
+        if chosen.few:
             by_hopper = functools.partial(hopper_quantised.few_rows, spec, False)
     on_rocm, on_cuda = by_triton("rocm"), by_triton("cuda")
-    if covered and compat.has_hopper_kernels():
+    if chosen.mosaic and compat.has_hopper_kernels():
         on_cuda = by_hopper
         if spec.scheme is not None and kept:
             others = hopper_quantised.kept(spec, weights)

@@ -1,8 +1,10 @@
-"""How the kernels are cut on a device: a table shipped as data, and a pure function that looks it up.
+"""How the kernels are cut on a device: tables shipped as data, and pure functions that look them up.
 
-Nothing is measured behind the user's back. ``jax-moriep tune`` measures and writes a table; the environment
-variable JAX_MORIEP_TUNING names a file whose entries come before the shipped ones. A table that does not suit
-a device costs time and never changes what is computed, beyond the order of f32 sums.
+``devices/`` has a file for each kind of device with a table, as ``jax-moriep tune`` writes it, and the
+source of its numbers. Nothing is measured behind the user's back: ``jax-moriep tune`` measures and writes a
+table, and the environment variable JAX_MORIEP_TUNING names a file whose entries come before the shipped ones.
+A table that does not suit a device costs time and never changes what is computed, but for the order of f32
+sums.
 """
 
 from __future__ import annotations
@@ -16,23 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.errors import ConfigError, rule
-from jax_moriep.experts.triton.launch import Tile
+from jax_moriep.experts.pallas.launch import Tile
 from jax_moriep.runtime import settings
 
 KERNELS = ("gate_up", "down", "d_act", "d_rows", "dw1", "dw2")
 FORWARD = KERNELS[:2]
 CLASSES = ("few", "some", "many")
-"""Rows of an expert: below 64, below 256, more."""
+"""Rows of an expert: below 64, below 256, more. Tiles of the H100's table have 16 to 64, 128 and 128 rows."""
 HOPPER = "NVIDIA H100 80GB HBM3"
 _HOPPER_KINDS = ("NVIDIA H", "NVIDIA GH")
 """How the kinds of NVIDIA's GPUs of that chip begin: the same shared memory, and the same multiprocessors."""
 SMALLEST = "AMD Instinct MI300X"
 """Serves every device that has no entries: what fits its 64 KiB of local memory fits everywhere."""
 
-# Small enough for every GPU's local memory; f32 products use no matrix unit that bf16 would.
+# (64 + 2 * 64) * 32 values of 4 bytes in 2 stages are 48 KiB, which every GPU's local memory holds. Not
+# tuned: f32 products use no matrix unit that bf16 would.
 _F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
 
 _FEWEST = 24
+"""Rows of an expert, in the mean, up to which codes meet the tiles of "fewest_codes", which have 16 rows. How
+it was chosen is not recorded."""
 
 Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 """Device kind -> kernel -> class -> the fields of Tile."""
@@ -95,9 +100,12 @@ def lookup_of_codes(table: Table, device_kind: str, kernel: str, block: int, mea
 
 @functools.cache
 def shipped() -> Table:
-    """The table in the package."""
-    text = importlib.resources.files("jax_moriep.experts.triton").joinpath("tuning.json").read_text()
-    return json.loads(text)["devices"]
+    """The tables in the package, all devices in one."""
+    folder = importlib.resources.files("jax_moriep.experts.pallas.triton").joinpath("devices")
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name
+    )
+    return {kind: tiles for file in files for kind, tiles in json.loads(file.read_text())["devices"].items()}
 
 
 def table() -> Table:

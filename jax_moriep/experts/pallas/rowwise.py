@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, quantise
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas.launch import (
+    PASS_PROGRAMS,
     Span,
     Tile,
     by_turns,
@@ -23,12 +22,14 @@ from jax_moriep.experts.triton.launch import (
     store,
     store_vector,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import RowTiles
+from jax_moriep.experts.spec import ExpertSpec
 
 SLICE = quantise.SLICE
 """Rows per program: those of the tiles that the functions here take."""
 _COLS = 128
-_PROGRAMS = 16896
+# Each thread holds 16 values of each operand. It came with the H100's table, in place of 256 columns; the
+# measurement is not recorded.
 _TILE = Tile(SLICE, _COLS, SLICE, warps=8, stages=1)
 
 
@@ -40,7 +41,7 @@ def activation_gradient(
     spec: ExpertSpec,
     *,
     saved_rows: int,
-    seen: Any = None,
+    read_as: Any = None,
     gradient_codes: Any = None,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
@@ -54,7 +55,7 @@ def activation_gradient(
       tiles: tiles of ``SLICE`` rows.
       spec: names the activation.
       saved_rows: how many rows were kept.
-      seen: of what dtype the codes were of which the second product got the activations; None: none.
+      read_as: of what dtype the codes were of which the second product read the activations; None: none.
       gradient_codes: a float8 in which the cotangent of the pre-activations is wanted too, or None; then 128
         divides I.
       interpret: see ``launch.call``.
@@ -73,8 +74,9 @@ def activation_gradient(
 
         def one(turn: Any) -> None:
             row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
-            first, stop, end = (table_ref[line, row_tile] for line in (1, 2, 3))
-            real, own = Span(first, SLICE, stop), Span(first, SLICE, end)
+            tile = tiles.of_tile(table_ref, row_tile)
+            first = tile.first
+            real, own = Span(first, SLICE, tile.stop), Span(first, SLICE, tile.end)
             at_cols = span(col_tile * cols, cols, inner)
             d = load(d_act_ref, real, at_cols).astype(jnp.float32)
             gate, up = pre_activations(pre_refs, real, at_cols, inner, saved_rows)
@@ -82,8 +84,8 @@ def activation_gradient(
             # Every load gives zeros in padding, so zeros are what is stored there.
             weight = load_vector(weights_ref, real)[:, None]
             read = act
-            if seen is not None:
-                codes, scale = quantise.seen(act, seen)
+            if read_as is not None:
+                codes, scale = quantise.coded_groups(act, read_as)
                 read = codes * scale
             store_vector(shares_ref, real, jnp.sum(d * read, axis=1), col_tile)
             d = d * weight
@@ -96,9 +98,9 @@ def activation_gradient(
                     group = half * col_tiles + col_tile
                     quantise.store_rows(codes_ref, scales_ref, own, at_half, d * by, group)
 
-        by_turns(programs, table_ref[rows_of.NUM_TILES, last] * col_tiles, one)
+        by_turns(programs, tiles.of_call(table_ref).num_tiles * col_tiles, one)
 
-    programs = min(_PROGRAMS, last * col_tiles)
+    programs = min(PASS_PROGRAMS, last * col_tiles)
     results = [
         ((capacity, inner), d_act.dtype),
         ((capacity, 2 * inner), d_act.dtype),
@@ -117,10 +119,10 @@ def zeroed_behind(rows: jax.Array, tiles: RowTiles, *, interpret: bool) -> jax.A
     """``rows`` [C, N] with zeros behind the last run, in the same memory."""
     capacity, width = rows.shape
     cols = min(_COLS, power_of_two(width))
-    col_tiles, last = -(-width // cols), tiles.max_tiles
+    col_tiles = -(-width // cols)
 
     def kernel(table_ref: Any, _: Any, out_ref: Any) -> None:
-        used = table_ref[rows_of.USED_ROWS, last]
+        used = tiles.of_call(table_ref).used_rows
         zeros = jnp.zeros((SLICE, cols), out_ref.dtype)
 
         def one(turn: Any) -> None:
@@ -130,7 +132,7 @@ def zeroed_behind(rows: jax.Array, tiles: RowTiles, *, interpret: bool) -> jax.A
 
         by_turns(programs, lax.div(capacity - used + (SLICE - 1), SLICE) * col_tiles, one)
 
-    programs = min(_PROGRAMS, -(-capacity // SLICE) * col_tiles)
+    programs = min(PASS_PROGRAMS, -(-capacity // SLICE) * col_tiles)
     results = [(rows.shape, rows.dtype)]
     operands = (tiles.table, rows)
     return call(kernel, "moriep_zero", operands, results, programs, _TILE, interpret, aliases={1: 0})[0]

@@ -17,35 +17,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep import schemes
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas.hopper import launch, scaled
+from jax_moriep.experts.pallas.hopper.fp8 import along_cols, of_rows
+from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
+from jax_moriep.experts.pallas.hopper.support import FEW_ROWS as ROWS
+from jax_moriep.experts.pallas.tiles import RowTiles
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper, hopper_scaled, quantise
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_fp8 import along_cols, of_rows
-from jax_moriep.experts.triton.hopper_scaled import DEPTH, Work
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.schemes import Quantised
 
-ROWS = 64
-"""Rows of a tile; ``RowTiles.block`` divides it or is a multiple of it."""
-_GROUP = 128
+_GROUP = schemes.BLOCK
+"""Columns that share a scale."""
 
 
-def product(
-    codes: jax.Array,
-    row_scales: jax.Array,
-    weights: jax.Array,
-    weight_scales: jax.Array,
-    tiles: RowTiles,
-    dtype: Any,
-) -> jax.Array:
-    """See ``hopper_fp8.product``; ``tiles`` are of ``ROWS`` rows, and ``row_scales`` lie by tiles.
+def product(rows: Quantised, weights: Quantised, tiles: RowTiles, dtype: Any) -> jax.Array:
+    """See ``fp8.product``; ``tiles`` are of ``ROWS`` rows, and the rows' scales lie by tiles.
 
     So each tile has its own, also those of rows that two tiles have: f32[D/128, max_tiles * ROWS].
     """
-    depth, cols = codes.shape[1], weights.shape[1]
+    codes = rows.codes
+    depth, cols = codes.shape[1], weights.codes.shape[1]
     width = _GROUP if cols % (2 * _GROUP) == 0 else _GROUP // 2
     blocks = (Block(ROWS, DEPTH, 1), Block(2 * width, DEPTH, 1), Line(ROWS))
-    by_block = weight_scales.ndim == 3
+    by_block = weights.scales.ndim == 3
 
     def body(
         table: Any, codes_ref: Any, rows_ref: Any, weights_ref: Any, scales_ref: Any, out_ref: Any
@@ -82,26 +78,18 @@ def product(
         _all_tiles(blocks, codes, table, tiles, cols // (2 * width), tile, dtype)
 
     shape = ((tiles.capacity, cols), dtype)
-    return hopper._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
+    return launch.call(body, (tiles.table, *rows, *weights), [shape])[0]
 
 
 def gate_up(
-    codes: jax.Array,
-    row_scales: jax.Array,
-    weights: jax.Array,
-    weight_scales: jax.Array,
-    factors: jax.Array,
-    tiles: RowTiles,
-    spec: ExpertSpec,
-) -> tuple[jax.Array, jax.Array]:
+    rows: Quantised, weights: Quantised, factors: jax.Array, tiles: RowTiles, spec: ExpertSpec
+) -> Quantised:
     """Gate and up in one pass over the rows, the activation, and what it becomes in float8.
 
     Args:
-      codes: [C, H], float8.
-      row_scales: f32[H/128, C], or f32[1, C] for one scale per row.
-      weights: w1, [L, 2*I, H], float8.
-      weight_scales: f32[L, 2*I/128, H/128] for blocks, or f32[L, 2*I] for one scale per row of weights; the
-        rows' scales are of the same kind.
+      rows: float8 codes [C, H], scales f32[H/128, C], or f32[1, C] for one per row.
+      weights: w1, float8 codes [L, 2*I, H], scales f32[L, 2*I/128, H/128] for blocks, or f32[L, 2*I] for one
+        per row of weights; the rows' scales are of the same kind.
       factors: f32[C], what each row of activations is multiplied with; a row whose factor is 0 gives zeros,
         whatever it holds.
       tiles: of ``ROWS`` rows.
@@ -111,9 +99,10 @@ def gate_up(
       Codes [C, I] and scales f32[I/128, max_tiles * ROWS] of the activations, the factors in the scales; see
       ``product`` for how they lie.
     """
-    depth, cols = codes.shape[1], weights.shape[1] // 2
+    codes, row_scales = rows
+    depth, cols = codes.shape[1], weights.codes.shape[1] // 2
     width = _GROUP // 2
-    by_block = weight_scales.ndim == 3
+    by_block = weights.scales.ndim == 3
     weight = Block(_GROUP, DEPTH, 1)
     blocks = (Block(ROWS, DEPTH, 1), weight, weight, Line(ROWS))
     if not by_block:
@@ -175,13 +164,21 @@ def gate_up(
 
         scratch = (mg.SMEM((2, ROWS), jnp.int32), mg.Barrier(num_arrivals=2))
         _all_tiles(
-            blocks, codes, table, tiles, cols // _GROUP, tile, codes.dtype, piece_bytes=width, scratch=scratch
+            blocks,
+            codes,
+            table,
+            tiles,
+            cols // _GROUP,
+            tile,
+            codes.dtype,
+            piece_bytes=width,
+            scratch=scratch,
         )
 
-    operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
+    operands = (tiles.table, codes, row_scales, *weights, factors)
     in_tiles = ((cols // _GROUP, tiles.max_tiles * ROWS), jnp.float32)
-    act, scales = hopper._call(body, operands, [((tiles.capacity, cols), codes.dtype), in_tiles])
-    return act, scales
+    act, scales = launch.call(body, operands, [((tiles.capacity, cols), codes.dtype), in_tiles])
+    return Quantised(act, scales)
 
 
 def _of_both(lanes: Lanes, largest: jax.Array) -> jax.Array:
@@ -212,8 +209,9 @@ def _strip(tiles: RowTiles) -> int:
 
 def _rows_of_tile(table: Any, row_tile: Any, tiles: RowTiles) -> tuple[Any, Any, Any]:
     """The expert, the rows of a tile, and how many of them are in blocks of its run."""
-    first = pl.multiple_of(table[rows_of.FIRST, row_tile], _strip(tiles))
-    return table[rows_of.EXPERT, row_tile], pl.ds(first, ROWS), table[rows_of.END, row_tile] - first
+    tile = tiles.of_tile(table, row_tile)
+    first = pl.multiple_of(tile.first, _strip(tiles))
+    return tile.expert, pl.ds(first, ROWS), tile.end - first
 
 
 def _all_tiles(
@@ -226,7 +224,7 @@ def _all_tiles(
     dtype: Any,
     **of_stream: Any,
 ) -> None:
-    hopper._all_tiles(
+    launch.all_tiles(
         blocks,
         codes.dtype,
         table,
@@ -234,6 +232,6 @@ def _all_tiles(
         col_tiles,
         tile,
         results=(dtype,),
-        multiply=hopper_scaled.multiply,
+        multiply=scaled.multiply,
         **of_stream,
     )

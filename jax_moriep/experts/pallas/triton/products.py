@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep import schemes
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     by_turns,
@@ -31,7 +31,7 @@ from jax_moriep.experts.triton.launch import (
     store,
     unpaired,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import OfCall, RowTiles, position_in_grid, position_in_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,6 @@ class At:
 
 
 _F16 = jnp.float16
-GROUP = 128
-"""Columns that share a scale of rows, and both sides of a block of weights that do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Scales:
 
     Attributes:
       format: the codes' dtype; where rows and weights are u8 arrays, they are the bits of that float8.
-      of_rows: f32[D/128, C], of each row and ``GROUP`` of depth, or f32[1, C].
+      of_rows: f32[D/128, C], of each row and ``schemes.BLOCK`` of depth, or f32[1, C].
       of_weights: f32[L, N/128, D/128], of blocks, with paired weights gate's blocks, then up's; or f32[L, N].
     """
 
@@ -88,13 +86,13 @@ class Scales:
         return float8_bits_as_float16(codes, self.format) if codes.dtype == jnp.uint8 else codes.astype(_F16)
 
     def scaled(self, part: jax.Array, refs: Any, at: At, read: Span, group: Any, paired: bool) -> jax.Array:
-        """A product of at most ``GROUP`` of depth, times the scales that this group has of its own."""
+        """A product of at most ``schemes.BLOCK`` of depth, times the scales that it has of its own."""
         rows_ref, weights_ref = refs
         if self.of_rows.shape[0] > 1:
             part = part * load_vector(rows_ref, read, group)[:, None]
         if self.of_weights.ndim == 3:
             block, half = _columns(at.cols, part, paired)
-            block = lax.div(block, GROUP) + half * (self.of_weights.shape[1] // 2)
+            block = lax.div(block, schemes.BLOCK) + half * (self.of_weights.shape[1] // 2)
             mask = None if at.cols.stop is None else block < self.of_weights.shape[1]
             lead, last = (jnp.broadcast_to(i, (1,)) for i in (at.expert, group))
             scale = plgpu.load(
@@ -141,116 +139,152 @@ def float8_bits_as_float16(bits: jax.Array, format: Any) -> jax.Array:
     return values * jnp.asarray(2.0 ** (8 if fn else 7), _F16)
 
 
-def rows_times_weights(
-    rows: jax.Array,
-    weights: jax.Array,
-    tiles: RowTiles,
-    tile: Tile,
-    epilogue: Callable[..., None],
-    extra: Sequence[jax.Array],
-    results: Sequence[tuple[tuple[int, ...], Any]],
-    *,
-    name: str,
-    by_column: bool,
-    paired: bool = False,
-    zeroed: bool = False,
-    scales: Scales | None = None,
-    interpret: bool,
-) -> list[jax.Array]:
-    """For every tile of rows and of columns of the result: ``rows @ weights[expert]``, then the epilogue.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Rows times their expert's weights.
 
-    Args:
+    Attributes:
       rows: [C, D].
       weights: [L, N, D], contracted over the last dimension, or with ``by_column`` [L, D, N].
-      tiles: the tiles of rows.
-      tile: how the kernel is cut; ``tile.rows`` must be ``tiles.size``.
-      epilogue: epilogue(at, sums, *extra_refs, *result_refs); sums are f32 tiles: one,
-        or two if paired.
-      extra: operands of the epilogue.
-      results: shape and dtype of each result.
-      name: in profiles.
       by_column: see ``weights``.
       paired: a tile of columns is one of the first half of N, gate, and the same one of the second half, up.
-      zeroed: fill the first result's rows behind the last run with zeros.
       scales: those of codes; not with ``by_column``.
+    """
+
+    rows: jax.Array
+    weights: jax.Array
+    by_column: bool = False
+    paired: bool = False
+    scales: Scales | None = None
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.rows.shape[1]
+
+    @property
+    def cols(self) -> int:
+        """Columns of the result; of gate or of up if paired."""
+        return self.weights.shape[2 if self.by_column else 1] // (2 if self.paired else 1)
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The operands of a kernel: rows, weights, and scales if there are any."""
+        return self.rows, self.weights, *(self.scales.arrays if self.scales else ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What becomes of a product's tiles.
+
+    Attributes:
+      run: run(at, sums, *operand_refs, *result_refs); sums are f32 tiles: one, or two if paired.
+      operands: its own.
+      results: shape and dtype of each result.
+      zeroed: fill the first result's rows behind the last run with zeros.
+    """
+
+    run: Callable[..., None]
+    operands: Sequence[jax.Array]
+    results: Sequence[tuple[tuple[int, ...], Any]]
+    zeroed: bool = False
+
+
+def rows_times_weights(
+    product: Product, tiles: RowTiles, tile: Tile, epilogue: Epilogue, *, name: str, interpret: bool
+) -> list[jax.Array]:
+    """For every tile of rows and of columns of the result: the product, then the epilogue.
+
+    Args:
+      product: what is multiplied.
+      tiles: the tiles of rows.
+      tile: how the kernel is cut; ``tile.rows`` must be ``tiles.size``.
+      epilogue: what becomes of the sums.
+      name: in profiles.
       interpret: see ``launch.call``.
 
     Returns:
-      The results.
+      The epilogue's results.
     """
-    depth = rows.shape[1]
-    cols = weights.shape[2 if by_column else 1] // (2 if paired else 1)
-    tile = tile.fitted(cols, depth)
-    given = scales.arrays if scales else ()
-    assert scales is None or (GROUP % tile.depth == 0 and not by_column)
+    cols, given = product.cols, len(product.arrays)
+    tile = tile.fitted(cols, product.depth)
+    assert product.scales is None or (schemes.BLOCK % tile.depth == 0 and not product.by_column)
     assert tile.rows == tiles.size
     col_tiles = -(-cols // tile.cols)
     work = (tiles.max_tiles + 1) * col_tiles
     programs = min(tile.programs or work, work)
-    last = tiles.max_tiles
 
-    def kernel(table_ref: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
-        scale_refs, refs = refs[: len(given)], refs[len(given) :]
-        first_tile, num_tiles = table_ref[rows_of.FIRST_TILE, last], table_ref[rows_of.NUM_TILES, last]
+    def kernel(table_ref: Any, *refs: Any) -> None:
+        operand_refs, refs = refs[:given], refs[given:]
+        of_call = tiles.of_call(table_ref)
+        first_tile, num_tiles = of_call.first_tile, of_call.num_tiles
         num_tiles = num_tiles - first_tile
 
-        def product(turn: Any) -> None:
-            row_tile, col_tile = rows_of.position(table_ref, turn, first_tile, col_tiles)
-            expert, first, stop, end = (table_ref[line, row_tile] for line in range(4))
+        def one(turn: Any) -> None:
+            row_tile, col_tile = position_in_runs(table_ref, turn, first_tile, col_tiles)
+            of_tile = tiles.of_tile(table_ref, row_tile)
+            expert, first = of_tile.expert, of_tile.first
             at = At(
                 expert,
-                Span(first, tile.rows, stop),
-                Span(first, tile.rows, end),
+                Span(first, tile.rows, of_tile.stop),
+                Span(first, tile.rows, of_tile.end),
                 span(col_tile * tile.cols, tile.cols, cols),
                 col_tile,
             )
-            read = at.real if tiles.overrun else Span(first, tile.rows)
+            sums = _sums(product, operand_refs, at, tile, tiles.overrun)
+            epilogue.run(at, unpaired(sums) if product.paired else (sums,), *refs)
 
-            def step(k: Any, sums: jax.Array) -> jax.Array:
-                deep = span(k * tile.depth, tile.depth, depth)
-                # Rows of other runs may be among them: those of the sums are not stored.
-                x = (
-                    load_rows(rows_ref, first, tile.rows, deep)
-                    if tiles.overrun
-                    else load(rows_ref, read, deep)
-                )
-                if paired:
-                    w = load_pairs(weights_ref, expert, at.cols, cols, deep)
-                elif by_column:
-                    w = load(weights_ref, deep, at.cols, expert)
-                else:
-                    w = load(weights_ref, at.cols, deep, expert)
-                x, w = (scales.values(x), scales.values(w)) if scales else (x, w.astype(x.dtype))
-                part = dot(x, w, 1, 0 if by_column else 1)
-                if scales:
-                    group = lax.div(k, jnp.int32(GROUP // tile.depth))
-                    part = scales.scaled(part, scale_refs, at, read, group, paired)
-                return sums + part
+        by_turns(programs, num_tiles * col_tiles, one)
+        if epilogue.zeroed:
+            _zero_behind(refs[len(epilogue.operands)], of_call, tile, programs)
 
-            # A tile that is all padding costs no product.
-            steps = jnp.where(first < stop, jnp.int32(-(-depth // tile.depth)), jnp.int32(0))
-            sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
-            sums = lax.fori_loop(0, steps, step, sums)
-            if scales:
-                sums = scales.finished(sums, scale_refs, at, read, paired)
-            epilogue(at, unpaired(sums) if paired else (sums,), *refs)
+    operands = (tiles.table, *product.arrays, *epilogue.operands)
+    return call(kernel, name, operands, epilogue.results, programs, tile, interpret)
 
-        by_turns(programs, num_tiles * col_tiles, product)
 
-        if zeroed:
-            used = table_ref[rows_of.USED_ROWS, last]
-            empty = lax.div(tiles.capacity - used + (tile.rows - 1), tile.rows)
-            zeros = jnp.zeros((tile.rows, tile.cols), refs[len(extra)].dtype)
+def _sums(product: Product, refs: tuple[Any, ...], at: At, tile: Tile, overrun: bool) -> jax.Array:
+    """The product of one tile, f32[tile.rows, tile.cols], or twice as many columns by turns if paired."""
+    rows_ref, weights_ref, *scale_refs = refs
+    scales, paired, first = product.scales, product.paired, at.real.first
+    read = at.real if overrun else Span(first, tile.rows)
 
-            def fill(turn: Any) -> None:
-                row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
-                behind = Span(used + row_tile * tile.rows, tile.rows, tiles.capacity)
-                store(refs[len(extra)], behind, span(col_tile * tile.cols, tile.cols, cols), zeros)
+    def step(k: Any, sums: jax.Array) -> jax.Array:
+        deep = span(k * tile.depth, tile.depth, product.depth)
+        # Rows of other runs may be among them: those of the sums are not stored.
+        x = load_rows(rows_ref, first, tile.rows, deep) if overrun else load(rows_ref, read, deep)
+        if paired:
+            w = load_pairs(weights_ref, at.expert, at.cols, product.cols, deep)
+        elif product.by_column:
+            w = load(weights_ref, deep, at.cols, at.expert)
+        else:
+            w = load(weights_ref, at.cols, deep, at.expert)
+        x, w = (scales.values(x), scales.values(w)) if scales else (x, w.astype(x.dtype))
+        part = dot(x, w, 1, 0 if product.by_column else 1)
+        if scales:
+            group = lax.div(k, jnp.int32(schemes.BLOCK // tile.depth))
+            part = scales.scaled(part, scale_refs, at, read, group, paired)
+        return sums + part
 
-            by_turns(programs, empty * col_tiles, fill)
+    # A tile that is all padding costs no product.
+    steps = jnp.where(first < at.real.stop, jnp.int32(-(-product.depth // tile.depth)), jnp.int32(0))
+    sums = jnp.zeros((tile.rows, tile.cols * (2 if paired else 1)), jnp.float32)
+    sums = lax.fori_loop(0, steps, step, sums)
+    return scales.finished(sums, scale_refs, at, read, paired) if scales else sums
 
-    operands = (tiles.table, rows, weights, *given, *extra)
-    return call(kernel, name, operands, results, programs, tile, interpret)
+
+def _zero_behind(ref: Any, of_call: OfCall, tile: Tile, programs: int) -> None:
+    """Fills the rows [C, N] behind the last run with zeros."""
+    (capacity, cols), used = ref.shape, of_call.used_rows
+    col_tiles = -(-cols // tile.cols)
+    empty = lax.div(capacity - used + (tile.rows - 1), tile.rows)
+    zeros = jnp.zeros((tile.rows, tile.cols), ref.dtype)
+
+    def fill(turn: Any) -> None:
+        row_tile, col_tile = lax.div(turn, col_tiles), lax.rem(turn, col_tiles)
+        behind = Span(used + row_tile * tile.rows, tile.rows, capacity)
+        store(ref, behind, span(col_tile * tile.cols, tile.cols, cols), zeros)
+
+    by_turns(programs, empty * col_tiles, fill)
 
 
 def weight_gradient(
@@ -292,7 +326,7 @@ def weight_gradient(
         def product(turn: Any) -> None:
             expert = lax.div(turn, row_tiles * col_tiles)
             inside = lax.rem(turn, row_tiles * col_tiles)
-            row_tile, col_tile = position(inside, row_tiles, col_tiles, tile.group)
+            row_tile, col_tile = position_in_grid(inside, row_tiles, col_tiles, tile.group)
             start, size = starts_ref[expert], sizes_ref[expert]
             high = span(row_tile * tile.rows, tile.rows, height)
             wide = span(col_tile * tile.cols, tile.cols, width)
@@ -310,12 +344,3 @@ def weight_gradient(
     shape = (num_experts, height, width)
     operands = (starts, group_sizes, left, right)
     return call(kernel, name, operands, [(shape, dtype)], programs, tile, interpret)[0]
-
-
-def position(turn: Any, row_tiles: Any, col_tiles: int, group: int) -> tuple[Any, Any]:
-    """(tile of rows, tile of columns) of a turn: ``group`` tiles of rows for each tile of columns."""
-    per_group = jnp.int32(group * col_tiles)
-    in_group = lax.rem(turn, per_group)
-    first = lax.div(turn, per_group) * group
-    height = jnp.minimum(row_tiles - first, group)
-    return first + lax.rem(in_group, height), lax.div(in_group, height)

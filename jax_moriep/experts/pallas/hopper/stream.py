@@ -17,16 +17,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 SLOTS = 4
-"""Steps of the stream that have a place in shared memory at the same time."""
+"""Steps of the stream that have a place in shared memory at the same time: of 48 KiB at most, 192 KiB."""
 PIECE = 64
-"""Rows that leave a warpgroup's registers at a time, mostly as many columns as 128 bytes hold."""
+"""Rows that leave a warpgroup's registers at a time, mostly as many columns as 128 bytes hold: 8 KiB."""
 PIECES = 2
-"""How many of them have a place in shared memory; with ``SLOTS`` steps that is all there is."""
+"""How many of them have a place in shared memory; two warpgroups' are 32 KiB. With ``SLOTS`` steps that is
+224 KiB, and a program can have 227."""
 _MULTIPLIERS = 2
+"""Warpgroups that multiply: with the sums of a tile of 128 x 256 each thread holds 128 values."""
 _COPIER = _MULTIPLIERS
+"""The number of the one behind them."""
 COPIER_REGISTERS = 40
+"""Of each of the copier's 128 threads, which need few: the others get what is left."""
 MULTIPLIER_REGISTERS = 232
-"""The most that 64K registers leave for each thread of both when the copier's have 40."""
+"""The most that 64K registers leave for each thread of both when the copier's have 40: half of 512 - 40, in
+steps of 8."""
 
 
 @dataclasses.dataclass(frozen=True)

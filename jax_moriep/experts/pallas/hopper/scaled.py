@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.triton import hopper_stream
-from jax_moriep.experts.triton.hopper_stream import Lanes
+from jax_moriep.experts.pallas.hopper import stream
+from jax_moriep.experts.pallas.hopper.stream import Lanes
 
 DEPTH = 128
 """How deep one product is: the columns of a group of scales, and what 128 bytes hold."""
@@ -50,8 +50,8 @@ class Work:
 
 
 def multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any) -> None:
-    """See ``hopper_stream.run``: the warpgroups' loop over ``Work``."""
-    mg.set_max_registers(hopper_stream.MULTIPLIER_REGISTERS, action="increase")
+    """See ``stream.run``: the warpgroups' loop over ``Work``."""
+    mg.set_max_registers(stream.MULTIPLIER_REGISTERS, action="increase")
 
     @mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))
     def _(info: Any, carry: Any) -> Any:
@@ -59,7 +59,7 @@ def multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, con
         tile = work(lanes, info.index)
 
         def step(k: Any, sums: Any) -> Any:
-            slot = lax.rem(done + k, jnp.int32(hopper_stream.SLOTS))
+            slot = lax.rem(done + k, jnp.int32(stream.SLOTS))
             mg.barrier_wait(produced.at[slot])
             blocks = tuple(places.at[slot] for places in slots)
 

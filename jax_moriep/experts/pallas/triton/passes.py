@@ -20,10 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation
-from jax_moriep.experts.triton.biases import row_sums, rows_times_bias
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     barrier,
@@ -33,9 +31,18 @@ from jax_moriep.experts.triton.launch import (
     store,
     store_vector,
 )
-from jax_moriep.experts.triton.products import At, Scales, rows_times_weights, weight_gradient
-from jax_moriep.experts.triton.rowwise import pre_activations, second
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.rowwise import pre_activations, second
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
+from jax_moriep.experts.pallas.triton.products import (
+    At,
+    Epilogue,
+    Product,
+    Scales,
+    rows_times_weights,
+    weight_gradient,
+)
+from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import run_starts
 
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -43,6 +50,7 @@ Tiles = Callable[[str], Tile]
 """The tile of each kernel, by its name above."""
 
 _SLICE = 32
+"""Rows at a time in the epilogue of d_act: with whole tiles registers spill (seen on an H100)."""
 
 
 def forward(
@@ -86,17 +94,11 @@ def down(
         store(refs[-1], at.own, at.cols, at.masked(y))
 
     return rows_times_weights(
-        act,
-        w2,
+        Product(act, w2, scales=scales),
         row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
-        epilogue,
-        (row_weights, *_given(b2)),
-        [((capacity, hidden), rows.dtype)],
+        Epilogue(epilogue, (row_weights, *_given(b2)), [((capacity, hidden), rows.dtype)], zeroed=True),
         name="moriep_down",
-        by_column=False,
-        zeroed=True,
-        scales=scales,
         interpret=interpret,
     )[0]
 
@@ -142,17 +144,11 @@ def gate_up(
     if saved_rows or again:
         results.append(((capacity if again else saved_rows, 2 * inner), dtype or rows.dtype))
     return rows_times_weights(
-        rows,
-        w1,
+        Product(rows, w1, paired=True, scales=scales),
         row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0, tile.group),
         tile,
-        epilogue,
-        (row_weights, *_given(b1)),
-        results,
+        Epilogue(epilogue, (row_weights, *_given(b1)), results),
         name="moriep_gate_up",
-        by_column=False,
-        paired=True,
-        scales=scales,
         interpret=interpret,
     )
 
@@ -202,7 +198,7 @@ def backward(
             row_sums(d_out, scale, starts, group_sizes, b2.dtype, interpret=interpret),
         )
         if not spec.weight_input:
-            few = row_tiles(group_sizes, spec.block, capacity, 32)
+            few = row_tiles(group_sizes, spec.block, capacity, BIAS_ROWS)
             d_weight += rows_times_bias(d_out, b2, few, interpret=interpret)
     d_weight = jnp.where(real_rows(group_sizes, spec.block, capacity), d_weight, 0)
     return d_x, d_weight, dw1, dw2, *d_biases
@@ -230,16 +226,11 @@ def d_rows(
     if spec.weight_input:
         results.append(((-(-hidden // tile.fitted(hidden, 1).cols), capacity), jnp.float32))
     return rows_times_weights(
-        d_pre,
-        w1,
+        Product(d_pre, w1, by_column=True),
         row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
-        epilogue,
-        (row_weights, rows) if spec.weight_input else (),
-        results,
+        Epilogue(epilogue, (row_weights, rows) if spec.weight_input else (), results, zeroed=True),
         name="moriep_d_rows",
-        by_column=True,
-        zeroed=True,
         interpret=interpret,
     )
 
@@ -287,20 +278,17 @@ def d_activations(
         in_slices(at.real, min(_SLICE, at.real.size), finish)
 
     d_pre = ((capacity, 2 * inner), d_out.dtype)
+    results = [
+        ((capacity, inner), d_out.dtype),
+        *([d_pre] * (1 + spec.weight_input)),
+        ((-(-inner // tile.fitted(inner, 1).cols), capacity), jnp.float32),
+    ]
     return rows_times_weights(
-        d_out,
-        w2,
+        Product(d_out, w2, by_column=True),
         row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
-        epilogue,
-        (row_weights, *pre),
-        [
-            ((capacity, inner), d_out.dtype),
-            *([d_pre] * (1 + spec.weight_input)),
-            ((-(-inner // tile.fitted(inner, 1).cols), capacity), jnp.float32),
-        ],
+        Epilogue(epilogue, (row_weights, *pre), results),
         name="moriep_d_act",
-        by_column=True,
         interpret=interpret,
     )
 

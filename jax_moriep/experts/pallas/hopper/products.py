@@ -2,7 +2,7 @@
 
 Triton feeds Hopper's matrix unit through loads of all threads. On an H100 the same tiles of a plain product
 then reached 0.80 to 0.87 of the dense matmul, and 1.0 with bulk copies. These kernels cover the common case,
-which ``covers`` states; everything else runs in Triton.
+which ``support`` states; everything else runs in Triton.
 
 Three things keep the kernels plain:
 - Tiles have 128 rows and ``block`` is a multiple of that, so a tile is one expert's alone and every store is
@@ -14,7 +14,6 @@ Three things keep the kernels plain:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,42 +22,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas.hopper import launch, stream
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Work
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import RowTiles, position_in_grid
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper_stream, products
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line, Work
-from jax_moriep.experts.triton.tiles import RowTiles
-from jax_moriep.runtime import compat
 
-ROWS = 128
 _DEPTH = 64
+"""How deep a step is: the 16-bit values that 128 bytes hold, a row of swizzled shared memory."""
 _GROUP = 8
-PROGRAMS = 132
-
-
-def covers(spec: ExpertSpec, rows: jax.Array, w1: jax.Array, w2: jax.Array, biases: bool) -> bool:
-    """Whether the kernels here can run a call: 16-bit floats, no biases, output weights, even sizes."""
-    sizes = (rows.shape[1], w2.shape[2])
-    return (
-        rows.dtype.itemsize == 2
-        and rows.dtype == w1.dtype == w2.dtype
-        and not biases
-        and not spec.weight_input
-        and spec.block % ROWS == 0
-        and rows.shape[0] % ROWS == 0
-        and all(size % 128 == 0 for size in sizes)
-    )
+"""Tiles of rows that take their turn at one tile of columns in a weight gradient. As in the Triton kernels,
+where 8 is the default of ``Tile.group``; not tuned here."""
 
 
 def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: bool) -> jax.Array:
-    """See ``products.rows_times_weights``: the product alone, undefined behind the last run."""
+    """See ``triton.products.rows_times_weights``: the product alone, undefined behind the last run."""
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
     width, height = _width(cols), ROWS // 2
     blocks = (Block(ROWS, _DEPTH, 1), Block(_DEPTH, width, 0) if by_column else Block(width, _DEPTH, 1))
 
     def body(table: Any, rows_ref: Any, weights_ref: Any, out_ref: Any) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = _rows_of_tile(table, row_tile)
+            expert, at_rows = launch.rows_of_tile(table, row_tile)
             own, at_cols = pl.ds(lanes.me * height, height), pl.ds(col_tile * width, width)
             w = weights_ref.at[expert]
 
@@ -74,10 +60,10 @@ def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: 
                 lambda sums: lanes.leave([(sums[0], out_ref.at[at_rows, at_cols].at[own])]),
             )
 
-        _all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
+        launch.all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
 
     shape = ((tiles.capacity, cols), rows.dtype)
-    return _call(body, (tiles.table, rows, weights), [shape])[0]
+    return launch.call(body, (tiles.table, rows, weights), [shape])[0]
 
 
 def gate_up(
@@ -111,7 +97,7 @@ def gate_up(
 
     def body(table: Any, rows_ref: Any, weights_ref: Any, factors_ref: Any, *out_refs: Any) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = _rows_of_tile(table, row_tile)
+            expert, at_rows = launch.rows_of_tile(table, row_tile)
             first, own = at_rows.start, pl.ds(lanes.me * height, height)
             at_gate, at_up = pl.ds(col_tile * width, width), pl.ds(cols + col_tile * width, width)
             w = weights_ref.at[expert]
@@ -133,16 +119,11 @@ def gate_up(
                     factor = lax.broadcast_in_dim(factor, gate.shape, (0,))
                     h = jnp.where(factor != 0, activation.value(gate, up, spec) * factor, 0.0)
                     parts.append((h, out_refs[0].at[at_rows, at_gate].at[own]))
-                if not saved_rows:
-                    lanes.leave(parts)
-                    return
-                kept = out_refs[-1].at[at_rows]
-                both = [(gate, kept.at[:, at_gate].at[own]), (up, kept.at[:, at_up].at[own])]
-                if saved_rows == tiles.capacity:
-                    lanes.leave(parts + both)
-                else:
-                    lanes.leave(parts)
-                    pl.when(first < saved_rows)(lambda: lanes.leave(both))
+                pre = []
+                if saved_rows:
+                    kept = out_refs[-1].at[at_rows]
+                    pre = [(gate, kept.at[:, at_gate].at[own]), (up, kept.at[:, at_up].at[own])]
+                launch.leave(lanes, parts, pre, first, saved_rows, tiles)
 
             return Work(
                 depth // _DEPTH,
@@ -152,18 +133,18 @@ def gate_up(
                 finish,
             )
 
-        _all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
+        launch.all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
 
     shapes = [((tiles.capacity, cols), rows.dtype)] if act else []
     if saved_rows:
         shapes.append(((saved_rows, 2 * cols), rows.dtype))
-    return _call(body, (tiles.table, rows, weights, factors), shapes)
+    return launch.call(body, (tiles.table, rows, weights, factors), shapes)
 
 
 def weight_gradient(
     left: jax.Array, right: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, unclean: str
 ) -> jax.Array:
-    """See ``products.weight_gradient``.
+    """See ``triton.products.weight_gradient``.
 
     Args:
       left: [C, M].
@@ -188,7 +169,7 @@ def weight_gradient(
         def tile(lanes: Lanes, index: Any) -> Work:
             expert, turn = index
             own = pl.ds(lanes.me * (height if by_rows else wide), height if by_rows else wide)
-            row_tile, col_tile = products.position(turn, row_tiles, col_tiles, _GROUP)
+            row_tile, col_tile = position_in_grid(turn, row_tiles, col_tiles, _GROUP)
             start, size = pl.multiple_of(starts_ref[expert], ROWS), sizes_ref[expert]
             at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
@@ -221,55 +202,13 @@ def weight_gradient(
                 finish,
             )
 
-        hopper_stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile)
+        stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile)
 
     shape = ((num_experts, tall, cols), left.dtype)
-    return _call(body, (starts, group_sizes, left, right), [shape])[0]
+    return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
 
 
 def _width(cols: int) -> int:
+    """Columns of a tile: the most that the matrix unit multiplies at once, or half of it where those do not
+    divide the matrix."""
     return 256 if cols % 256 == 0 else 128
-
-
-def _rows_of_tile(table: Any, row_tile: Any) -> tuple[Any, Any]:
-    """The expert and the rows of a tile."""
-    first = pl.multiple_of(table[rows_of.FIRST, row_tile], ROWS)
-    return table[rows_of.EXPERT, row_tile], pl.ds(first, ROWS)
-
-
-def _all_tiles(
-    blocks: tuple[Block | Line, ...],
-    dtype: Any,
-    table: Any,
-    tiles: RowTiles,
-    col_tiles: int,
-    tile: Callable[[Lanes, Any, Any], Any],
-    **of_stream: Any,
-) -> None:
-    """Does tile(lanes, tile of rows, tile of columns) for all that are in use; see ``hopper_stream.run``."""
-    first = table[rows_of.FIRST_TILE, tiles.max_tiles]
-    num_tiles = table[rows_of.NUM_TILES, tiles.max_tiles] - first
-
-    def of_turn(lanes: Lanes, index: Any) -> Work:
-        return tile(lanes, *rows_of.position(table, index[0], first, col_tiles))
-
-    hopper_stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
-
-
-def _call(
-    body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]
-) -> list[Any]:
-    like = compat.union_varying(*operands)
-    kernel = mg.kernel(
-        body,
-        out_type=tuple(compat.result_type(like[0], shape, dtype) for shape, dtype in results),
-        grid=(PROGRAMS,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
-        # Sums and maxima along rows stay within a warp, so they need no place in shared memory.
-        compiler_params=mg.CompilerParams(
-            lowering_semantics=mg.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
-        ),
-    )
-    return list(kernel(*like))

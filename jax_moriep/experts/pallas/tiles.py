@@ -21,11 +21,80 @@ GROUP = 16
 With tiles of 128 rows and 256 columns, 132 programs then read the least: as many rows as columns at a time.
 """
 
-EXPERT, FIRST, STOP, END, GROUP_FIRST, GROUP_END = range(6)
-"""Lines of the table: the expert, the tile's first row, the end of its run's real rows and of its blocks, and
-the first tile of its group and of the next."""
-NUM_TILES, USED_ROWS, FIRST_TILE = range(3)
-"""Lines of the table's last column: tiles in use, the end of the last run's blocks, the first tile to do."""
+# The table's lines: in the column of a tile those of ``OfTile``, in the last column those of ``OfCall``.
+_EXPERT, _FIRST, _STOP, _END, _GROUP_FIRST, _GROUP_END = range(6)
+_NUM_TILES, _USED_ROWS, _FIRST_TILE = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfTile:
+    """What the table says of one tile, inside a kernel; each attribute is read where it is asked for.
+
+    Attributes:
+      table: the reference to ``RowTiles.table``.
+      tile: which tile.
+    """
+
+    table: Any
+    tile: Any
+
+    @property
+    def expert(self) -> Any:
+        """Whose rows they are."""
+        return self.table[_EXPERT, self.tile]
+
+    @property
+    def first(self) -> Any:
+        """The tile's first row."""
+        return self.table[_FIRST, self.tile]
+
+    @property
+    def stop(self) -> Any:
+        """The end of its run's real rows."""
+        return self.table[_STOP, self.tile]
+
+    @property
+    def end(self) -> Any:
+        """The end of its run's blocks."""
+        return self.table[_END, self.tile]
+
+    @property
+    def group_first(self) -> Any:
+        """The first tile of its group."""
+        return self.table[_GROUP_FIRST, self.tile]
+
+    @property
+    def group_end(self) -> Any:
+        """The first tile of the next group."""
+        return self.table[_GROUP_END, self.tile]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfCall:
+    """What the table says of all tiles together, inside a kernel; read as in ``OfTile``.
+
+    Attributes:
+      table: the reference to ``RowTiles.table``.
+      last: its last column.
+    """
+
+    table: Any
+    last: int
+
+    @property
+    def num_tiles(self) -> Any:
+        """How many tiles are in use."""
+        return self.table[_NUM_TILES, self.last]
+
+    @property
+    def used_rows(self) -> Any:
+        """The end of the last run's blocks."""
+        return self.table[_USED_ROWS, self.last]
+
+    @property
+    def first_tile(self) -> Any:
+        """The first tile to do."""
+        return self.table[_FIRST_TILE, self.last]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +102,7 @@ class RowTiles:
     """The tiles of one call.
 
     Attributes:
-      table: i32[6, max_tiles + 1].
+      table: i32[6, max_tiles + 1]; kernels read it through ``of_tile`` and ``of_call``.
       size: rows per tile, a power of two.
       max_tiles: the most tiles that any ``group_sizes`` can need.
       capacity: C.
@@ -47,6 +116,14 @@ class RowTiles:
     capacity: int
     block: int
     overrun: bool
+
+    def of_tile(self, table: Any, tile: Any) -> OfTile:
+        """What the table, inside a kernel, says of a tile."""
+        return OfTile(table, tile)
+
+    def of_call(self, table: Any) -> OfCall:
+        """What the table, inside a kernel, says of all tiles together."""
+        return OfCall(table, self.max_tiles)
 
 
 def row_tiles(
@@ -103,8 +180,8 @@ def row_tiles(
     return RowTiles(table, size, most, capacity, block, block % size != 0)
 
 
-def position(table: Any, turn: Any, first_tile: Any, col_tiles: int) -> tuple[Any, Any]:
-    """(tile of rows, tile of columns) of a turn, inside a kernel.
+def position_in_runs(table: Any, turn: Any, first_tile: Any, col_tiles: int) -> tuple[Any, Any]:
+    """(tile of rows, tile of columns) of a turn, inside a kernel: by the table's groups, each of one run.
 
     A group has the turns that its tiles would have if each took all its columns at once, so the group of a
     turn is that of the tile that would be there.
@@ -116,10 +193,28 @@ def position(table: Any, turn: Any, first_tile: Any, col_tiles: int) -> tuple[An
       col_tiles: tiles of columns.
     """
     there = first_tile + lax.div(turn, jnp.int32(col_tiles))
-    group_first = jnp.maximum(table[GROUP_FIRST, there], first_tile)
-    height = table[GROUP_END, there] - group_first
+    group_first = jnp.maximum(OfTile(table, there).group_first, first_tile)
+    height = OfTile(table, there).group_end - group_first
     in_group = turn - (group_first - first_tile) * col_tiles
     return group_first + lax.rem(in_group, height), lax.div(in_group, height)
+
+
+def position_in_grid(turn: Any, row_tiles: Any, col_tiles: int, group: int) -> tuple[Any, Any]:
+    """(tile of rows, tile of columns) of a turn in a grid of both, which has no table.
+
+    Groups are of ``group`` tiles of rows, the last one of those that are left.
+
+    Args:
+      turn: from 0 to ``row_tiles * col_tiles``.
+      row_tiles: tiles of rows.
+      col_tiles: tiles of columns.
+      group: how many tiles of rows take their turn at one tile of columns before the next.
+    """
+    per_group = jnp.int32(group * col_tiles)
+    in_group = lax.rem(turn, per_group)
+    first = lax.div(turn, per_group) * group
+    height = jnp.minimum(row_tiles - first, group)
+    return first + lax.rem(in_group, height), lax.div(in_group, height)
 
 
 def real_rows(group_sizes: jax.Array, block: int, capacity: int) -> jax.Array:

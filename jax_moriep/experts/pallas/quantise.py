@@ -10,20 +10,43 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import Span, Tile, by_turns, call, load, store, store_vector
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep import schemes
+from jax_moriep.experts.pallas.launch import (
+    PASS_PROGRAMS,
+    Span,
+    Tile,
+    by_turns,
+    call,
+    load,
+    store,
+    store_vector,
+)
+from jax_moriep.experts.pallas.tiles import RowTiles
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
 
-GROUP = 128
+GROUP = schemes.BLOCK
+"""Columns that share a scale of rows, and both sides of a block of weights that do."""
 SLICE = 32
+"""Rows that a program takes at a time in a pass over rows: those of ``rowwise``."""
 # Bits of f32: 2^-100, below which a group is zeros, infinity, and a NaN.
 _SMALLEST, _INFINITY, _NAN = 27 << 23, 0x7F800000, 0x7FC00000
-_PROGRAMS = 16896
+# Of 8 warps each thread holds 16 values of rows, or 64 of a block. Not tuned.
 _ROWS_TILE = Tile(SLICE, GROUP, SLICE, warps=8, stages=1)
 _BLOCK_TILE = Tile(GROUP, GROUP, GROUP, warps=8, stages=1)
 
 
-def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def codes_of(weights: ExpertWeights, spec: ExpertSpec) -> ExpertWeights:
+    """The weights as codes: as they are, or those of master weights."""
+    if weights.frozen:
+        return weights
+    assert spec.scheme is not None
+    dtype = spec.code_dtype(weights)
+    first = schemes.quantise_weights(weights.w1, spec.scheme, dtype, parts=2)
+    second = schemes.quantise_weights(weights.w2, spec.scheme, dtype, parts=1)
+    return weights._replace(w1=first.codes, w2=second.codes, w1_scale=first.scales, w2_scale=second.scales)
+
+
+def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> schemes.Quantised:
     """Rows in groups of 128 columns.
 
     Args:
@@ -41,19 +64,20 @@ def rows(x: jax.Array, tiles: RowTiles, format: Any, *, interpret: bool) -> tupl
     def kernel(table_ref: Any, x_ref: Any, codes_ref: Any, scales_ref: Any) -> None:
         def one(turn: Any) -> None:
             row_tile, group = lax.div(turn, groups), lax.rem(turn, groups)
-            own = Span(table_ref[rows_of.FIRST, row_tile], tiles.size, table_ref[rows_of.END, row_tile])
+            tile = tiles.of_tile(table_ref, row_tile)
+            own = Span(tile.first, tiles.size, tile.end)
             cols = Span(group * GROUP, GROUP)
             values = load(x_ref, own, cols).astype(jnp.float32)
             store_rows(codes_ref, scales_ref, own, cols, values, group)
 
-        by_turns(programs, table_ref[rows_of.NUM_TILES, last] * groups, one)
+        by_turns(programs, tiles.of_call(table_ref).num_tiles * groups, one)
 
-    programs = min(_PROGRAMS, last * groups)
+    programs = min(PASS_PROGRAMS, last * groups)
     results = [(x.shape, format), ((groups, capacity), jnp.float32)]
     codes, scales = call(
         kernel, "moriep_quantise_rows", (tiles.table, x), results, programs, _ROWS_TILE, interpret
     )
-    return codes, scales
+    return schemes.Quantised(codes, scales)
 
 
 def weights(w: jax.Array, format: Any, *, transposed: bool, interpret: bool) -> list[jax.Array]:
@@ -127,7 +151,7 @@ def scaled(values: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.where(inverse != 0, values * inverse, 0.0)
 
 
-def seen(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def coded_groups(values: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What codes leave of groups: codes as f32 and f32 scales [..., 1], of f32 values [..., G].
 
     Rounding is spelled out, because Pallas-Triton converts to few float8 formats and rounds nothing itself.

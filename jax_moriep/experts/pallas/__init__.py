@@ -1,4 +1,7 @@
-"""experts="triton": grouped matrix products in Pallas-Triton, one source for NVIDIA and AMD GPUs.
+"""experts="triton": grouped matrix products in Pallas, on every GPU of NVIDIA and AMD.
+
+Pallas-Triton has kernels for every GPU, size and option (``triton/``), Pallas-Mosaic faster ones for the
+common sizes on NVIDIA's Hopper (``hopper/``); ``choice`` says which of them a call gets, and why.
 
 The rows' layout makes the products dense: a run starts at a multiple of ``block`` and belongs to one expert,
 so a tile of rows needs one expert's weights and no gather. What follows from that:
@@ -20,7 +23,9 @@ from __future__ import annotations
 import jax
 
 from jax_moriep.config import MoEConfig
+from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 
 PLATFORMS = ("gpu", "cuda", "rocm")
@@ -34,6 +39,13 @@ def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
     return f"it needs a GPU of NVIDIA or AMD, and this is {place.platform}; use experts='blocked'"
 
 
+def describe(place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, dtype: str) -> str | None:
+    """See ``experts.Describes.describe``: whether Pallas-Mosaic's or Pallas-Triton's kernels run, and why."""
+    if unavailable_reason(place, cfg) is not None:
+        return None
+    return choice.describe(place, cfg, shape, dtype)
+
+
 def expert_mlp(
     rows: jax.Array,
     row_weights: jax.Array,
@@ -43,6 +55,6 @@ def expert_mlp(
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     # Imported on first use: Pallas would be most of what `import jax_moriep` adds to jax's own time.
-    from jax_moriep.experts.triton import mlp
+    from jax_moriep.experts.pallas import mlp
 
     return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_moriep.experts.triton import tiles as rows_of
-from jax_moriep.experts.triton.launch import (
+from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
     by_turns,
@@ -20,10 +19,12 @@ from jax_moriep.experts.triton.launch import (
     span,
     store_vector,
 )
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.experts.pallas.tiles import RowTiles
 
-_ROWS, _COLS = 32, 128
-_TILE = Tile(_ROWS, _COLS, _ROWS, warps=4, stages=2)
+# Two stages of 32 x 128 values fit every GPU's local memory, in f32 too. Not tuned: these sums are bound by
+# reading their operand once.
+BIAS_ROWS, _COLS = 32, 128
+_TILE = Tile(BIAS_ROWS, _COLS, BIAS_ROWS, warps=4, stages=2)
 
 
 def row_sums(
@@ -58,13 +59,13 @@ def row_sums(
             start, size = starts_ref[expert], sizes_ref[expert]
 
             def step(k: Any, total: jax.Array) -> jax.Array:
-                deep = Span(start + k * _ROWS, _ROWS, start + size)
+                deep = Span(start + k * BIAS_ROWS, BIAS_ROWS, start + size)
                 part = load(values_ref, deep, wide).astype(jnp.float32)
                 if scale is not None:
                     part = part * load_vector(refs[0], deep)[:, None]
                 return total + jnp.sum(part, axis=0)
 
-            steps = lax.div(size + (_ROWS - 1), _ROWS)
+            steps = lax.div(size + (BIAS_ROWS - 1), BIAS_ROWS)
             total = lax.fori_loop(0, steps, step, jnp.zeros((cols,), jnp.float32))
             store_vector(refs[-1], wide, total, expert)
 
@@ -94,8 +95,8 @@ def rows_times_bias(rows: jax.Array, bias: jax.Array, tiles: RowTiles, *, interp
 
     def kernel(table_ref: Any, rows_ref: Any, bias_ref: Any, out_ref: Any) -> None:
         def one(turn: Any) -> None:
-            expert, first, stop = (table_ref[line, turn] for line in range(3))
-            real = Span(first, tiles.size, stop)
+            tile = tiles.of_tile(table_ref, turn)
+            expert, real = tile.expert, Span(tile.first, tiles.size, tile.stop)
 
             def step(k: Any, total: jax.Array) -> jax.Array:
                 wide = span(k * cols, cols, width)
@@ -105,7 +106,7 @@ def rows_times_bias(rows: jax.Array, bias: jax.Array, tiles: RowTiles, *, interp
             zeros = jnp.zeros((tiles.size,), jnp.float32)
             store_vector(out_ref, real, lax.fori_loop(0, -(-width // cols), step, zeros))
 
-        by_turns(last, table_ref[rows_of.NUM_TILES, last], one)
+        by_turns(last, tiles.of_call(table_ref).num_tiles, one)
 
     operands, results = (tiles.table, rows, bias), [((capacity,), jnp.float32)]
     return call(kernel, "moriep_rows_times_bias", operands, results, last, _TILE, interpret)[0]

@@ -1,4 +1,4 @@
-"""The products of quantised experts on Hopper GPUs, in Pallas-Mosaic: see ``hopper`` and ``hopper_scaled``.
+"""The products of quantised experts on Hopper GPUs, in Pallas-Mosaic: see ``products`` and ``scaled``.
 
 Scales of rows come as [groups, C], so that those of a tile's rows lie side by side.
 """
@@ -13,50 +13,48 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
+from jax_moriep import schemes
+from jax_moriep.experts.pallas import activation, quantise
+from jax_moriep.experts.pallas.hopper import launch, scaled
+from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import RowTiles
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import activation, hopper, hopper_scaled, quantise
-from jax_moriep.experts.triton.hopper import ROWS
-from jax_moriep.experts.triton.hopper_scaled import DEPTH, Work
-from jax_moriep.experts.triton.hopper_stream import Block, Lanes, Line
-from jax_moriep.experts.triton.tiles import RowTiles
+from jax_moriep.schemes import Quantised
 
-_WIDTH = 128
+_WIDTH = schemes.BLOCK
+"""Columns of a sum: those that share a scale."""
 _HEIGHT = ROWS // 2
+"""Rows of a warpgroup's sums."""
 _PRODUCT_COPIER_REGISTERS = 32
-"""With 40 the compiler spills registers of the product's loop, which then takes 1.4 times as long."""
+"""With 40 the compiler spills registers of the product's loop: 1.4 times as long on an H200."""
 
 
-def product(
-    codes: jax.Array,
-    row_scales: jax.Array,
-    weights: jax.Array,
-    weight_scales: jax.Array,
-    tiles: RowTiles,
-    dtype: Any,
-) -> jax.Array:
+def product(rows: Quantised, weights: Quantised, tiles: RowTiles, dtype: Any) -> jax.Array:
     """Rows times their expert's weights, undefined behind the last run.
 
     Args:
-      codes: [C, D], float8.
-      row_scales: f32[D/128, C].
-      weights: [L, N, D], float8.
-      weight_scales: f32[L, N/128, D/128] for blocks, or f32[L, N] for one scale per row of weights.
+      rows: float8 codes [C, D], scales f32[D/128, C].
+      weights: float8 codes [L, N, D], scales f32[L, N/128, D/128] for blocks, or f32[L, N] for one per row of
+        weights.
       tiles: the tiles of rows.
       dtype: of the result.
 
     Returns:
       [C, N].
     """
-    depth, cols = codes.shape[1], weights.shape[1]
+    codes = rows.codes
+    depth, cols = codes.shape[1], weights.codes.shape[1]
     halves = 2 if cols % (2 * _WIDTH) == 0 else 1
     blocks = (Block(ROWS, DEPTH, 1), Block(halves * _WIDTH, DEPTH, 1), Line(ROWS))
-    by_block = weight_scales.ndim == 3
+    by_block = weights.scales.ndim == 3
 
     def body(
         table: Any, codes_ref: Any, rows_ref: Any, weights_ref: Any, scales_ref: Any, out_ref: Any
     ) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            expert, at_rows = launch.rows_of_tile(table, row_tile)
             own = pl.ds(lanes.me * _HEIGHT, _HEIGHT)
             first_col = col_tile * (halves * _WIDTH)
 
@@ -87,7 +85,7 @@ def product(
                 finish,
             )
 
-        hopper._all_tiles(
+        launch.all_tiles(
             blocks,
             codes.dtype,
             table,
@@ -95,19 +93,17 @@ def product(
             cols // (halves * _WIDTH),
             tile,
             results=(dtype,),
-            multiply=hopper_scaled.multiply,
+            multiply=scaled.multiply,
             copier_registers=_PRODUCT_COPIER_REGISTERS,
         )
 
     shape = ((tiles.capacity, cols), dtype)
-    return hopper._call(body, (tiles.table, codes, row_scales, weights, weight_scales), [shape])[0]
+    return launch.call(body, (tiles.table, *rows, *weights), [shape])[0]
 
 
 def gate_up(
-    codes: jax.Array,
-    row_scales: jax.Array,
-    weights: jax.Array,
-    weight_scales: jax.Array,
+    rows: Quantised,
+    weights: Quantised,
     factors: jax.Array,
     tiles: RowTiles,
     spec: ExpertSpec,
@@ -118,11 +114,9 @@ def gate_up(
     """Gate and up in one pass over the rows, the activation, and what it becomes in float8.
 
     Args:
-      codes: [C, H], float8.
-      row_scales: f32[H/128, C], or f32[1, C] for one scale per row.
-      weights: w1, [L, 2*I, H], float8.
-      weight_scales: f32[L, 2*I/128, H/128] for blocks, or f32[L, 2*I] for one scale per row of weights; the
-        rows' scales are of the same kind.
+      rows: float8 codes [C, H], scales f32[H/128, C], or f32[1, C] for one per row.
+      weights: w1, float8 codes [L, 2*I, H], scales f32[L, 2*I/128, H/128] for blocks, or f32[L, 2*I] for one
+        per row of weights; the rows' scales are of the same kind.
       factors: f32[C], what each row of activations is multiplied with; a row whose factor is 0 gives zeros,
         whatever it holds.
       tiles: the tiles of rows.
@@ -134,8 +128,9 @@ def gate_up(
       Codes [C, I] and scales f32[I/128, C] of the activations, the factors in the scales, and the
       pre-activations [saved_rows, 2*I] if there are any.
     """
-    depth, cols = codes.shape[1], weights.shape[1] // 2
-    by_block = weight_scales.ndim == 3
+    codes = rows.codes
+    depth, cols = codes.shape[1], weights.codes.shape[1] // 2
+    by_block = weights.scales.ndim == 3
     weight = Block(_WIDTH, DEPTH, 1)
     blocks = (Block(ROWS, DEPTH, 1), weight, weight, *([Line(ROWS)] if by_block else []))
 
@@ -151,7 +146,7 @@ def gate_up(
         *kept_ref: Any,
     ) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = hopper._rows_of_tile(table, row_tile)
+            expert, at_rows = launch.rows_of_tile(table, row_tile)
             first, own = at_rows.start, pl.ds(lanes.me * _HEIGHT, _HEIGHT)
             mine = pl.ds(first + lanes.me * _HEIGHT, _HEIGHT)
             at_cols = [pl.ds(n * cols + col_tile * _WIDTH, _WIDTH) for n in range(2)]
@@ -168,23 +163,13 @@ def gate_up(
                         for total, at in zip(sums, at_cols, strict=True)
                     )
                 factor = of_rows(factors_ref.at[mine])
-                h = activation.value(gate, up, spec)
-                scale, inverse = quantise.power_scales(jnp.max(quantise.magnitudes(h), axis=1), codes.dtype)
-                used = factor != 0
-                inverse = lax.broadcast_in_dim(jnp.where(used, inverse, 0.0), h.shape, (0,))
-                h = quantise.scaled(h, inverse)
-                act_scales_ref[col_tile, mine] = jnp.where(used, scale * factor, 0.0)
+                h, act_scales_ref[col_tile, mine] = _coded(gate, up, factor, spec, codes.dtype)
                 parts = [(h, act_ref.at[at_rows, at_cols[0]].at[own])]
-                if not saved_rows:
-                    lanes.leave(parts)
-                    return
-                kept = kept_ref[0].at[at_rows]
-                both = [(x, kept.at[:, at].at[own]) for x, at in zip((gate, up), at_cols, strict=True)]
-                if saved_rows == tiles.capacity:
-                    lanes.leave(parts + both)
-                else:
-                    lanes.leave(parts)
-                    pl.when(first < saved_rows)(lambda: lanes.leave(both))
+                pre = []
+                if saved_rows:
+                    kept = kept_ref[0].at[at_rows]
+                    pre = [(x, kept.at[:, at].at[own]) for x, at in zip((gate, up), at_cols, strict=True)]
+                launch.leave(lanes, parts, pre, first, saved_rows, tiles)
 
             w = weights_ref.at[expert]
             sources = (codes_ref.at[at_rows, :], *(w.at[at, :] for at in at_cols))
@@ -199,7 +184,7 @@ def gate_up(
             )
 
         results = (codes.dtype, *([dtype] if saved_rows else []))
-        hopper._all_tiles(
+        launch.all_tiles(
             blocks,
             codes.dtype,
             table,
@@ -207,14 +192,25 @@ def gate_up(
             cols // _WIDTH,
             tile,
             results=results,
-            multiply=hopper_scaled.multiply,
+            multiply=scaled.multiply,
         )
 
     shapes = [((tiles.capacity, cols), codes.dtype), ((cols // _WIDTH, tiles.capacity), jnp.float32)]
     if saved_rows:
         shapes.append(((saved_rows, 2 * cols), dtype))
-    operands = (tiles.table, codes, row_scales, weights, weight_scales, factors)
-    return hopper._call(body, operands, shapes)
+    return launch.call(body, (tiles.table, *rows, *weights, factors), shapes)
+
+
+def _coded(
+    gate: jax.Array, up: jax.Array, factor: jax.Array, spec: ExpertSpec, format: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Activations as what float8 holds, and the scales of their rows, times the rows' factors."""
+    h = activation.value(gate, up, spec)
+    scale, inverse = quantise.power_scales(jnp.max(quantise.magnitudes(h), axis=1), format)
+    used = factor != 0
+    inverse = lax.broadcast_in_dim(jnp.where(used, inverse, 0.0), h.shape, (0,))
+    h = quantise.scaled(h, inverse)
+    return h, jnp.where(used, scale * factor, 0.0)
 
 
 def of_rows(ref: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Both passes of experts that a scheme quantises, by Triton products; ``hopper_quantised`` is the fast case.
+"""Both passes of experts that a scheme quantises, by Triton products; ``hopper/quantised`` is the fast case.
 
 Forward, codes are multiplied. XLA quantises, on every platform: with few rows that is little, and with many
 it is a pass over memory beside a product. On the way back the products read values, the weights dequantised
@@ -19,14 +19,26 @@ from jax import lax
 
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
+from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.launch import Tile, store
+from jax_moriep.experts.pallas.quantise import codes_of
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.triton import passes
+from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
+from jax_moriep.experts.pallas.triton.passes import Tiles
+from jax_moriep.experts.pallas.triton.products import (
+    At,
+    Epilogue,
+    Product,
+    Scales,
+    rows_times_weights,
+    weight_gradient,
+)
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
-from jax_moriep.experts.triton import passes, rowwise
-from jax_moriep.experts.triton.biases import row_sums, rows_times_bias
-from jax_moriep.experts.triton.launch import Tile, store
-from jax_moriep.experts.triton.passes import Tiles
-from jax_moriep.experts.triton.products import At, Scales, rows_times_weights, weight_gradient
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
+"""Rows, their weights, group sizes and experts, as ``blocked.expert_mlp`` takes them."""
 
 
 def forward(
@@ -35,12 +47,10 @@ def forward(
     saved_rows: int,
     interpret: bool,
     native: bool,
-    rows: jax.Array,
-    row_weights: jax.Array,
-    group_sizes: jax.Array,
-    weights: ExpertWeights,
+    operands: Operands,
 ) -> tuple[jax.Array, ...]:
     """See ``passes.forward``; without ``native`` the GPU does not convert the float8 of the codes."""
+    rows, row_weights, group_sizes, weights = operands
     coded = codes_of(weights, spec)
     operands = (rows, row_weights, group_sizes, coded)
     act, *saved = _gate_up(spec, tile_of("gate_up"), interpret, native, operands, saved_rows=saved_rows)
@@ -59,29 +69,27 @@ def backward(
     native: bool,
     d_out: jax.Array,
     saved: jax.Array,
-    rows: jax.Array,
-    row_weights: jax.Array,
-    group_sizes: jax.Array,
-    weights: ExpertWeights,
+    operands: Operands,
 ) -> tuple[jax.Array, ...]:
     """The cotangents of rows, row weights, w1 and w2 unless they are codes, and biases if there are any."""
+    rows, row_weights, group_sizes, weights = operands
     capacity, dtype = rows.shape[0], rows.dtype
     codes, back = spec.code_dtype(weights), spec.quantises_gradients(weights)
     w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
     pre = (saved,)
     if saved_rows < capacity:
-        operands = (rows, row_weights, group_sizes, codes_of(weights, spec))
+        coded = (rows, row_weights, group_sizes, codes_of(weights, spec))
         tile = tile_of("gate_up")
-        pre += tuple(_gate_up(spec, tile, interpret, native, operands, recomputed_from=saved_rows))
+        pre += tuple(_gate_up(spec, tile, interpret, native, coded, recomputed_from=saved_rows))
     d_y = rounding.activated(d_out, codes).astype(dtype) if back else d_out
     d_act = _d_activations(tile_of("d_act"), spec, interpret, d_y, group_sizes, w2)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
     act, d_pre, shares = rowwise.activation_gradient(
-        d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, seen=codes, interpret=interpret
+        d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, read_as=codes, interpret=interpret
     )
     seen = rounding.halves(d_pre, codes).astype(dtype) if back else d_pre
-    operands = (rows, row_weights, group_sizes, w1, w2)
-    (d_rows,) = passes.d_rows(spec, tile_of("d_rows"), interpret, seen, operands)
+    plain = (rows, row_weights, group_sizes, w1, w2)
+    (d_rows,) = passes.d_rows(spec, tile_of("d_rows"), interpret, seen, plain)
     starts = run_starts(group_sizes, spec.block)
     d_weights = ()
     if not weights.frozen:
@@ -99,7 +107,7 @@ def backward(
             sums(d_pre, None, dtype=weights.b1.dtype),
             sums(d_out, row_weights, dtype=weights.b2.dtype),
         )
-        few = row_tiles(group_sizes, spec.block, capacity, 32)
+        few = row_tiles(group_sizes, spec.block, capacity, BIAS_ROWS)
         d_row_weights += rows_times_bias(d_out, weights.b2, few, interpret=interpret)
     d_row_weights = jnp.where(real_rows(group_sizes, spec.block, capacity), d_row_weights, 0)
     return d_rows, d_row_weights, *d_weights
@@ -116,23 +124,12 @@ def with_weighted_input(
     return mlp(plain, (weighted.astype(rows.dtype), jnp.ones_like(row_weights), group_sizes, weights))
 
 
-def codes_of(weights: ExpertWeights, spec: ExpertSpec) -> ExpertWeights:
-    """The weights as codes: as they are, or those of master weights."""
-    if weights.frozen:
-        return weights
-    assert spec.scheme is not None
-    dtype = spec.code_dtype(weights)
-    first = schemes.quantise_weights(weights.w1, spec.scheme, dtype, parts=2)
-    second = schemes.quantise_weights(weights.w2, spec.scheme, dtype, parts=1)
-    return weights._replace(w1=first.codes, w2=second.codes, w1_scale=first.scales, w2_scale=second.scales)
-
-
 def _gate_up(
     spec: ExpertSpec,
     tile: Tile,
     interpret: bool,
     native: bool,
-    operands: tuple[jax.Array, jax.Array, jax.Array, ExpertWeights],
+    operands: Operands,
     **which: Any,
 ) -> list[jax.Array]:
     rows, row_weights, group_sizes, coded = operands
@@ -154,15 +151,11 @@ def _d_activations(
         store(out_ref, at.real, at.cols, sums[0])
 
     return rows_times_weights(
-        d_y,
-        w2,
+        Product(d_y, w2, by_column=True),
         row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
         tile,
-        epilogue,
-        (),
-        [((capacity, w2.shape[2]), d_y.dtype)],
+        Epilogue(epilogue, (), [((capacity, w2.shape[2]), d_y.dtype)]),
         name="moriep_d_act",
-        by_column=True,
         interpret=interpret,
     )[0]
 

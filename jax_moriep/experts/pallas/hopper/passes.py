@@ -1,47 +1,49 @@
-"""The forward and the backward pass by the Hopper products; see ``passes`` for what each step is."""
+"""The forward and the backward pass by the Hopper products; see ``triton.passes`` for what each step is."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.hopper import products
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.spec import ExpertSpec
-from jax_moriep.experts.triton import hopper, rowwise
-from jax_moriep.experts.triton.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
 
 def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """See ``passes.forward``; ``saved_rows`` is a multiple of ``hopper.ROWS``."""
+    """See ``triton.passes.forward``; ``saved_rows`` is a multiple of ``ROWS``."""
     rows, row_weights, group_sizes, w1, w2 = operands
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], hopper.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
-    act, *saved = hopper.gate_up(rows, w1, factors, tiles, spec, saved_rows=saved_rows, act=True)
-    out = hopper.product(act, w2, tiles, by_column=False)
+    act, *saved = products.gate_up(rows, w1, factors, tiles, spec, saved_rows=saved_rows, act=True)
+    out = products.product(act, w2, tiles, by_column=False)
     return (rowwise.zeroed_behind(out, tiles, interpret=False), *saved)
 
 
 def backward(
     spec: ExpertSpec, saved_rows: int, d_out: jax.Array, saved: jax.Array, *operands: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """See ``passes.backward``."""
+    """See ``triton.passes.backward``."""
     rows, row_weights, group_sizes, w1, w2 = operands
     capacity = rows.shape[0]
     starts = run_starts(group_sizes, spec.block)
-    tiles = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS)
+    tiles = row_tiles(group_sizes, spec.block, capacity, ROWS)
     pre = (saved,)
     if saved_rows < capacity:
-        behind = row_tiles(group_sizes, spec.block, capacity, hopper.ROWS, saved_rows)
-        pre += tuple(hopper.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False))
-    d_act = hopper.product(d_out, w2, tiles, by_column=True)
+        behind = row_tiles(group_sizes, spec.block, capacity, ROWS, saved_rows)
+        pre += tuple(products.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False))
+    d_act = products.product(d_out, w2, tiles, by_column=True)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
     act, d_pre, shares = rowwise.activation_gradient(
         d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
     )
-    d_rows = hopper.product(d_pre, w1, tiles, by_column=True)
+    d_rows = products.product(d_pre, w1, tiles, by_column=True)
     d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=False)
-    dw1 = hopper.weight_gradient(d_pre, rows, starts, group_sizes, unclean="right")
-    dw2 = hopper.weight_gradient(d_out, act, starts, group_sizes, unclean="left")
+    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, unclean="left")
     d_weights = jnp.where(real_rows(group_sizes, spec.block, capacity), jnp.sum(shares, axis=0), 0)
     return d_rows, d_weights, dw1, dw2

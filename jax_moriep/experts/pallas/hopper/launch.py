@@ -1,0 +1,90 @@
+"""What every Hopper kernel here shares: the call of Pallas itself, the walk over tiles, how results leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mg
+
+from jax_moriep.experts.pallas.hopper import stream
+from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line, Work
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import OfTile, RowTiles, position_in_runs
+from jax_moriep.runtime import compat
+
+PROGRAMS = 132
+"""One for each multiprocessor of an H100 SXM or an H200, whose shared memory and registers it takes whole."""
+
+
+def rows_of_tile(table: Any, row_tile: Any) -> tuple[Any, Any]:
+    """The expert and the rows of a tile."""
+    tile = OfTile(table, row_tile)
+    first = pl.multiple_of(tile.first, ROWS)
+    return tile.expert, pl.ds(first, ROWS)
+
+
+def all_tiles(
+    blocks: tuple[Block | Line, ...],
+    dtype: Any,
+    table: Any,
+    tiles: RowTiles,
+    col_tiles: int,
+    tile: Callable[[Lanes, Any, Any], Any],
+    **of_stream: Any,
+) -> None:
+    """Does tile(lanes, tile of rows, tile of columns) for all that are in use; see ``stream.run``."""
+    of_call = tiles.of_call(table)
+    first = of_call.first_tile
+    num_tiles = of_call.num_tiles - first
+
+    def of_turn(lanes: Lanes, index: Any) -> Work:
+        return tile(lanes, *position_in_runs(table, index[0], first, col_tiles))
+
+    stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
+
+
+def call(body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
+    like = compat.union_varying(*operands)
+    kernel = mg.kernel(
+        body,
+        out_type=tuple(compat.result_type(like[0], shape, dtype) for shape, dtype in results),
+        grid=(PROGRAMS,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        # Sums and maxima along rows stay within a warp, so they need no place in shared memory.
+        compiler_params=mg.CompilerParams(
+            lowering_semantics=mg.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+        ),
+    )
+    return list(kernel(*like))
+
+
+def leave(
+    lanes: Lanes,
+    parts: list[tuple[Any, Any]],
+    pre: list[tuple[Any, Any]],
+    first: Any,
+    saved_rows: int,
+    tiles: RowTiles,
+) -> None:
+    """Stores a tile's results, and its pre-activations where they are kept.
+
+    Args:
+      lanes: the warpgroup's.
+      parts: results, see ``Lanes.leave``.
+      pre: pre-activations likewise; empty if none are kept.
+      first: the tile's first row.
+      saved_rows: pre-activations of the first so many rows are kept.
+      tiles: the tiles of rows.
+    """
+    if not pre:
+        lanes.leave(parts)
+    elif saved_rows == tiles.capacity:
+        lanes.leave(parts + pre)
+    else:
+        lanes.leave(parts)
+        pl.when(first < saved_rows)(lambda: lanes.leave(pre))

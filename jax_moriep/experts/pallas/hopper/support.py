@@ -1,0 +1,62 @@
+"""What the Hopper kernels can run, asked of a call before anything is imported: each answer has a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_moriep import schemes
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+
+ROWS = 128
+"""Rows of a tile: 64, the fewest that the matrix unit multiplies, for each of two warpgroups."""
+FEW_ROWS = 64
+"""Rows of a tile of the kernels for short runs, which both warpgroups multiply."""
+_STRIP = 8
+"""Rows of swizzled shared memory that belong together: results leave in multiples of them."""
+FORMAT = jnp.dtype(jnp.float8_e4m3fn)
+"""The float8 that the matrix unit multiplies."""
+
+
+def unsuited(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
+    """Why the kernels here cannot run a call; None if they can.
+
+    Args:
+      spec: the static side.
+      rows: [C, H], or its shape and dtype.
+      weights: the experts, or their shapes and dtypes.
+    """
+    why = _unsuited_operands(spec, rows, weights)
+    if why is None and (spec.block % ROWS or rows.shape[0] % ROWS):
+        why = f"block={spec.block} is no multiple of {ROWS}"
+    return why
+
+
+def unsuited_few(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
+    """Why the kernels for short runs cannot run a call that is not differentiated; see ``unsuited``."""
+    if spec.scheme is None or not weights.frozen:
+        return "those for few rows have quantised weights only"
+    why = _unsuited_operands(spec, rows, weights)
+    if why is None and (spec.block % _STRIP or FEW_ROWS % spec.block or rows.shape[0] % spec.block):
+        why = f"block={spec.block} is none of 8, 16, 32 and {FEW_ROWS}"
+    return why
+
+
+def _unsuited_operands(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
+    """What all kernels here ask for, whatever the runs are."""
+    hidden, inner = rows.shape[1], weights.w2.shape[2]
+    if jnp.dtype(rows.dtype).itemsize != 2:
+        return f"rows are {jnp.dtype(rows.dtype).name}, and must be bfloat16 or float16"
+    if spec.scheme is None and not rows.dtype == weights.w1.dtype == weights.w2.dtype:
+        names = (jnp.dtype(x.dtype).name for x in (weights.w1, weights.w2, rows))
+        return "w1, w2 and rows are {}, {} and {}, and must be of one dtype".format(*names)
+    if spec.scheme is not None and spec.code_dtype(weights) != FORMAT:
+        return f"codes are {spec.code_dtype(weights).name}, and must be {FORMAT.name}"
+    if weights.b1 is not None:
+        return "the experts have biases"
+    if spec.weight_input:
+        return "the experts' inputs are weighted, and not their outputs"
+    if hidden % schemes.BLOCK or inner % schemes.BLOCK:
+        return f"H={hidden} and I={inner} must be multiples of {schemes.BLOCK}"
+    return None
