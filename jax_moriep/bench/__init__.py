@@ -1,8 +1,26 @@
-"""``jax-moriep bench`` and ``jax-moriep plot``: comparisons whose numbers were made and checked in one run.
+"""``jax-moriep bench``, ``tune`` and ``plot``: how a benchmark's number is made, in six rooms.
 
-``cases`` says what to run, ``patterns`` where tokens go and ``traffic`` how many bytes that is. ``exchange``,
-``experts`` and ``layer`` are the three comparisons; ``oracle`` is what they are checked against and
-``ragged`` the baseline of two of them. ``worker`` is what each process of a run does, on a ``world`` of
-ranks, with ``timing`` by turns and a look at its ``memory``. ``runner`` starts the processes and joins what
-they found, ``report`` writes it as tables and ``picture`` draws it.
+A number's life, which is also the order of the rooms; none imports from one that follows it.
+
+- ``problem``: what is computed. ``names`` of what is compared; ``cases``, each of sizes; the ``world`` of a
+  case's processes; ``patterns`` of routing and their ``traffic``. Data is a ``formula``'s, so that
+  ``oracle``, ``layer_oracle`` and ``decode_oracle`` make what they need again; ``checks`` hold results
+  against them. ``shares`` of models for kernels, and ``quantised_oracle``; a ``checkpoint`` to load;
+  ``models``, ``routing`` and ``destinations`` for plans; ``published`` numbers of others; ``formats`` of
+  files.
+- ``measure``: how a number is taken. A function becomes one of ``programs``, which ``repeat`` their work on
+  the device; the ``pool`` compiles them; ``calls`` of them go by ``turns``, and ``seconds`` makes medians
+  of spans. The ``memory`` of a process; the ``machine`` that it all ran on.
+- ``against``: what it is held beside. ``floors``, ``dense`` products, ``plain`` layers, ``ragged`` experts;
+  ``grouped`` products of ``hopper`` (jax's), ``tokamax``, ``torch_mlp`` and ``torch_float8``, and
+  ``baselines``, the table of them.
+- ``kinds``: what there is to measure, with the faces of ``kind``. With cases, named in ``table`` and
+  described by ``arguments``: ``exchange``, ``experts``, ``layer``, ``decode``, ``link`` and ``train``.
+  Without: ``load``; on one GPU ``kernels`` (``products``, ``kernels_result``), ``quantised``
+  (``quantised_work``) and ``tune``; on paper ``plan`` (``plan_bytes``, ``plan_arguments``).
+- ``run``: who does it. ``runner`` starts ``processes`` in their ``environment``, each a ``worker``, and
+  joins what they found; ``host`` does so for all ``devices``, by its ``host_plan``; ``load`` with
+  ``load_worker``.
+- ``show``: for people. Tables: ``report``, ``host_report``, ``load_report``, ``plan_report``. Pictures, of
+  ``figures``: ``picture``, ``host_picture``, ``kernels_picture``.
 """

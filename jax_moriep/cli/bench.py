@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench.kinds import arguments, plan_arguments
+from jax_moriep.bench.kinds import arguments, plan, plan_arguments
 from jax_moriep.bench.problem.checks import failed_checks
 from jax_moriep.bench.run import load, runner
 from jax_moriep.bench.show import load_report, plan_report, report
@@ -111,21 +111,19 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
     names = args.shares or list(shares.SHARES)
     if args.quant is not None:
-        found = quantised.run(args.quant, names, args.rounds, say)
-        save(found)
+        found = quantised.run(quantised.Asked(args.quant, names, args.rounds), say, save)
         for what in ("wrong", "failed"):
             print(f"{what}:", found[what] or "nothing")
         return 1 if found["wrong"] or found["failed"] else 0
     baselines = args.baselines or list(BASELINES)
-    found = kernels.run(
+    asked = kernels.Asked(
         names,
         args.sizes or list(shares.SIZES),
         args.rounds,
         [] if baselines == ["none"] else baselines,
-        say,
-        save,
         args.minutes,
     )
+    found = kernels.run(asked, say, save)
     for name, reason in found["unavailable"].items():
         print(f"{name} did not run: {reason}")
     for what, title in (("inaccurate", "inaccurate baselines"), ("not_run", "not run")):
@@ -146,10 +144,11 @@ def _run_load(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_plan(args: argparse.Namespace, command: str) -> int:
-    planned = plan_arguments.of_arguments(args)
-    print(plan_report.as_text(planned))
-    if args.json is not None:
-        args.json.write_text(json.dumps({"command": command, **planned}, indent=1) + "\n")
+    def save(planned: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps({"command": command, **planned}, indent=1) + "\n")
+
+    print(plan_report.as_text(plan.run(plan_arguments.of_arguments(args), print, save)))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep tune``."""
-    for name in ("experts", "hidden", "intermediate"):
-        if getattr(args, name) < 1:
-            raise ConfigError(
-                rule(f"--{name}", getattr(args, name), "be at least 1", "pass a positive number")
-            )
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(rule("--out", str(args.out), "lie in an existing folder", "make the folder first"))
     # Imported here, because it needs Pallas, which takes its time to import.
     from jax_moriep.bench.kinds import tune
 
-    table = tune.run(args.experts, args.hidden, args.intermediate, lambda line: print(line, flush=True))
-    args.out.write_text(json.dumps(table, indent=1) + "\n")
+    def save(table: dict[str, Any]) -> None:
+        args.out.write_text(json.dumps(table, indent=1) + "\n")
+
+    asked = tune.Asked(args.experts, args.hidden, args.intermediate)
+    tune.run(asked, functools.partial(print, flush=True), save)
     print(f"wrote {args.out}; set JAX_MORIEP_TUNING={args.out.absolute()} to use it")
     return 0

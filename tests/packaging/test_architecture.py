@@ -1,7 +1,6 @@
 """The direction of dependence, kept: in Python by the import statements, in C++ by the includes."""
 
 import ast
-import graphlib
 import re
 from pathlib import Path
 
@@ -35,18 +34,19 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ROOMS = {
     "processes": set(),
     "doctor": set(),
-    "demo": {"processes", "bench"},
-    "bench": {"processes", "demo"},
+    "results": set(),
+    "demo": {"processes", "results"},
+    "bench": {"processes", "results", "demo"},
     "cli": {"processes", "doctor", "demo", "bench"},
     "__main__": {"cli"},
 }
 # All that `processes` needs of the package.
 BELOW_PROCESSES = ("runtime", "config", "errors")
-# All that the demo needs of bench: how pictures are drawn, and which machine it was.
-BENCH_FOR_DEMO = ("bench.show.figures", "bench.measure.machine")
+# The bench's rooms: each may import from itself and from those before it.
+BENCH_ROOMS = ["problem", "measure", "against", "kinds", "run", "show"]
 # The rooms of ``experts/pallas``: what Triton's and Mosaic's kernels share knows neither of them, and neither
 # knows the other. Only these modules, which choose between them, know both.
-PALLAS = "jax_moriep.experts.pallas"
+PALLAS = "experts.pallas"
 CHOOSES = ["__init__.py", "choice.py", "mlp.py"]
 
 CPP_MAY_INCLUDE = {
@@ -101,15 +101,6 @@ def test_python_depends_one_way(path):
         assert LEVEL[part] <= level, f"{where}, which is a layer above"
 
 
-def imported_modules(path):
-    """The full names of the modules, or of names in them, that a module imports anywhere in its text."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def room_of(name):
     """The room of a module of ``experts/pallas``: "triton", "hopper", or "" for what both share."""
     first = name.removeprefix(f"{PALLAS}.").split(".")[0]
@@ -122,7 +113,7 @@ def test_the_rooms_of_pallas_depend_one_way():
     for path in sorted(folder.rglob("*.py")):
         own = room_of(f"{PALLAS}." + ".".join(path.relative_to(folder).with_suffix("").parts))
         rooms_seen.add(own)
-        for name in imported_modules(path):
+        for name, _ in imported_names(path):
             if not name.startswith(PALLAS) or str(path.relative_to(folder)) in CHOOSES:
                 continue
             assert room_of(name) in (own, ""), f"{path.relative_to(ROOT)} imports {name}"
@@ -136,11 +127,130 @@ def test_the_experts_know_pallas_by_its_front_door():
     others = {"aiter", "blocked", "reference"}
     for path in sorted((PACKAGE / "experts").rglob("*.py")):
         inside = "pallas" in path.relative_to(PACKAGE / "experts").parts
-        for name in imported_modules(path):
+        for name, _ in imported_names(path):
             if inside:
-                assert name.removeprefix("jax_moriep.experts.").split(".")[0] not in others, (path, name)
+                assert name.removeprefix("experts.").split(".")[0] not in others, (path, name)
             else:
                 assert not name.startswith(f"{PALLAS}."), (path, name)
+
+
+def module_of(path):
+    """The dotted name of a module or package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(text, modules):
+    """The modules among ``modules`` that a text imports, at its top, inside functions or for types alone."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # What is imported from a package is a module of its own, or a name of the package.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else str(node.module) for name in names]
+        else:
+            continue
+        yield from (name for name in names if name in modules)
+
+
+def import_graph(texts):
+    """For each module the others that it imports."""
+    return {name: set(imported_modules(text, texts)) - {name} for name, text in texts.items()}
+
+
+def folded(graph, folder):
+    """The graph of what lies directly in a folder: its modules, and its folders as one each."""
+
+    def entry(name):
+        return name[len(folder) + 1 :].split(".")[0] if name.startswith(f"{folder}.") else None
+
+    entries = {}
+    for name, imported in graph.items():
+        if entry(name) is not None:
+            found = entries.setdefault(entry(name), set())
+            found |= {entry(other) for other in imported} - {None, entry(name)}
+    return entries
+
+
+def in_circles(graph):
+    """The circles of a graph, and what lies between two; empty if there is none.
+
+    What imports nothing that is left, or is imported by nothing that is left, is taken away until all stays.
+    """
+    left = {name: set(imported) for name, imported in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        gone = {name for name in left if not left[name] & set(left) or name not in imported}
+        if not gone:
+            return set(left)
+        left = {name: others - gone for name, others in left.items() if name not in gone}
+
+
+TEXTS = {module_of(path): path.read_text() for path in python_modules()}
+
+
+def test_no_circle_of_files():
+    assert in_circles(import_graph(TEXTS)) == set()
+
+
+FOLDERS = sorted({module_of(path.parent / "__init__.py") for path in python_modules()})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_circle_of_folders(folder):
+    assert in_circles(folded(import_graph(TEXTS), folder)) == set()
+
+
+def test_circles_are_seen():
+    """Also through a function and through a name of a module; a chain is none."""
+    texts = {
+        "p": "",
+        "p.a": "from p import b",
+        "p.b": "def f():\n    from p.q.c import name",
+        "p.q": "",
+        "p.q.c": "import p.q.d",
+        "p.q.d": "",
+    }
+    graph = import_graph(texts)
+    assert graph["p.b"] == {"p.q.c"}
+    assert in_circles(graph) == set()
+    assert in_circles(folded(graph, "p")) == set()
+    back = import_graph({**texts, "p.q.d": "if TYPE_CHECKING:\n    from p.a import name"})
+    assert in_circles(back) == {"p.a", "p.b", "p.q.c", "p.q.d"}
+    assert in_circles(folded(back, "p")) == {"a", "b", "q"}
+    assert in_circles(folded(back, "p.q")) == set()
+
+
+def bench_modules():
+    return [path for path in python_modules() if path.is_relative_to(PACKAGE / "bench")]
+
+
+@pytest.mark.parametrize("path", bench_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_benchs_rooms_have_one_direction(path):
+    room = path.relative_to(PACKAGE / "bench").parts[0]
+    if path == PACKAGE / "bench" / "__init__.py":
+        assert not list(imported_parts(path))
+        return
+    assert room in BENCH_ROOMS, f"{path} lies in no room"
+    for name in imported_modules(path.read_text(), TEXTS):
+        words = name.split(".")
+        if words[:2] == ["jax_moriep", "bench"]:
+            assert len(words) > 2, f"{path} imports the bench itself"
+            assert BENCH_ROOMS.index(words[2]) <= BENCH_ROOMS.index(room), f"{path} imports {name}, which is above"
+
+
+def test_the_benchs_docstring_names_every_module():
+    text = ast.get_docstring(ast.parse((PACKAGE / "bench" / "__init__.py").read_text()))
+    rooms = dict(re.findall(r"(?ms)^- ``(\w+)``: (.*?)(?=^- |\Z)", text))
+    assert list(rooms) == BENCH_ROOMS
+    for path in bench_modules():
+        room, name = path.parent.name, path.stem
+        if name != "__init__":
+            assert f"``{name}``" in rooms[room], f"bench/__init__.py does not name {room}/{name}.py"
+    for room, of_room in rooms.items():
+        for name in re.findall(r"``(\w+)``", of_room):
+            there = (PACKAGE / "bench" / room / f"{name}.py").exists()
+            assert there, f"bench/__init__.py names {name}, which is not in {room}"
 
 
 def test_interop_stands_alone():
@@ -163,20 +273,6 @@ def test_rooms_depend_one_way(path):
         assert part == room or part not in ROOMS or part in ROOMS.get(room, ()), where
         if room == "processes":
             assert part == room or part in BELOW_PROCESSES, where
-        if (room, part) == ("demo", "bench"):
-            assert f"{name}.".startswith(tuple(f"{module}." for module in BENCH_FOR_DEMO)), where
-
-
-@pytest.mark.parametrize("room", ["processes", "doctor", "demo", "cli"])
-def test_no_circle_of_files_in_a_room(room):
-    files = [path for path in python_modules() if name_of(path) == room]
-    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
-    graph = {}
-    for module, path in modules.items():
-        # `from a.b import c` is of the module a.b, if a.b.c is none.
-        names = [name for name, _ in imported_names(path)]
-        graph[module] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules.keys()
-    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_every_room_exists():

@@ -367,11 +367,9 @@ def test_arguments(changed, text):
         "kinds": ["zipf"],
         "rounds": 1,
         "baselines": [],
-        "say": print,
-        "save": lambda result: None,
     }
     with pytest.raises(ConfigError, match=text):
-        kernels.run(**(given | changed))
+        kernels.run(kernels.Asked(**(given | changed)), print, print)
 
 
 @pytest.mark.skipif(NO_TORCH, reason="torch is not installed")
@@ -389,7 +387,10 @@ def test_quantised_experts(scheme, share, monkeypatch):
     monkeypatch.setattr(quantised, "_COPY_BYTES", 1 << 12)
     monkeypatch.setattr(quantised, "DECODE_TOKENS", (4,))
     lines = []
-    result = quantised.run(scheme, ["small"], 1, lines.append, seconds=0.0)
+    saved = []
+    asked = quantised.Asked(scheme, ["small"], 1, seconds=0.0)
+    result = quantised.run(asked, lines.append, saved.append)
+    assert saved == [result]
     assert not result["failed"]
     assert not result["wrong"]
     entries = result["runs"][0]["entries"]

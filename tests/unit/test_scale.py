@@ -4,14 +4,16 @@ import argparse
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.bench.kinds import plan_arguments, plan_bytes
+from jax_moriep.bench.kinds import plan, plan_arguments, plan_bytes
 from jax_moriep.bench.problem import destinations, models, routing, shares
+from jax_moriep.bench.show import plan_report
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 from jax_moriep.plan import ExchangeShape
@@ -76,6 +78,38 @@ def test_equal_experts_are_equally_loaded_also_in_a_sample():
     np.testing.assert_allclose(even.to_rank[0, 3], to.to_rank[0, 3])
     np.testing.assert_allclose(even.to_node, to.to_node)
     assert even.routes.sum() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("at_once", [1, 7, 50, 10_000])
+def test_routes_are_counted_some_at_a_time(monkeypatch, of_all, at_once):
+    """Whatever their number, also routes that lead nowhere, and the numbers are those of a loop."""
+    ids = drawn(destinations.zipf(10), 3, 30)
+    ids[4, 1], ids[9] = -1, 10
+    monkeypatch.setattr(destinations, "_COUNTED", at_once)
+    to = destinations.of_ids(ids, 10, 6, 2, of_all=of_all)
+    to_rank, to_node, routes = np.zeros((6, 6)), np.zeros((6, 3)), np.zeros((6, 6))
+    for token, chosen in enumerate(ids.tolist()):
+        source, owners = token // 5, [expert // 2 for expert in chosen if 0 <= expert < 10]
+        for owner in owners:
+            routes[source, owner] += 1 / 5
+        to_rank[source, list(set(owners))] += 1 / 5
+        to_node[source, list({owner // 2 for owner in owners})] += 1 / 5
+    for got, want in ((to.to_rank, to_rank), (to.to_node, to_node), (to.routes, routes)):
+        np.testing.assert_allclose(got, want if of_all else want.mean(0, keepdims=True), atol=1e-12)
+
+
+def test_counting_routes_takes_memory_that_does_not_grow_with_their_number():
+    """R x T counts of 256 ranks and 65536 tokens are 64 MiB, and four arrays of that size once were there."""
+    ids = np.random.default_rng(0).integers(0, 256, (1 << 16, 8)).astype(np.int32)
+    tracemalloc.start()
+    try:
+        destinations.of_ids(ids, 256, 256, 8, of_all=False)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Counts, and what is made of them, of as many tokens as are taken at once.
+    assert peak < 16 * destinations._COUNTED
 
 
 SMALL = plan_bytes.Sizes(
@@ -204,7 +238,7 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
 def planned(*argv):
     parser = argparse.ArgumentParser()
     plan_arguments.add_arguments(parser)
-    return plan_arguments.of_arguments(parser.parse_args(list(argv)))
+    return plan.run(plan_arguments.of_arguments(parser.parse_args(list(argv))), print, lambda result: None)
 
 
 def test_a_plan_by_hand():
@@ -311,3 +345,44 @@ def test_routes_that_lead_nowhere_are_refused(tmp_path, routes):
     np.save(tmp_path / "of.npy", routes)
     with pytest.raises(ConfigError, match="must lead to at least one of the 8 experts"):
         routing.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.0012345, "0.00123"),
+        (0.9996, "1.00"),
+        (4.096, "4.10"),
+        (12.345, "12.3"),
+        (99.96, "100"),
+        (512.4, "512"),
+        (999.6, "1000"),
+        (33554.4, "33554"),
+    ],
+)
+def test_three_digits_are_shown(value, shown):
+    assert plan_report._digits(value) == shown
+
+
+def test_a_plan_of_few_tokens_shows_its_bytes_and_times():
+    """One token of 8 KiB a rank: megabytes and microseconds far below one."""
+    result = planned(*"--model mixtral-8x7b --ranks 2 --tokens 1".split())
+    line = next(line for line in plan_report.as_text(result).splitlines() if "collective" in line)
+    of = result["plans"][0]["transports"]["collective"]
+    shown = [float(word) for word in line.split()[1:7]]
+    exact = [
+        *(of["dispatch"]["inside"]["in"]["max"] / 1e6, 0.0),
+        *(of["combine"]["inside"]["in"]["max"] / 1e6, 0.0),
+        *(of["dispatch"]["seconds"] * 1e6, of["combine"]["seconds"] * 1e6),
+    ]
+    np.testing.assert_allclose(shown, exact, rtol=5e-3)
+    assert 0 < exact[0] < 0.01
+    assert "experts 0.539 us" in plan_report.as_text(result)
+
+
+def test_a_config_beside_a_model_is_refused(tmp_path):
+    text = f"model='mixtral-8x7b' must be the only model, and config={str(tmp_path)!r} is another; leave out"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        planned("--model", "mixtral-8x7b", "--config", str(tmp_path))
+    assert planned("--ranks", "8")["model"]["layers"] == models.MODELS["deepseek-v3"].layers

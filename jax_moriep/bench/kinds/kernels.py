@@ -326,30 +326,47 @@ class Bench:
         self._say(f"{title}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
 
-def run(
-    names: Sequence[str],
-    kinds: Sequence[str],
-    rounds: int,
-    baselines: Sequence[str],
-    say: Callable[[str], None],
-    save: Callable[[dict[str, Any]], None],
-    minutes: float = math.inf,
-) -> dict[str, Any]:
-    """Measures.
-
-    A rate counts the real rows' FLOPs only. ``of_dense`` is the rate over that of the dense matmul of the
-    same shape, for a pass over that of the chain of these; ``of_padded`` counts the rows that are computed,
-    runs rounded up to blocks. ``of_copy``, for few rows, is the bytes of the used experts' weights per second
-    over the bytes that an elementwise pass reads and writes per second.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to measure.
 
     Args:
       names: names in ``SHARES``.
       kinds: names in ``SIZES``.
       rounds: turns of each pair; a baseline has three at most.
       baselines: names in ``BASELINES``; they run as ``STEPS`` says.
-      say: takes a line for each number.
-      save: takes the result as far as it is, after every share and baseline.
       minutes: after which no baseline begins.
+
+    Raises:
+      ConfigError: a name is unknown, or there are no rounds.
+    """
+
+    names: Sequence[str]
+    kinds: Sequence[str]
+    rounds: int
+    baselines: Sequence[str]
+    minutes: float = math.inf
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("shares", self.names, SHARES),
+            ("sizes", self.kinds, SIZES),
+            ("baselines", self.baselines, BASELINES),
+        ):
+            if set(value) - set(known):
+                must = f"be some of {tuple(known)}"
+                raise ConfigError(rule(option, list(value), must, "pick some of these"))
+        if self.rounds < 1:
+            raise ConfigError(rule("rounds", self.rounds, "be at least 1", "pass a positive number"))
+
+
+def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures; see ``Study``.
+
+    A rate counts the real rows' FLOPs only. ``of_dense`` is the rate over that of the dense matmul of the
+    same shape, for a pass over that of the chain of these; ``of_padded`` counts the rows that are computed,
+    runs rounded up to blocks. ``of_copy``, for few rows, is the bytes of the used experts' weights per second
+    over the bytes that an elementwise pass reads and writes per second.
 
     Returns:
       A JSON-able dict; ``wrong`` lists the package's results whose error is over the limit, ``inaccurate``
@@ -357,16 +374,10 @@ def run(
       left, ``unavailable`` those that are not installed or do not run here.
 
     Raises:
-      ConfigError: a name is unknown, or there is no GPU.
+      ConfigError: there is no GPU.
     """
-    given = (("shares", names, SHARES), ("sizes", kinds, SIZES), ("baselines", baselines, BASELINES))
-    for option, value, known in given:
-        if set(value) - set(known):
-            raise ConfigError(rule(option, list(value), f"be some of {tuple(known)}", "pick some of these"))
-    if rounds < 1:
-        raise ConfigError(rule("rounds", rounds, "be at least 1", "pass a positive number"))
     if jax.default_backend() != "gpu":
         raise ConfigError(rule("platform", jax.default_backend(), "be a GPU", "run it on one"))
-    bench = Bench(rounds, say, save, minutes=minutes)
-    bench.measure(names, kinds, baselines)
+    bench = Bench(asked.rounds, say, save, minutes=asked.minutes)
+    bench.measure(asked.names, asked.kinds, asked.baselines)
     return bench.result

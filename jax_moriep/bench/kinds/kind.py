@@ -1,9 +1,14 @@
-"""The face that every kind of run has: what it can compare, its data, its programs and their checks."""
+"""The faces of the kinds: ``Kind`` of those that have cases, ``Study`` of those that are one run each.
+
+A ``Kind`` says what it can compare, its rules, its data and its programs, each with the check of its result;
+the rooms above start its processes and show what they found. A ``Study`` is asked and gives a result.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem.cases import Case
@@ -12,6 +17,31 @@ from jax_moriep.bench.problem.traffic import Traffic
 from jax_moriep.bench.problem.world import World
 from jax_moriep.config import TRANSPORTS
 from jax_moriep.errors import ConfigError, rule
+
+Asked = TypeVar("Asked", contravariant=True)
+
+
+@runtime_checkable
+class Study(Protocol[Asked]):
+    """A kind without cases: it measures in this process or computes, and checks what it measured.
+
+    A module that has an ``Asked``, which refuses what breaks a rule, and this function is one.
+    """
+
+    def run(
+        self, asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None], /
+    ) -> dict[str, Any]:
+        """Does what is asked.
+
+        Args:
+          asked: an ``Asked`` of the module.
+          say: takes lines that tell how it goes.
+          save: takes the result as far as it is, at least when it is whole.
+
+        Returns:
+          A JSON-able dict.
+        """
+        ...
 
 
 class Kind(Protocol):

@@ -1,4 +1,4 @@
-"""``bench load``: ``jm.weights.load`` beside ``safetensors`` reading the same bytes; every bit is compared."""
+"""``bench load``: ``jm.weights.load`` beside ``safetensors`` reading the same bytes, all bits compared."""
 
 from __future__ import annotations
 

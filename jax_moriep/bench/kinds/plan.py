@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,33 +11,69 @@ import numpy as np
 
 from jax_moriep import quant
 from jax_moriep.bench.kinds import plan_bytes
+from jax_moriep.bench.problem import formats
 from jax_moriep.bench.problem.destinations import Destinations
 from jax_moriep.bench.problem.models import Machine, Model
+from jax_moriep.bench.problem.routing import routing
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import MoriepError
 from jax_moriep.mori import limits, tuning
 from jax_moriep.plan import ExchangeShape
 
 
-def plan(
-    model: Model,
-    machine: Machine,
-    tokens: int,
-    dtype: str,
-    destinations: Callable[[int, int], Destinations],
-    ranks: int,
-    per_node: int,
-) -> dict[str, Any]:
-    """Plans one number of ranks.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to plan.
 
     Args:
       model: the model.
       machine: its speeds.
       tokens: T.
       dtype: of x.
-      destinations: where tokens go, of R and P.
-      ranks: R.
+      routing: where tokens go; see ``problem.routing``.
+      ranks: each R that is planned.
       per_node: P.
+    """
+
+    model: Model
+    machine: Machine
+    tokens: int
+    dtype: str
+    routing: str
+    ranks: Sequence[int]
+    per_node: int
+
+
+def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Plans; see ``Study``. Nothing is measured, and there is nothing to say meanwhile.
+
+    Returns:
+      A JSON-able dict: model, machine, routing, and a plan for each number of ranks, as ``plan`` makes it.
+
+    Raises:
+      ConfigError: the routing is unknown, or does not fit the model.
+    """
+    del say
+    model, to = asked.model, routing(asked.routing, asked.model.cfg)
+    described = {"layers": model.layers, "config": model.cfg.describe(), "tokens": asked.tokens}
+    planned = {
+        "format": formats.PLAN,
+        "model": {**described, "dtype": asked.dtype},
+        "machine": dataclasses.asdict(asked.machine),
+        "routing": asked.routing,
+        "plans": [plan(asked, to, ranks) for ranks in asked.ranks],
+    }
+    save(planned)
+    return planned
+
+
+def plan(asked: Asked, to_ranks: Callable[[int, int], Destinations], ranks: int) -> dict[str, Any]:
+    """Plans one number of ranks.
+
+    Args:
+      asked: the other sizes.
+      to_ranks: where tokens go, of R and P.
+      ranks: R.
 
     Returns:
       A JSON-able dict. ``transports`` has for each the bytes of dispatch and combine (inside and between
@@ -46,8 +82,10 @@ def plan(
       ``buffer_bytes`` of a rank and the exchanges' least ``share`` of the time of a layer with its experts,
       forward and in training; or the ``reason`` why it does not run there.
     """
+    model, machine, tokens, dtype = asked.model, asked.machine, asked.tokens, asked.dtype
+    per_node = min(ranks, asked.per_node)
     sizes = sizes_of(model, tokens, dtype, ranks, per_node)
-    to = destinations(ranks, per_node)
+    to = to_ranks(ranks, per_node)
     transports: dict[str, Any] = {}
     for name, formula in plan_bytes.TRANSPORTS.items():
         if name == "native" and sizes.nodes > 1:

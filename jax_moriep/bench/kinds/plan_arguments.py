@@ -1,17 +1,14 @@
-"""``bench plan`` by the command line: its options, and the plans that they describe."""
+"""``bench plan`` by the command line: its options, and what they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from jax_moriep import hf_layers
-from jax_moriep.bench.kinds.plan import plan
-from jax_moriep.bench.problem import formats
+from jax_moriep.bench.kinds.plan import Asked
 from jax_moriep.bench.problem.models import MACHINES, MODELS, Model
-from jax_moriep.bench.problem.routing import routing
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, rule
 
@@ -51,16 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
-def of_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Plans what the arguments say.
-
-    Returns:
-      A JSON-able dict: model, machine, routing, and a plan for each number of ranks, as ``plan`` makes it.
+def of_arguments(args: argparse.Namespace) -> Asked:
+    """What the arguments ask for.
 
     Raises:
       ConfigError: an argument breaks a rule.
     """
-    model = _model(args)
     machine = MACHINES[args.machine]
     given = {
         "inside": (args.inside, "inside", 1e9),
@@ -75,18 +68,7 @@ def of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.tokens < 1:
         raise ConfigError(rule("tokens", args.tokens, "be at least 1", "pass a positive int"))
     ranks = _ranks(args.ranks, args.per_node)
-    to = routing(args.routing, model.cfg)
-    plans = [
-        plan(model, machine, args.tokens, args.dtype, to, count, min(count, args.per_node)) for count in ranks
-    ]
-    described = {"layers": model.layers, "config": model.cfg.describe(), "tokens": args.tokens}
-    return {
-        "format": formats.PLAN,
-        "model": {**described, "dtype": args.dtype},
-        "machine": dataclasses.asdict(machine),
-        "routing": args.routing,
-        "plans": plans,
-    }
+    return Asked(_model(args), machine, args.tokens, args.dtype, args.routing, ranks, args.per_node)
 
 
 def _model(args: argparse.Namespace) -> Model:

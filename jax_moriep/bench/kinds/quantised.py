@@ -200,12 +200,31 @@ def _tried(call: Call) -> Call:
     return call
 
 
-def run(
-    scheme: str, names: Sequence[str], rounds: int, say: Callable[[str], None], seconds: float = 0.02
-) -> dict[str, Any]:
-    """Measures some of ``shares.SHARES`` under a scheme; the decoding one with several numbers of tokens."""
-    bench = Bench(scheme, rounds, say, seconds)
-    for name in names:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What to measure.
+
+    Args:
+      scheme: of the experts.
+      names: names in ``shares.SHARES``; the decoding one with several numbers of tokens.
+      rounds: turns of each.
+      seconds: how long a program takes at each turn.
+    """
+
+    scheme: str
+    names: Sequence[str]
+    rounds: int
+    seconds: float = 0.02
+
+
+def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures; see ``Study``.
+
+    Returns:
+      A JSON-able dict; ``wrong`` lists results whose error is over the limit, ``failed`` what met an error.
+    """
+    bench = Bench(asked.scheme, asked.rounds, say, asked.seconds)
+    for name in asked.names:
         share = shares.SHARES[name]
         for tokens in DECODE_TOKENS if share.decode else (None,):
             with bench._guard(name, f"{tokens} tokens" if tokens else ""):
@@ -213,4 +232,5 @@ def run(
                     bench.many_rows(name, share)
                 else:
                     bench.few_rows(name, share, tokens)
+        save(bench.result)
     return bench.result

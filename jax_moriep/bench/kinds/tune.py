@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -45,14 +46,22 @@ def candidates(kernel: str, name: str) -> list[Tile]:
     return [Tile(rows, cols // half, *others) for rows, cols, *others in cut]
 
 
-def run(experts: int, hidden: int, inner: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures every kernel and class on this process's first GPU.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The sizes: L, H and I."""
 
-    Args:
-      experts: L.
-      hidden: H.
-      inner: I.
-      say: takes a line for each kernel and class.
+    experts: int
+    hidden: int
+    intermediate: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(rule(f"--{name}", value, "be at least 1", "pass a positive number"))
+
+
+def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures every kernel and class on this process's first GPU; see ``Study``.
 
     Returns:
       What ``tuning.table`` reads: the device's kind and its tiles.
@@ -64,16 +73,18 @@ def run(experts: int, hidden: int, inner: int, say: Callable[[str], None]) -> di
         raise ConfigError(rule("platform", jax.default_backend(), "be a GPU", "run tune on one"))
     kernels: dict[str, dict[str, Any]] = {kernel: {} for kernel in tuning.KERNELS}
     for name, (block, rows) in BLOCK_AND_ROWS.items():
-        share = Share(experts, hidden, inner, experts * rows)
-        data = Data.of(share, np.full(experts, rows, np.int32), block)
-        shape = data.operands[0].shape[0], inner
+        share = Share(asked.experts, asked.hidden, asked.intermediate, asked.experts * rows)
+        data = Data.of(share, np.full(share.experts, rows, np.int32), block)
+        shape = data.operands[0].shape[0], share.inner
         act = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
-        pre = jax.random.normal(jax.random.key(2), (shape[0], 2 * inner), jnp.bfloat16)
+        pre = jax.random.normal(jax.random.key(2), (shape[0], 2 * share.inner), jnp.bfloat16)
         for kernel in tuning.KERNELS:
             tile, seconds, tried = _best(data, kernel, candidates(kernel, name), act, pre)
             kernels[kernel][name] = tuning.as_entry(tile)
             say(f"{kernel} {name}: {seconds * 1e3:.3f} ms, the best of {tried}: {tile}")
-    return {"devices": {jax.devices()[0].device_kind: kernels}, "jax": jax.__version__}
+    table = {"devices": {jax.devices()[0].device_kind: kernels}, "jax": jax.__version__}
+    save(table)
+    return table
 
 
 def _best(

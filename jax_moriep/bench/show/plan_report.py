@@ -33,7 +33,7 @@ def _plan_lines(of_ranks: dict[str, Any]) -> list[str]:
     rows = of_ranks["rows"]
     lines = [
         f"{of_ranks['ranks']} ranks, {of_ranks['nodes']} nodes; of a rank: weights "
-        f"{of_ranks['weight_bytes'] / 1e9:.3g} GB, rows {of_ranks['row_bytes'] / 1e9:.3g} GB (capacity "
+        f"{_digits(of_ranks['weight_bytes'] / 1e9)} GB, rows {_digits(of_ranks['row_bytes'] / 1e9)} GB (capacity "
         f"{of_ranks['capacity']}, used {rows['mean']:.0f}, at most {rows['max']:.0f}), experts "
         f"{_digits(of_ranks['expert_seconds'] * 1e6)} us",
         f"  {'':11}{'dispatch MB':>20}{'combine MB':>20}{'us':>20}{'buffers':>10}{'share of a layer':>22}",
@@ -50,7 +50,7 @@ def _plan_lines(of_ranks: dict[str, Any]) -> list[str]:
         share = found["share"]
         lines.append(
             f"  {name:11}{''.join(f' {_digits(value):>9}' for value in (*megabytes, *micros))}"
-            f" {found['buffer_bytes'] / 1e9:9.3g}"
+            f" {_digits(found['buffer_bytes'] / 1e9):>9}"
             f"{share['forward']:12.0%}{share['training']:10.0%}"
         )
     return lines
