@@ -10,7 +10,7 @@ A number's life, which is also the order of the rooms; none imports from one tha
   files.
 - ``measure``: how a number is taken. A function becomes one of ``programs``, which ``repeat`` their work on
   the device; the ``pool`` compiles them; ``calls`` of them go by ``turns``, and ``seconds`` makes medians
-  of spans. The ``memory`` of a process; the ``machine`` that it all ran on.
+  of spans. The ``memory`` of a process.
 - ``against``: what it is held beside. ``floors``, ``dense`` products, ``plain`` layers, ``ragged`` experts;
   ``grouped`` products of ``hopper`` (jax's), ``tokamax``, ``torch_mlp`` and ``torch_float8``, and
   ``baselines``, the table of them.
@@ -21,6 +21,8 @@ A number's life, which is also the order of the rooms; none imports from one tha
 - ``run``: who does it. ``runner`` starts ``processes`` in their ``environment``, each a ``worker``, and
   joins what they found; ``host`` does so for all ``devices``, by its ``host_plan``; ``load`` with
   ``load_worker``.
-- ``show``: for people. Tables: ``report``, ``host_report``, ``load_report``, ``plan_report``. Pictures, of
-  ``figures``: ``picture``, ``host_picture``, ``kernels_picture``.
+- ``show``: for people. Tables: ``report``, ``host_report``, ``load_report``, ``plan_report``. Pictures:
+  ``picture``, ``host_picture``, ``kernels_picture``.
+
+Where numbers were made, and how files of them are read and drawn, is ``jax_moriep.results``.
 """

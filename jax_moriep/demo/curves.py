@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench.measure import machine
-from jax_moriep.bench.show import figures
 from jax_moriep.demo.report import Results, smoothed
+from jax_moriep.results import figures, machine
 
 FORMAT = "jax-moriep demo 1"
 

@@ -236,7 +236,9 @@ def test_the_benchs_rooms_have_one_direction(path):
         words = name.split(".")
         if words[:2] == ["jax_moriep", "bench"]:
             assert len(words) > 2, f"{path} imports the bench itself"
-            assert BENCH_ROOMS.index(words[2]) <= BENCH_ROOMS.index(room), f"{path} imports {name}, which is above"
+            assert BENCH_ROOMS.index(words[2]) <= BENCH_ROOMS.index(room), (
+                f"{path} imports {name}, which is above"
+            )
 
 
 def test_the_benchs_docstring_names_every_module():

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench.kinds.table import title_of
-from jax_moriep.bench.measure import machine
 from jax_moriep.bench.measure.seconds import joined
 from jax_moriep.bench.problem import formats
 from jax_moriep.bench.problem.cases import Case
@@ -27,6 +26,7 @@ from jax_moriep.bench.run.devices import Devices
 from jax_moriep.bench.run.environment import environment
 from jax_moriep.bench.run.host_plan import Options, cases_of, devices_of, ranks_of
 from jax_moriep.bench.run.worker import EVERYTHING, Job
+from jax_moriep.results import machine
 
 _GRACE_SECONDS = 45
 """What a set may take beyond the moment from which it begins no case."""

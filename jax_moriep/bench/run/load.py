@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench.kinds import load
-from jax_moriep.bench.measure import machine
 from jax_moriep.bench.measure.seconds import joined
 from jax_moriep.bench.problem import formats
 from jax_moriep.bench.problem.checkpoint import Model
 from jax_moriep.bench.problem.world import Barrier
 from jax_moriep.bench.run import load_worker, processes
 from jax_moriep.errors import ConfigError, MoriepError, rule
+from jax_moriep.results import machine
 
 _FILE_BYTES = 1e9
 _GLIBC_DEFAULT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

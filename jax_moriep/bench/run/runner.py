@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench.kinds.table import KINDS, new_case
-from jax_moriep.bench.measure import machine
 from jax_moriep.bench.measure.seconds import joined
 from jax_moriep.bench.problem import formats
 from jax_moriep.bench.problem.cases import GPU_PLATFORMS, Case
 from jax_moriep.bench.run import processes, worker
 from jax_moriep.bench.run.environment import environment
 from jax_moriep.errors import MoriepError
+from jax_moriep.results import machine
 
 _KEPT_FOR_LINK = (
     *("hidden", "intermediate", "experts", "top_k", "dtype", "routing"),

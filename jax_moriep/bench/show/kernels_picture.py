@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.bench.problem import formats
-from jax_moriep.bench.show import figures
+from jax_moriep.results import figures
 
 
 def read(path: Path) -> dict[str, Any] | None:

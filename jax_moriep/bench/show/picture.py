@@ -8,9 +8,9 @@ from typing import Any
 
 from jax_moriep.bench.kinds.table import title_of
 from jax_moriep.bench.problem import formats
-from jax_moriep.bench.show import figures
 from jax_moriep.bench.show.report import case_of, of_operation, operations
 from jax_moriep.errors import ConfigError, rule
+from jax_moriep.results import figures
 
 
 def read(path: Path) -> dict[str, Any]:
