@@ -87,6 +87,11 @@ def is_shell(code: str) -> bool:
     return Path(first).name in PROGRAMS or re.match(r"\w+=\S", first) is not None
 
 
+def comments_of(text: str) -> int:
+    """How many comments say that a block is not run, wherever they are."""
+    return sum(len(NOT_RUN.findall(t.content)) for t in tokens_of(text) if t.type == "html_block")
+
+
 def spans_of(text: str) -> Iterator[tuple[int, str]]:
     """The line of the paragraph, and the code in it, of each inline code."""
     for token in tokens_of(text):

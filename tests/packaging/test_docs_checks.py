@@ -53,6 +53,7 @@ def test_blocks_have_kind_line_and_reason():
         pages.Block(32, "python", "fourth = 4\n", None),
         pages.Block(35, "text", "x ──► y\n", None),
     ]
+    assert pages.comments_of(PAGE) == 3
     lines = PAGE.splitlines()
     assert all(block.code.startswith(lines[block.line - 1].strip()) for block in pages.blocks_of(PAGE))
 
