@@ -132,8 +132,9 @@ def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
     cfg = case.config(experts=name)
 
     def fn(sizes: jax.Array, rows: jax.Array, weights: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
-        nowhere = Plan(None, None, Link(shape, "none", "none", jax.default_backend()))
-        params = MoEParams(router=None, w1=w1, w2=w2)
+        nothing: Any = None
+        nowhere = Plan(nothing, nothing, Link(shape, "none", "none", jax.default_backend()))
+        params = MoEParams(router=nothing, w1=w1, w2=w2)
         return experts.expert_mlp(Dispatched(rows, weights, sizes, nowhere, shape.block), params, cfg)
 
     return fn
