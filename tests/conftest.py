@@ -6,11 +6,16 @@ and the contract suite, on as many GPUs as there are; no other tests fit there.
 
 import os
 
+import jaxlib.version
+
 # What tests run is compiled for a few numbers, run once or twice, and thrown away. At XLA's own level a third
 # of the contract suite's time is LLVM's optimiser's. What users meet first, the examples and the wheel, is
 # compiled at that level all the same (tests/multiprocess/test_examples.py, tests/packaging/test_wheel.py);
 # not so examples/train.py, whose six processes would spend most of their time there.
+# Half of the rest is the emitters' of fusions, of which the old ones take less; newer XLA has no old ones.
 UNOPTIMISED = "--xla_backend_optimization_level=0"
+if jaxlib.version.__version_info__ < (0, 11):
+    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 
 platform = os.environ.get("JAX_MORIEP_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = platform

@@ -6,6 +6,8 @@ at its own place in the other nodes, and with the ranks of its node:
 1. dispatch: tokens and routing are gathered over the N ranks at a place, so one copy of a token crosses to
    each node. The node's P ranks then have N·T tokens each, and the native transport exchanges them, with the
    ids of the node's experts only. It orders rows by node first, which makes them those of any transport.
+   Ranks of a node compare their programs there; between nodes a digest of the config goes along, and where
+   it differs the row weights are NaN, so that no wrong number comes of it.
 2. combine: the native transport adds a token's rows over the node's ranks. One row per (token, node) goes
    back, and its owner adds them in the order of the nodes.
 3. replay, combine's backward: as dispatch, along the plan.
@@ -14,6 +16,7 @@ at its own place in the other nodes, and with the ranks of its node:
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -24,7 +27,7 @@ from jax_moriep import quant
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import TransportError
 from jax_moriep.plan import ExchangeShape, Link, Opened
-from jax_moriep.runtime import settings
+from jax_moriep.runtime import compat, settings
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import delivery, native
 
@@ -104,9 +107,11 @@ def dispatch(
     first = nodes.own_node() * nodes.inside.shape.num_experts
     end = jnp.minimum(first + nodes.inside.shape.num_experts, link.shape.num_experts)
     all_ids = jnp.where((all_ids >= first) & (all_ids < end), all_ids - first, -1)
+    carried, agree = nodes.words(words, _digest(link))
     rows, row_weights, group_sizes, all_words, inside, order = native.dispatch(
-        nodes.inside, nodes.tokens(x), all_ids, all_weights, nodes.gathered(words).reshape(-1), order
+        nodes.inside, nodes.tokens(x), all_ids, all_weights, carried.reshape(-1), order
     )
+    row_weights = jnp.where(agree, row_weights, jnp.nan)
     # [place, node, W] -> by rank.
     by_place = (nodes.inside.shape.num_ranks, nodes.count, words.shape[0])
     all_words = all_words.reshape(by_place).swapaxes(0, 1).reshape(link.shape.num_ranks, words.shape[0])
@@ -135,6 +140,11 @@ def combine(
     nodes = _Nodes.of(link)
     sums, scalars, order = native.combine(nodes.inside, rows, own.ids, own.inside, order, row_scalars)
     return nodes.given_back(sums), None if scalars is None else nodes.given_back(scalars), order
+
+
+def _digest(link: Link) -> int:
+    """i32 of the config and the sizes, the same where programs agree."""
+    return zlib.crc32(repr(link.opened.attributes).encode()) - (1 << 31)
 
 
 def _inside(shape: ExchangeShape, num_nodes: int) -> ExchangeShape:
@@ -178,6 +188,12 @@ class _Nodes:
         if self.count == 1:
             return array[None]
         return lax.all_gather(array, self.inside.ep_axis, axis_index_groups=self.across)
+
+    def words(self, words: jax.Array, digest: int) -> tuple[jax.Array, jax.Array]:
+        """i32[W] -> i32[N, W] of the rank at this place in each node, and whether all have this digest."""
+        own = compat.pcast_varying(jnp.full((1,), digest, jnp.int32), compat.varying_axes(words))
+        every = self.gathered(jnp.concatenate([words, own]))
+        return every[:, :-1], jnp.all(every[:, -1] == digest)
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """[T, H] -> [N·T, H]."""

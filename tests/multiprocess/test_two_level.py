@@ -42,6 +42,28 @@ def test_processes_must_agree_on_the_size_of_nodes(tmp_path):
     assert any(told in text for text in result.outputs), result.outputs
 
 
+def test_nodes_that_run_different_configs_get_nan(tmp_path):
+    """All sizes are the same, so nothing but the digest between the nodes can tell."""
+    script = tmp_path / "differs.py"
+    script.write_text(
+        "import jax, numpy as np, jax_moriep as jm\n"
+        "from tests.multiprocess import common\n"
+        "mesh = common.mesh()\n"
+        "for name, activation in (('same', 'silu'), ('other', ['silu', 'gelu'][jax.process_index()])):\n"
+        "    cfg = common.config('two_level', activation=activation)\n"
+        "    x, params = common.placed_case(cfg, mesh)\n"
+        "    y, _ = jax.jit(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh))(x, params)\n"
+        "    here = np.concatenate([np.ravel(s.data) for s in y.addressable_shards])\n"
+        "    print(name, 'nan', np.isnan(here).mean())\n"
+        "common.meet('done')\n"
+    )
+    result = start(script, 2, JAX_MORIEP_RANKS_PER_NODE="1")
+    assert result.returncode == 0, result.outputs
+    for text in result.outputs:
+        assert "same nan 0.0" in text
+        assert "other nan 1.0" in text
+
+
 def test_one_process_may_ask_what_would_run(tmp_path):
     """The others take native, and never look at nodes: process 0 would wait for them, and they for it."""
     script = tmp_path / "explains.py"
