@@ -273,32 +273,35 @@ class MoEParams:
 
     The layouts are those of Hugging Face's fused experts. E may also be the padded count that
     ``jm.pad_params`` makes. Experts may be quantised, see ``jm.quantize_params``.
+
+    The types are those of a layer's weights. As any pytree it may hold something else in their places: their
+    shardings (``jm.param_specs``), gradients, or what ``jax.eval_shape`` gives.
     """
 
-    router: Any
+    router: jax.Array
     """[H, E]"""
-    w1: Any
+    w1: jax.Array
     """[E, 2*I, H]: gate rows, then up rows. Floating, or the codes of ``cfg.expert_quant``."""
-    w2: Any
+    w2: jax.Array
     """[E, H, I], likewise."""
-    router_bias: Any = None
+    router_bias: jax.Array | None = None
     """[E], added to the logits."""
-    score_bias: Any = None
+    score_bias: jax.Array | None = None
     """[E], f32, selection only, no gradient."""
-    b1: Any = None
+    b1: jax.Array | None = None
     """[E, 2*I]"""
-    b2: Any = None
+    b2: jax.Array | None = None
     """[E, H]"""
-    shared_w1: Any = None
+    shared_w1: jax.Array | None = None
     """[2*Is, H]: gate rows, then up rows."""
-    shared_w2: Any = None
+    shared_w2: jax.Array | None = None
     """[H, Is]"""
-    shared_gate: Any = None
+    shared_gate: jax.Array | None = None
     """[H, 1]"""
-    w1_scale: Any = None
+    w1_scale: jax.Array | None = None
     """f32, with codes: a weight is its code times its scale. fp8_block: [E, 2*ceil(I/128), ceil(H/128)], one
     for 128 x 128 codes, those of gate before those of up; the other schemes: [E, 2*I], one for a row."""
-    w2_scale: Any = None
+    w2_scale: jax.Array | None = None
     """f32, with codes. fp8_block: [E, ceil(H/128), ceil(I/128)]; the other schemes: [E, H]."""
     layout: str = dataclasses.field(default="plain", metadata={"static": True})
     """How the codes of an expert lie: "plain", as above, or "aiter", as ``jm.prepare_params`` lays them out
@@ -322,17 +325,17 @@ class MoEStats:
     differentiable; add them to the training loss with the weights of your choice.
     """
 
-    expert_counts: Any
+    expert_counts: jax.Array
     """i32[E], routes per expert, before any drop."""
-    recv_rows: Any
+    recv_rows: jax.Array
     """i32[R], rows that the routing asked each rank to hold; the largest over the groups of the mesh."""
-    dropped: Any
+    dropped: jax.Array
     """i32[], routes that did not fit into their rank's capacity."""
-    overflow: Any
+    overflow: jax.Array
     """bool[], whether any route was dropped."""
-    load_balance_loss: Any
+    load_balance_loss: jax.Array
     """f32[]"""
-    z_loss: Any
+    z_loss: jax.Array
     """f32[]"""
-    router_entropy: Any
+    router_entropy: jax.Array
     """f32[], in nats."""

@@ -93,12 +93,12 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
       ConfigError: rows does not fit the plan.
       ShardingError: the plan was made over another axis.
     """
-    if axis_name != plan.link.axis_name:
+    if axis_name != plan.link.ep_axis:
         raise ShardingError(
             rule(
                 "axis_name",
                 axis_name,
-                f"be the axis of the plan, {plan.link.axis_name!r}",
+                f"be the axis of the plan, {plan.link.ep_axis!r}",
                 "use one axis for both",
             )
         )
@@ -141,9 +141,9 @@ def ordered_dispatch(
     Returns:
       What the experts see, every rank's words i32[R, W], and the order.
     """
-    x, ids, weights, order = _varying_over(link.axis_name, x, ids, weights, order)
+    x, ids, weights, order = _varying_over(link.ep_axis, x, ids, weights, order)
     # Not over the other operands' axes: what the words say there, all_words says too.
-    (words,) = _varying_over(link.axis_name, words)
+    (words,) = _varying_over(link.ep_axis, words)
     with jax.named_scope("moriep.dispatch"):
         packed = cfg.wire_dtype == "fp8" and not link.opened.quantises
         outputs: Any = _dispatch(link, packed, x, ids, weights.astype(jnp.float32), words, order)
@@ -154,13 +154,13 @@ def ordered_dispatch(
 def ordered_combine(rows: jax.Array, plan: Plan, order: jax.Array) -> tuple[jax.Array, jax.Array]:
     """combine with the order in the caller's hands; f32[1] goes in and comes out."""
     leaves, tree = jax.tree.flatten(plan.own)
-    rows, order, ids, *leaves = _varying_over(plan.link.axis_name, rows, order, plan.ids, *leaves)
+    rows, order, ids, *leaves = _varying_over(plan.link.ep_axis, rows, order, plan.ids, *leaves)
     plan = dataclasses.replace(plan, ids=ids, own=jax.tree.unflatten(tree, leaves))
     with jax.named_scope("moriep.combine"):
         return _combine(rows, plan, order)
 
 
-def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, axis_name: str) -> Link:
+def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, ep_axis: str) -> Link:
     """The static side of an exchange of ``num_tokens`` tokens per rank of a dtype, over the transport that
     cfg asks for at this place, which opens itself.
 
@@ -168,11 +168,11 @@ def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, axis_name:
       ShardingError: the mesh has no such axis.
       TransportError: the transport cannot run or cannot be opened here.
     """
-    place = Place.of(mesh, axis_name)
+    place = Place.of(mesh, ep_axis)
     shape = ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose(cfg.transport, place)
     opened = IMPLEMENTATIONS[transport].open(place, cfg, shape, jnp.dtype(dtype).name)
-    return Link(shape, transport, axis_name, place.platform, place.architecture, opened)
+    return Link(shape, transport, ep_axis, place.platform, place.architecture, opened)
 
 
 def initialize(
@@ -225,9 +225,7 @@ def initialize(
     remember_mesh(mesh)
 
 
-def link_in_shard_map(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, axis_name: str
-) -> Link:
+def link_in_shard_map(x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, ep_axis: str) -> Link:
     """Checks the operands of a dispatch and finds the mesh, the transport and the sizes."""
     check_tokens(x, cfg, in_rows=True)
     want = (x.shape[0], cfg.top_k)
@@ -240,17 +238,17 @@ def link_in_shard_map(
         raise ConfigError(rule("ids.dtype", str(ids.dtype), "be int32", "cast them"))
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ConfigError(rule("weights.dtype", str(weights.dtype), "be floating", "cast them to float32"))
-    return make_link(cfg, mesh_in_shard_map(axis_name), x.shape[0], x.dtype, axis_name)
+    return make_link(cfg, mesh_in_shard_map(ep_axis), x.shape[0], x.dtype, ep_axis)
 
 
-def _varying_over(axis_name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _varying_over(ep_axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Types all operands alike, varying over the ranks too, so that forward and backward types agree."""
-    return tuple(compat.pcast_varying(x, frozenset({axis_name})) for x in compat.union_varying(*arrays))
+    return tuple(compat.pcast_varying(x, frozenset({ep_axis})) for x in compat.union_varying(*arrays))
 
 
 def _chain_key(link: Link, *arrays: jax.Array) -> tuple[Any, ...]:
     axes = frozenset().union(*(compat.varying_axes(x) for x in arrays))
-    return (link.axis_name, link.opened.group, axes | {link.axis_name})
+    return (link.ep_axis, link.opened.group, axes | {link.ep_axis})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

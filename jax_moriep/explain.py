@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,8 @@ def explain(
     Raises:
       ConfigError: ``cfg`` is no config.
       ShardingError: ``mesh`` is no mesh, or has no such axis.
-      TransportError: a process does not answer, or its ``JAX_MORIEP_RANKS_PER_NODE`` is another.
+      TransportError: a process does not answer, or ``JAX_MORIEP_RANKS_PER_NODE`` is another there, or is
+        wrong and decides here.
     """
     check_type("cfg", cfg, MoEConfig, "call explain(cfg, mesh)")
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
@@ -106,8 +106,8 @@ def explain(
         for name, why in experts_reasons.items()
         if why is None
     }
-    transport = _chosen(cfg.transport, transport_reasons)
-    implementation = _chosen(cfg.experts, experts_reasons)
+    transport = transports.chosen(cfg.transport, transport_reasons)
+    implementation = _chosen_experts(cfg.experts, experts_reasons)
     one_call = (
         transport is not None
         and implementation is not None
@@ -125,7 +125,7 @@ def explain(
     )
 
 
-def _chosen(name: str, reasons: dict[str, Any]) -> str | None:
+def _chosen_experts(name: str, reasons: dict[str, str | None]) -> str | None:
     if name == "auto":
         return next((candidate for candidate, why in reasons.items() if why is None), None)
     return name if reasons[name] is None else None

@@ -82,13 +82,13 @@ def run(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
         nodes = int(dict(link.opened.attributes).get("num_nodes", 1))
         implementation = experts.choose(cfg, place)
         if is_one_call(cfg, link.transport, implementation, given.x.dtype, num_nodes=nodes):
-            return _one_call(link, cfg, _varying(given, link.axis_name))
+            return _one_call(link, cfg, _varying(given, link.ep_axis))
     return _three_calls(link, cfg, given)
 
 
-def _varying(given: Tokens, axis_name: str) -> Tokens:
+def _varying(given: Tokens, ep_axis: str) -> Tokens:
     """As the one call takes them: all but the words vary over the same axes."""
-    axes = frozenset({axis_name})
+    axes = frozenset({ep_axis})
     coded = experts.without_gradients(given.params)
     # The words are the same along other axes, and so are all ranks' words.
     others = (given.x, given.ids, given.weights.astype(jnp.float32), coded, given.order)

@@ -19,8 +19,13 @@ from jax_moriep.layout import Layout, axes_of
 from jax_moriep.plan import experts_per_rank
 
 
-def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> MoEParams:
-    """The shape of every weight that the config uses; None for the others. ``quantised``: with scales."""
+def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every weight, by its name in MoEParams; None for what the config does not use.
+
+    Args:
+      cfg: the layer.
+      quantised: with scales.
+    """
     experts, hidden, inner, shared = (
         cfg.num_experts,
         cfg.hidden_size,
@@ -30,20 +35,20 @@ def param_shapes(cfg: MoEConfig, *, quantised: bool = False) -> MoEParams:
     scales = (None, None)
     if quantised and cfg.expert_quant is not None:
         scales = schemes.scale_shapes(cfg.expert_quant, experts, hidden, inner)
-    return MoEParams(
-        w1_scale=scales[0],
-        w2_scale=scales[1],
-        router=(hidden, experts),
-        w1=(experts, 2 * inner, hidden),
-        w2=(experts, hidden, inner),
-        router_bias=(experts,) if cfg.router_bias else None,
-        score_bias=(experts,) if cfg.score_bias else None,
-        b1=(experts, 2 * inner) if cfg.expert_bias else None,
-        b2=(experts, hidden) if cfg.expert_bias else None,
-        shared_w1=(2 * shared, hidden) if shared else None,
-        shared_w2=(hidden, shared) if shared else None,
-        shared_gate=(hidden, 1) if cfg.shared_gate else None,
-    )
+    return {
+        "router": (hidden, experts),
+        "w1": (experts, 2 * inner, hidden),
+        "w2": (experts, hidden, inner),
+        "router_bias": (experts,) if cfg.router_bias else None,
+        "score_bias": (experts,) if cfg.score_bias else None,
+        "b1": (experts, 2 * inner) if cfg.expert_bias else None,
+        "b2": (experts, hidden) if cfg.expert_bias else None,
+        "shared_w1": (2 * shared, hidden) if shared else None,
+        "shared_w2": (hidden, shared) if shared else None,
+        "shared_gate": (hidden, 1) if cfg.shared_gate else None,
+        "w1_scale": scales[0],
+        "w2_scale": scales[1],
+    }
 
 
 def init_params(key: jax.Array, cfg: MoEConfig, dtype: Any = jnp.float32) -> MoEParams:
@@ -76,17 +81,17 @@ def init_params(key: jax.Array, cfg: MoEConfig, dtype: Any = jnp.float32) -> MoE
         "shared_w2": cfg.shared_intermediate_size or 1,
         "shared_gate": cfg.hidden_size,
     }
-    made = {}
+    weights: dict[str, Any] = {}
     for i, name in enumerate(WEIGHT_NAMES):
-        shape = getattr(shapes, name)
+        shape = shapes[name]
         if shape is None:
-            made[name] = None
+            weights[name] = None
         elif name in fan_in:
             values = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-            made[name] = (values * fan_in[name] ** -0.5).astype(dtype)
+            weights[name] = (values * fan_in[name] ** -0.5).astype(dtype)
         else:
-            made[name] = jnp.zeros(shape, jnp.float32 if name == "score_bias" else dtype)
-    return MoEParams(**made)
+            weights[name] = jnp.zeros(shape, jnp.float32 if name == "score_bias" else dtype)
+    return MoEParams(**weights)
 
 
 def param_specs(
@@ -116,24 +121,24 @@ def param_specs(
     if params is not None:
         check_type("params", params, MoEParams, "make it with jm.init_params")
     by_block = cfg.expert_quant == "fp8_block"
-    specs = MoEParams(
-        router=P(),
-        w1=P(ep_axis, None, tp_axis),
-        w2=P(ep_axis, None, tp_axis),
-        router_bias=P(),
-        score_bias=P(),
-        b1=P(ep_axis, None),
-        b2=P(ep_axis, None),
-        shared_w1=P(None, tp_axis),
-        shared_w2=P(None, tp_axis),
-        shared_gate=P(),
+    specs: dict[str, Any] = {
+        "router": P(),
+        "w1": P(ep_axis, None, tp_axis),
+        "w2": P(ep_axis, None, tp_axis),
+        "router_bias": P(),
+        "score_bias": P(),
+        "b1": P(ep_axis, None),
+        "b2": P(ep_axis, None),
+        "shared_w1": P(None, tp_axis),
+        "shared_w2": P(None, tp_axis),
+        "shared_gate": P(),
         # A scale for a whole row of weights belongs to all parts of the row.
-        w1_scale=P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
-        w2_scale=P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
-        layout="plain" if params is None else params.layout,
-    )
+        "w1_scale": P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
+        "w2_scale": P(ep_axis, None, tp_axis) if by_block else P(ep_axis, None),
+    }
     shapes = param_shapes(cfg, quantised=params is not None and params.w1_scale is not None)
-    return dataclasses.replace(specs, **{n: None for n in WEIGHT_NAMES if getattr(shapes, n) is None})
+    used: dict[str, Any] = {name: spec if shapes[name] else None for name, spec in specs.items()}
+    return MoEParams(**used, layout="plain" if params is None else params.layout)
 
 
 def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
@@ -185,7 +190,7 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
     schemes.check_weights(params, cfg)
     shapes = param_shapes(cfg, quantised=quantised)
     for name in WEIGHT_NAMES:
-        want, got = getattr(shapes, name), getattr(params, name)
+        want, got = shapes[name], getattr(params, name)
         if (want is None) != (got is None):
             raise ConfigError(
                 rule(
@@ -223,7 +228,7 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
             )
         if not (jnp.issubdtype(got.dtype, jnp.floating) or quantised and name in ("w1", "w2")):
             raise ConfigError(rule(f"params.{name}.dtype", str(got.dtype), "be floating", "cast it"))
-    counts = {name: getattr(params, name).shape[0] for name in PER_EXPERT if getattr(shapes, name)}
+    counts = {name: getattr(params, name).shape[0] for name in PER_EXPERT if shapes[name]}
     for name, count in counts.items():
         if count != counts["w1"]:
             raise ConfigError(

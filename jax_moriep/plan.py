@@ -143,7 +143,7 @@ class Link:
     Attributes:
       shape: the sizes.
       transport: name of the transport that runs it.
-      axis_name: mesh axis whose devices are the ranks of a group.
+      ep_axis: mesh axis whose devices are the ranks of a group.
       platform: of the mesh's devices; None for a mesh without devices, on which programs are only lowered.
       architecture: of the devices, see ``runtime.place.Place``.
       opened: what the transport needs of itself.
@@ -151,7 +151,7 @@ class Link:
 
     shape: ExchangeShape
     transport: str
-    axis_name: str
+    ep_axis: str
     platform: str | None
     architecture: str = ""
     opened: Opened = Opened()
@@ -162,7 +162,7 @@ class Link:
 class Plan:
     """What dispatch decided and combine needs: arrays of one rank, no pointers, no host state."""
 
-    ids: Any
+    ids: jax.Array
     """i32[T, K]: this rank's own expert ids, as given; they say where this rank's tokens went."""
     own: Any
     """The transport's own pytree of arrays."""
@@ -174,11 +174,11 @@ class Plan:
 class Dispatched:
     """What experts see after dispatch, on one rank."""
 
-    rows: Any
+    rows: jax.Array
     """[C, H], sorted by local expert, then source rank, then source token; padding rows are zero."""
-    row_weights: Any
+    row_weights: jax.Array
     """f32[C], the router weight of each row; 0 on padding."""
-    group_sizes: Any
+    group_sizes: jax.Array
     """i32[L], rows of each local expert, padding not counted."""
     plan: Plan
     """What combine needs."""

@@ -86,7 +86,7 @@ def check_weights(params: MoEParams, cfg: MoEConfig) -> None:
             )
         )
     made_by = _scheme_of(params)
-    if made_by not in (None, scheme):
+    if made_by not in (None, scheme) and params.w1_scale is not None:
         raise ConfigError(
             rule(
                 "expert_quant",
@@ -112,13 +112,15 @@ def check_weights(params: MoEParams, cfg: MoEConfig) -> None:
 
 def _scheme_of(params: MoEParams) -> str | None:
     """The scheme that made the codes; None if they are none of a scheme, or are not complete."""
-    w1, w2, scales = params.w1, params.w2, (params.w1_scale, params.w2_scale)
-    if w1 is None or w2 is None or any(scale is None for scale in scales) or w1.dtype != w2.dtype:
+    w1, w2, scales = params.w1, params.w2, [s for s in (params.w1_scale, params.w2_scale) if s is not None]
+    if w1 is None or w2 is None or len(scales) < 2 or w1.dtype != w2.dtype:
         return None
     axes = {scale.ndim for scale in scales}
     if w1.dtype == jnp.int8 and axes == {2}:
         return "int8_token"
-    return {(2,): "fp8_token", (3,): "fp8_block"}.get(tuple(axes)) if w1.dtype in FORMATS.values() else None
+    if w1.dtype not in FORMATS.values() or len(axes) > 1:
+        return None
+    return {2: "fp8_token", 3: "fp8_block"}.get(axes.pop())
 
 
 def quantise_rows(x: jax.Array, scheme: str, dtype: jnp.dtype) -> Quantised:

@@ -106,19 +106,19 @@ def _unflat(flat: jax.Array, like: balance.RouterSums) -> balance.RouterSums:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(axis_name: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
+def _total(ep_axis: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
     """The sum over the ranks, f32[R, S] -> f32[S]; its gradient in ``own`` f32[S] is that of a psum."""
-    del axis_name, own
+    del ep_axis, own
     return of_all.sum(0)
 
 
-def _total_fwd(axis_name: str, own: jax.Array, of_all: jax.Array) -> tuple[jax.Array, None]:
-    return _total(axis_name, own, of_all), None
+def _total_fwd(ep_axis: str, own: jax.Array, of_all: jax.Array) -> tuple[jax.Array, None]:
+    return _total(ep_axis, own, of_all), None
 
 
-def _total_bwd(axis_name: str, residuals: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _total_bwd(ep_axis: str, residuals: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
     del residuals
-    return compat.pcast_varying(cotangent, frozenset({axis_name})), None
+    return compat.pcast_varying(cotangent, frozenset({ep_axis})), None
 
 
 _total.defvjp(_total_fwd, _total_bwd)

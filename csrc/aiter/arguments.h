@@ -1,4 +1,4 @@
-// The arguments of AITER's fused kernels: each in a slot of 16 bytes, at the offsets that the
+// The arguments of AITER's fused kernels: each in 16 bytes of its own, at the offsets that the
 // kernels' own ELF notes give. Python compares the notes of each file with the same table
 // (jax_moriep/aiter/arguments.py) before a kernel is loaded.
 #pragma once
@@ -9,21 +9,21 @@
 namespace moriep::aiter {
 
 template <typename T>
-struct Slot {
+struct Argument {
   T value{};
   std::byte unused[16 - sizeof(T)]{};
 
-  Slot& operator=(T given) {
+  Argument& operator=(T given) {
     value = given;
     return *this;
   }
 };
 
-using Pointer = Slot<const void*>;
-using Number = Slot<uint32_t>;
+using Pointer = Argument<const void*>;
+using Number = Argument<uint32_t>;
 
 struct Arguments {
-  Slot<void*> out;         // bf16 [M, H], added to
+  Argument<void*> out;     // bf16 [M, H], added to
   Pointer rows;            // [M, H]
   Pointer w1;              // [L, 2I, H], in AITER's layout
   Pointer valid;           // i32[2]: padded pairs, rows

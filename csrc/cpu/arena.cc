@@ -124,20 +124,20 @@ Status Arena::map_control() {
   return control_ == nullptr ? system_error("mapping an arena") : Status();
 }
 
-Status Arena::slot(uint32_t step, int64_t bytes, std::byte** out) {
-  if (bytes > kSlotStride) {
+Status Arena::half(uint32_t step, int64_t bytes, std::byte** out) {
+  if (bytes > kHalfStride) {
     return Status(Code::kInvalidArgument, "a step needs " + std::to_string(bytes) +
                                               " bytes of arena, more than " +
-                                              std::to_string(kSlotStride));
+                                              std::to_string(kHalfStride));
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  Mapping& mapping = current_[step % kNumSlots];
+  Mapping& mapping = current_[step % kNumHalves];
   if (mapping.bytes < bytes) {
     // Doubling bounds the number of mappings that a growing size leaves behind.
     const auto rounded =
         static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(bytes, kMapGranule))));
-    std::byte* data = map(fd_, slot_offset(step), rounded);
-    if (data == nullptr) return system_error("mapping a slot of an arena");
+    std::byte* data = map(fd_, half_offset(step), rounded);
+    if (data == nullptr) return system_error("mapping a half of an arena");
     // Another rank of this process may still use the smaller mapping.
     if (mapping.data != nullptr) outgrown_.push_back(mapping);
     mapping = {data, rounded};

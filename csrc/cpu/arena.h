@@ -35,9 +35,9 @@ class Arena {
   Control& control() const { return *control_; }
   const ArenaAddress& address() const { return address_; }
 
-  // Maps the first `bytes` of a step's slot, or gives the mapping that is already there. Pages take
+  // Maps the first `bytes` of a step's half, or gives the mapping that is already there. Pages take
   // memory only once they are written. A mapping stays valid until the arena is gone.
-  Status slot(uint32_t step, int64_t bytes, std::byte** out);
+  Status half(uint32_t step, int64_t bytes, std::byte** out);
 
  private:
   struct Mapping {
@@ -52,7 +52,7 @@ class Arena {
   ArenaAddress address_;
   Control* control_ = nullptr;
   std::mutex mutex_;  // ranks of one process share a mapping of the same arena
-  Mapping current_[kNumSlots];
+  Mapping current_[kNumHalves];
   std::vector<Mapping> outgrown_;
 };
 

@@ -14,7 +14,7 @@ namespace {
 // time.
 int64_t nth_peer(int64_t me, int64_t i, int64_t num_ranks) { return (me + 1 + i) % num_ranks; }
 
-// Copies this rank's tokens that some other rank needs into its slot; its own are read where they
+// Copies this rank's tokens that some other rank needs into its half; its own are read where they
 // are.
 void stage_rows(const Shape& shape, const Owners& owners, int64_t me, const std::byte* x,
                 const int32_t* ids, int64_t row_bytes, int64_t row_stride, std::byte* staged) {
@@ -76,7 +76,7 @@ void pull_rows(const Shape& shape, int64_t me, const std::vector<Source>& source
 // arena.
 void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
                  const std::vector<int32_t>& all_ids, int32_t* group_sizes, int32_t* routes,
-                 int32_t* slots) {
+                 int32_t* places) {
   const int64_t first_expert = me * shape.num_local_experts;
   const auto local_expert = [&](int32_t id) {
     return owners.rank_of(id) == me ? id - first_expert : -1;
@@ -93,7 +93,7 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
   }
 
   std::vector<int32_t> ranks;
-  std::vector<int32_t> next_slots(static_cast<size_t>(shape.num_ranks));
+  std::vector<int32_t> next_places(static_cast<size_t>(shape.num_ranks));
   const int64_t per_node = shape.num_tokens / shape.num_nodes;
   for (int64_t i = 0; i < shape.num_nodes * shape.num_ranks * per_node; ++i) {
     const int64_t source = i / per_node % shape.num_ranks;
@@ -101,11 +101,11 @@ void plan_routes(const Shape& shape, const Owners& owners, int64_t me,
     const int64_t token = source * shape.num_tokens + t;
     const int32_t* ids = all_ids.data() + token * shape.top_k;
     owners.ranks_of(ids, ranks);
-    int32_t& next_slot = next_slots[static_cast<size_t>(source)];
+    int32_t& next_place = next_places[static_cast<size_t>(source)];
     const auto place = std::find(ranks.begin(), ranks.end(), me);
-    slots[token] =
-        place == ranks.end() ? -1 : next_slot + static_cast<int32_t>(place - ranks.begin());
-    next_slot += static_cast<int32_t>(ranks.size());
+    places[token] =
+        place == ranks.end() ? -1 : next_place + static_cast<int32_t>(place - ranks.begin());
+    next_place += static_cast<int32_t>(ranks.size());
     for (int64_t k = 0; k < shape.top_k; ++k) {
       const int64_t e = local_expert(ids[k]);
       int32_t& route = routes[token * shape.top_k + k];
@@ -123,7 +123,7 @@ constexpr const char* kUnchanged =
     "; pass combine the plan of the dispatch that brought its rows, unchanged";
 
 // A plan is the user's array by the time it comes back: nothing in it is trusted as an index.
-Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slots) {
+Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* places) {
   const int64_t num_routes = shape.num_ranks * shape.num_routes();
   for (int64_t i = 0; i < num_routes; ++i) {
     if (routes[i] >= shape.capacity) {
@@ -132,9 +132,9 @@ Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slot
                                                 std::to_string(shape.capacity) + kUnchanged);
     }
   }
-  for (int64_t i = 0; slots != nullptr && i < shape.num_ranks * shape.num_tokens; ++i) {
-    if (slots[i] >= shape.max_fanout()) {
-      return Status(Code::kInvalidArgument, "plan.slots names place " + std::to_string(slots[i]) +
+  for (int64_t i = 0; places != nullptr && i < shape.num_ranks * shape.num_tokens; ++i) {
+    if (places[i] >= shape.max_fanout()) {
+      return Status(Code::kInvalidArgument, "plan.places names place " + std::to_string(places[i]) +
                                                 " but there are " +
                                                 std::to_string(shape.max_fanout()) + kUnchanged);
     }
@@ -147,17 +147,17 @@ Status check_plan(const Shape& shape, const int32_t* routes, const int32_t* slot
 Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   const Shape& shape = call.shape;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
-  const auto layout = SlotLayout::of(Kind::kDispatch, shape, row_bytes, false);
+  const auto layout = HalfLayout::of(Kind::kDispatch, shape, row_bytes, false);
   Step step(me, Kind::kDispatch, shape, static_cast<int32_t>(call.type), false, call.order,
             call.config);
-  std::vector<std::byte*> slots;
-  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
+  std::vector<std::byte*> halves;
+  if (Status status = step.halves(layout.bytes, &halves); !status.ok()) return status;
 
   const int64_t my_rank = me.rank();
   const Owners owners(shape);
   const auto ids_bytes = static_cast<size_t>(shape.num_routes()) * sizeof(int32_t);
   const auto words_bytes = static_cast<size_t>(shape.num_words) * sizeof(int32_t);
-  std::byte* mine = slots[static_cast<size_t>(my_rank)];
+  std::byte* mine = halves[static_cast<size_t>(my_rank)];
   if (shape.num_ranks > 1) {
     if (words_bytes > 0) std::memcpy(mine + layout.words, at.words, words_bytes);
     std::memcpy(mine + layout.ids, at.ids, ids_bytes);
@@ -173,16 +173,16 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
   std::vector<const float*> weights;
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
     const bool own = source == my_rank;
-    const std::byte* slot = slots[static_cast<size_t>(source)];
-    const void* ids = own ? static_cast<const void*>(at.ids) : slot + layout.ids;
+    const std::byte* half = halves[static_cast<size_t>(source)];
+    const void* ids = own ? static_cast<const void*>(at.ids) : half + layout.ids;
     if (ids_bytes > 0) std::memcpy(all_ids.data() + source * shape.num_routes(), ids, ids_bytes);
-    const void* words = own ? static_cast<const void*>(at.words) : slot + layout.words;
+    const void* words = own ? static_cast<const void*>(at.words) : half + layout.words;
     if (words_bytes > 0) std::memcpy(at.all_words + source * shape.num_words, words, words_bytes);
     sources.push_back(own ? Source{at.x, row_bytes}
-                          : Source{slot + layout.rows, layout.row_stride});
-    weights.push_back(own ? at.weights : reinterpret_cast<const float*>(slot + layout.weights));
+                          : Source{half + layout.rows, layout.row_stride});
+    weights.push_back(own ? at.weights : reinterpret_cast<const float*>(half + layout.weights));
   }
-  plan_routes(shape, owners, my_rank, all_ids, at.group_sizes, at.routes, at.slots);
+  plan_routes(shape, owners, my_rank, all_ids, at.group_sizes, at.routes, at.places);
 
   std::fill_n(at.row_weights, shape.capacity, 0.0f);
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
@@ -198,23 +198,23 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
 Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
   const Shape& shape = call.shape;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
-  const auto layout = SlotLayout::of(Kind::kReplay, shape, row_bytes, false);
+  const auto layout = HalfLayout::of(Kind::kReplay, shape, row_bytes, false);
   Step step(me, Kind::kReplay, shape, static_cast<int32_t>(call.type), false, call.order,
             call.config);
-  std::vector<std::byte*> slots;
-  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
+  std::vector<std::byte*> halves;
+  if (Status status = step.halves(layout.bytes, &halves); !status.ok()) return status;
   if (Status status = check_plan(shape, at.routes, nullptr); !status.ok()) return step.fail(status);
 
   const int64_t my_rank = me.rank();
   const Owners owners(shape);
   stage_rows(shape, owners, my_rank, at.x, at.ids, row_bytes, layout.row_stride,
-             slots[static_cast<size_t>(my_rank)] + layout.rows);
+             halves[static_cast<size_t>(my_rank)] + layout.rows);
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
   std::vector<Source> sources;
   for (int64_t source = 0; source < shape.num_ranks; ++source) {
     sources.push_back(source == my_rank ? Source{at.x, row_bytes}
-                                        : Source{slots[static_cast<size_t>(source)] + layout.rows,
+                                        : Source{halves[static_cast<size_t>(source)] + layout.rows,
                                                  layout.row_stride});
   }
   pull_rows(shape, my_rank, sources, at.routes, row_bytes, at.rows);
@@ -225,12 +225,12 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   const Shape& shape = call.shape;
   const bool with_scalars = at.scalars != nullptr;
   const int64_t row_bytes = shape.hidden_size * element_bytes(call.type);
-  const auto layout = SlotLayout::of(Kind::kCombine, shape, row_bytes, with_scalars);
+  const auto layout = HalfLayout::of(Kind::kCombine, shape, row_bytes, with_scalars);
   Step step(me, Kind::kCombine, shape, static_cast<int32_t>(call.type), with_scalars, call.order,
             call.config);
-  std::vector<std::byte*> slots;
-  if (Status status = step.slots(layout.bytes, &slots); !status.ok()) return status;
-  if (Status status = check_plan(shape, at.routes, at.slots); !status.ok())
+  std::vector<std::byte*> halves;
+  if (Status status = step.halves(layout.bytes, &halves); !status.ok()) return status;
+  if (Status status = check_plan(shape, at.routes, at.places); !status.ok())
     return step.fail(status);
 
   const int64_t my_rank = me.rank();
@@ -251,13 +251,13 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   // trip.
   for (int64_t i = 0; i + 1 < shape.num_ranks; ++i) {
     const int64_t owner = nth_peer(my_rank, i, shape.num_ranks);
-    std::byte* slot = slots[static_cast<size_t>(owner)];
-    auto* scalars = reinterpret_cast<float*>(slot + layout.scalars);
+    std::byte* half = halves[static_cast<size_t>(owner)];
+    auto* scalars = reinterpret_cast<float*>(half + layout.scalars);
     for (int64_t t = 0; t < shape.num_tokens; ++t) {
       const int64_t token = owner * shape.num_tokens + t;
-      if (at.slots[token] < 0) continue;
+      if (at.places[token] < 0) continue;
       sum_rows(call.type, terms.data(), rows_of(owner, t),
-               slot + layout.rows + at.slots[token] * layout.row_stride, shape.hidden_size, store);
+               half + layout.rows + at.places[token] * layout.row_stride, shape.hidden_size, store);
       for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
         const int32_t row = at.routes[token * shape.top_k + k];
         if (row != kNotHere) scalars[t * shape.top_k + k] = row >= 0 ? at.scalars[row] : 0.0f;
@@ -268,20 +268,20 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
 
   // Sum what the ranks pushed, in rank order; this rank's own part is made on the way.
-  const std::byte* received = slots[static_cast<size_t>(my_rank)];
+  const std::byte* received = halves[static_cast<size_t>(my_rank)];
   const auto* scalars = reinterpret_cast<const float*>(received + layout.scalars);
   std::vector<std::byte> own(static_cast<size_t>(row_bytes));
   std::vector<int32_t> ranks;
   std::vector<const std::byte*> sums(static_cast<size_t>(shape.num_ranks));
-  int64_t next_slot = 0;
+  int64_t next_place = 0;
   for (int64_t t = 0; t < shape.num_tokens; ++t) {
     const int32_t* ids = at.ids + t * shape.top_k;
     int64_t n = 0;
     owners.ranks_of(ids, ranks);
     for (const int32_t rank : ranks) {
-      const int64_t slot = next_slot++;
+      const int64_t place = next_place++;
       if (rank != my_rank) {
-        sums[static_cast<size_t>(n++)] = received + layout.rows + slot * layout.row_stride;
+        sums[static_cast<size_t>(n++)] = received + layout.rows + place * layout.row_stride;
         continue;
       }
       const int64_t num_rows = rows_of(my_rank, t);

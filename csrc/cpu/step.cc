@@ -40,17 +40,17 @@ Step::Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool wit
   copy_text(config, header_.config, kConfigChars);
 }
 
-Status Step::slots(int64_t bytes, std::vector<std::byte*>* out) {
+Status Step::halves(int64_t bytes, std::vector<std::byte*>* out) {
   if (me_.arena().control().failed.load(std::memory_order_relaxed) != 0) {
     return Status(Code::kFailedPrecondition,
                   "the group failed before: " + std::string(me_.arena().control().failure) +
                       "; restart the job, or open the group again with jm.initialize");
   }
   if (Status status = me_.group().arenas(me_.rank(), &arenas_); !status.ok()) return fail(status);
-  me_.arena().control().headers[step_ % kNumSlots] = header_;
+  me_.arena().control().headers[step_ % kNumHalves] = header_;
   out->resize(arenas_.size());
   for (size_t r = 0; r < arenas_.size(); ++r) {
-    if (Status status = arenas_[r]->slot(step_, bytes, &(*out)[r]); !status.ok())
+    if (Status status = arenas_[r]->half(step_, bytes, &(*out)[r]); !status.ok())
       return fail(status);
   }
   return Status();
@@ -124,7 +124,7 @@ Status Step::look_at(int32_t peer, bool at_process) {
 
 Status Step::compare_with(int32_t peer) {
   const StepHeader& theirs =
-      arenas_[static_cast<size_t>(peer)]->control().headers[step_ % kNumSlots];
+      arenas_[static_cast<size_t>(peer)]->control().headers[step_ % kNumHalves];
   std::string differs;
   const auto compare = [&](const char* what, const std::string& mine, const std::string& other) {
     if (mine == other) return;
@@ -145,8 +145,7 @@ Status Step::compare_with(int32_t peer) {
   compare_number("words", header_.num_words, theirs.num_words);
   compare("dtype", type_name(header_.dtype), type_name(theirs.dtype));
   compare_number("scalars carried", header_.with_scalars, theirs.with_scalars);
-  compare_number("the order token (which call of the program it is) has", header_.order,
-                 theirs.order);
+  compare_number("the order (which call of the program it is) has", header_.order, theirs.order);
   compare("config", header_.config, read_text(theirs.config, kConfigChars));
   if (differs.empty()) return Status();
   return Status(Code::kInvalidArgument,

@@ -16,10 +16,10 @@ class Step {
   Step(LocalRank& me, Kind kind, const Shape& shape, int32_t dtype, bool with_scalars,
        int32_t order, const std::string& config);
 
-  // Gives every rank's slot of this step, at least `bytes` long, unless the group has failed. Only
+  // Gives every rank's half of this step, at least `bytes` long, unless the group has failed. Only
   // then may this rank write anything: a step that failed has ended before its peers did, who may
   // still read the step before it.
-  Status slots(int64_t bytes, std::vector<std::byte*>* out);
+  Status halves(int64_t bytes, std::vector<std::byte*>* out);
 
   // Publishes this rank's data and waits until every peer has published; compares the headers.
   Status publish_and_wait();

@@ -159,7 +159,7 @@ inline Status decode_shape(const ffi::AnyBuffer& tokens, const I32& ids, const f
 // arrays.
 inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const I32& ids,
                               const F32Buffer& weights, const I32& words, ffi::AnyBuffer& rows,
-                              F32Buffer& row_weights, I32& group_sizes, I32& routes, I32& slots,
+                              F32Buffer& row_weights, I32& group_sizes, I32& routes, I32& places,
                               I32& all_words, DispatchBuffers* at) {
   *at = {.x = bytes_of(x),
          .ids = ids.typed_data(),
@@ -168,7 +168,7 @@ inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const
          .row_weights = row_weights.typed_data(),
          .group_sizes = group_sizes.typed_data(),
          .routes = routes.typed_data(),
-         .slots = slots.typed_data(),
+         .places = places.typed_data(),
          .words = words.typed_data(),
          .all_words = all_words.typed_data()};
   return first_failure(
@@ -178,7 +178,7 @@ inline Status decode_dispatch(const Shape& shape, const ffi::AnyBuffer& x, const
        expect_shape("row_weights", row_weights, {shape.capacity}),
        expect_shape("group_sizes", group_sizes, {shape.num_local_experts}),
        expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
-       expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens})});
+       expect_shape("places", places, {shape.num_ranks, shape.num_tokens})});
 }
 
 // The same for a replay.
@@ -194,20 +194,20 @@ inline Status decode_replay(const Shape& shape, const ffi::AnyBuffer& x, const I
 // The same for a combine. No scalars are carried when the operand is empty: the forward pass has
 // none, the router's gradient has.
 inline Status decode_combine(const Shape& shape, const ffi::AnyBuffer& rows,
-                             const F32Buffer& scalars, const I32& routes, const I32& slots,
+                             const F32Buffer& scalars, const I32& routes, const I32& places,
                              const I32& ids, ffi::AnyBuffer& y, F32Buffer& token_scalars,
                              CombineBuffers* at) {
   const bool with_scalars = scalars.element_count() > 0;
   *at = {.rows = bytes_of(rows),
          .scalars = with_scalars ? scalars.typed_data() : nullptr,
          .routes = routes.typed_data(),
-         .slots = slots.typed_data(),
+         .places = places.typed_data(),
          .ids = ids.typed_data(),
          .y = bytes_of(y),
          .token_scalars = with_scalars ? token_scalars.typed_data() : nullptr};
   return first_failure(
       {expect_shape("routes", routes, {shape.num_ranks, shape.num_tokens, shape.top_k}),
-       expect_shape("slots", slots, {shape.num_ranks, shape.num_tokens}),
+       expect_shape("places", places, {shape.num_ranks, shape.num_tokens}),
        expect_shape("scalars", scalars, {with_scalars ? shape.capacity : 0}),
        expect_shape("token_scalars", token_scalars,
                     {with_scalars ? shape.num_tokens : 0, shape.top_k})});

@@ -44,7 +44,7 @@ struct ExchangeHandlers {
 
   static Result dispatch(Context at, ffi::AnyBuffer x, I32 ids, F32Buffer weights, I32 words,
                          I32 rank, I32 order, Out<ffi::AnyBuffer> rows, Out<F32Buffer> row_weights,
-                         Out<I32> group_sizes, Out<I32> routes, Out<I32> slots, Out<I32> all_words,
+                         Out<I32> group_sizes, Out<I32> routes, Out<I32> places, Out<I32> all_words,
                          Out<I32> order_out, Attributes attributes) {
     Place place;
     Call call;
@@ -54,7 +54,7 @@ struct ExchangeHandlers {
     DispatchBuffers buffers;
     if (status.ok()) {
       status = decode_dispatch(call.shape, x, ids, weights, words, *rows, *row_weights,
-                               *group_sizes, *routes, *slots, *all_words, &buffers);
+                               *group_sizes, *routes, *places, *all_words, &buffers);
     }
     if (!status.ok()) return Backend::fail(status);
     return Backend::run(place, call, [buffers](auto& me, const Call& call) {
@@ -76,7 +76,7 @@ struct ExchangeHandlers {
     });
   }
 
-  static Result combine(Context at, ffi::AnyBuffer rows, F32Buffer scalars, I32 routes, I32 slots,
+  static Result combine(Context at, ffi::AnyBuffer rows, F32Buffer scalars, I32 routes, I32 places,
                         I32 ids, I32 rank, I32 order, Out<ffi::AnyBuffer> y,
                         Out<F32Buffer> token_scalars, Out<I32> order_out, Attributes attributes) {
     Place place;
@@ -85,7 +85,7 @@ struct ExchangeHandlers {
         begin(at, *y, ids, rows, true, 0, rank, order, *order_out, attributes, &place, &call);
     CombineBuffers buffers;
     if (status.ok()) {
-      status = decode_combine(call.shape, rows, scalars, routes, slots, ids, *y, *token_scalars,
+      status = decode_combine(call.shape, rows, scalars, routes, places, ids, *y, *token_scalars,
                               &buffers);
     }
     if (!status.ok()) return Backend::fail(status);
@@ -107,7 +107,7 @@ inline constexpr auto bind_dispatch = [](auto context) {
       .template Ret<F32Buffer>()       // row_weights [C]
       .template Ret<I32>()             // group_sizes [L]
       .template Ret<I32>()             // routes [R, T, K]
-      .template Ret<I32>()             // slots [R, T]
+      .template Ret<I32>()             // places [R, T]
       .template Ret<I32>()             // all_words [R, W]
       .template Ret<I32>()             // order [1]
       .template Attrs<Attributes>();
@@ -130,7 +130,7 @@ inline constexpr auto bind_combine = [](auto context) {
       .template Arg<ffi::AnyBuffer>()  // rows [C, H]
       .template Arg<F32Buffer>()       // scalars [C] or [0]
       .template Arg<I32>()             // routes [R, T, K]
-      .template Arg<I32>()             // slots [R, T]
+      .template Arg<I32>()             // places [R, T]
       .template Arg<I32>()             // ids [T, K]
       .template Arg<I32>()             // rank [1]
       .template Arg<I32>()             // order [1]

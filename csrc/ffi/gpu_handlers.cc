@@ -1,7 +1,7 @@
 // The exchanges of the GPU backend as XLA custom calls, enqueued on XLA's stream.
 //
 // XLA records what a handler enqueues and replays it without calling the handler again, so nothing
-// here may depend on how often it runs. What the program computed (the rank, the order token) lies
+// here may depend on how often it runs. What the program computed (the rank, the order) lies
 // in device memory, and the kernels look at it.
 #include <atomic>
 

@@ -34,12 +34,12 @@ class GpuBackend {
                           " must be a whole number of MiB from 1 to 1048576; unset it or fix it");
       }
     }
-    slot_bytes_ = (megabytes << 20) / 2;
+    half_bytes_ = (megabytes << 20) / 2;
     return Status();
   }
 
   std::shared_ptr<Group> make(int32_t num_ranks, std::chrono::duration<double> timeout) {
-    return std::make_shared<Group>(num_ranks, timeout, slot_bytes_);
+    return std::make_shared<Group>(num_ranks, timeout, half_bytes_);
   }
   static Status add_local(Group& group, int32_t rank, int32_t device) {
     return group.add_local(rank, device);
@@ -56,7 +56,7 @@ class GpuBackend {
   static void close_all() {}
 
  private:
-  int64_t slot_bytes_ = 0;  // of one of an arena's two slots
+  int64_t half_bytes_ = 0;  // of one of an arena's two halves
 };
 
 }  // namespace

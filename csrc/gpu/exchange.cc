@@ -34,7 +34,7 @@ struct Prepared {
   Stepping step;
   Wire wire = Wire::kRows;
   Delivery delivery = Delivery::kPull;
-  SlotLayout layout;
+  HalfLayout layout;
   Chunks chunks;
   int32_t* counts = nullptr;
   uint32_t* written = nullptr;
@@ -55,19 +55,19 @@ Status prepare(LocalRank& me, const Call& call, Kind kind, bool with_scalars, Pr
     return Status(Code::kInvalidArgument, "bytes cannot be sent as fp8; pass floating tokens");
   }
   out->layout =
-      SlotLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes, with_scalars);
+      HalfLayout::of(kind, shape, fp8 ? fp8_row_bytes(shape.hidden_size) : row_bytes, with_scalars);
   // Before sizes are multiplied further.
   if (Status status = count_sizes(shape, row_bytes, &out->sizes); !status.ok()) return status;
   const int64_t peers = shape.num_ranks - 1;
-  const int64_t slot_bytes = out->layout.bytes * (put ? peers : 1);
-  if (peers > 0 && slot_bytes > me.group->slot_bytes()) {
+  const int64_t half_bytes = out->layout.bytes * (put ? peers : 1);
+  if (peers > 0 && half_bytes > me.group->half_bytes()) {
     return Status(Code::kInvalidArgument,
-                  "a step needs " + std::to_string(slot_bytes >> 20) +
+                  "a step needs " + std::to_string(half_bytes >> 20) +
                       " MiB in each of an arena's two " + "halves" +
                       (put ? ", a part for each of " + std::to_string(peers) + " peers" : "") +
-                      ", which have " + std::to_string(me.group->slot_bytes() >> 20) +
+                      ", which have " + std::to_string(me.group->half_bytes() >> 20) +
                       " MiB; set JAX_MORIEP_ARENA_MB to at least " +
-                      std::to_string((2 * slot_bytes >> 20) + 1) +
+                      std::to_string((2 * half_bytes >> 20) + 1) +
                       (put ? ", or JAX_MORIEP_NATIVE_DISPATCH=pull" : ""));
   }
   out->chunks = chunks_of(shape);
@@ -100,8 +100,8 @@ Staged staged_of(const Prepared& p, const Call& call) {
           .part_bytes = p.delivery == Delivery::kPut ? p.layout.bytes : 0};
 }
 
-bool first(const Call& call) { return call.shape.num_ranks > 1 && call.half != Half::kSecond; }
-bool second(const Call& call) { return call.half != Half::kFirst; }
+bool first(const Call& call) { return call.shape.num_ranks > 1 && call.phase != Phase::kSecond; }
+bool second(const Call& call) { return call.phase != Phase::kFirst; }
 
 gpuError_t enqueue_first(const LocalRank& me, const Prepared& p, const Call& call,
                          const std::byte* x, const int32_t* ids, const float* weights,
@@ -156,7 +156,7 @@ Status dispatch(LocalRank& me, const Call& call, const DispatchBuffers& at) {
                       .counts = p.counts,
                       .written = p.written,
                       .routes = at.routes,
-                      .slots = at.slots,
+                      .places = at.places,
                       .group_sizes = at.group_sizes,
                       .row_weights = at.row_weights,
                       .words = at.words,
@@ -198,7 +198,7 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
                          .rows = at.rows,
                          .scalars = at.scalars,
                          .routes = at.routes,
-                         .slots = at.slots,
+                         .places = at.places,
                          .ids = at.ids,
                          .y = at.y,
                          .token_scalars = at.token_scalars};

@@ -15,8 +15,8 @@
 namespace moriep::gpu {
 
 // Which part of a step to enqueue. A program enqueues both; tests that run several ranks on one
-// stream enqueue the first half of all ranks before the second half of any.
-enum class Half { kBoth, kFirst, kSecond };
+// stream enqueue the first phase of all ranks before the second of any.
+enum class Phase { kBoth, kFirst, kSecond };
 
 // What every exchange is told. All pointers are the device's.
 struct Call {
@@ -29,7 +29,7 @@ struct Call {
   int32_t first_rank = 0;          // what the program calls the group's rank 0
   const int32_t* order = nullptr;  // [1]
   int32_t* order_out = nullptr;    // [1]
-  Half half = Half::kBoth;
+  Phase phase = Phase::kBoth;
   void* stream = nullptr;
 };
 

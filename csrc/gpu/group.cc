@@ -92,10 +92,10 @@ Status describe(const FaultReport& report, int32_t rank, int32_t num_ranks, int3
 
 }  // namespace
 
-Group::Group(int32_t num_ranks, std::chrono::duration<double> timeout, int64_t slot_bytes)
+Group::Group(int32_t num_ranks, std::chrono::duration<double> timeout, int64_t half_bytes)
     : num_ranks_(num_ranks),
       timeout_(std::min(timeout, std::chrono::duration<double>(1e9))),
-      slot_bytes_(num_ranks > 1 ? slot_bytes : 0),
+      half_bytes_(num_ranks > 1 ? half_bytes : 0),
       locals_(static_cast<size_t>(num_ranks)),
       connected_(static_cast<size_t>(num_ranks)) {}
 
@@ -107,7 +107,7 @@ Status Group::add_local(int32_t rank, int32_t device) {
   local->device = device;
   local->arenas.resize(static_cast<size_t>(num_ranks_));
   const std::string name = "rank " + std::to_string(rank) + " on device " + std::to_string(device);
-  const int64_t bytes = kControlBytes + kWorkspaceBytes + 2 * slot_bytes_;
+  const int64_t bytes = kControlBytes + kWorkspaceBytes + 2 * half_bytes_;
   void* arena = nullptr;
   MORIEP_GPU_TRY(name + " got no arena of " + std::to_string(bytes >> 20) +
                      " MiB (set XLA_PYTHON_CLIENT_MEM_FRACTION or JAX_MORIEP_ARENA_MB lower)",
@@ -166,18 +166,18 @@ Status Group::address(int32_t rank, int64_t* words) {
   std::memset(words, 0, sizeof(int64_t) * kAddressWords);
   words[0] = getpid();
   words[1] = kLayoutVersion;
-  words[2] = slot_bytes_;
+  words[2] = half_bytes_;
   std::memcpy(words + 4, &handle, sizeof(handle));
   return Status();
 }
 
 Status Group::connect(int32_t rank, const int64_t* words) {
   const std::string name = "rank " + std::to_string(rank);
-  if (words[1] != kLayoutVersion || words[2] != slot_bytes_) {
+  if (words[1] != kLayoutVersion || words[2] != half_bytes_) {
     return Status(Code::kFailedPrecondition,
                   name + " has an arena of another layout or size (" + std::to_string(words[1]) +
-                      ", " + std::to_string(words[2]) + " bytes a slot; here " +
-                      std::to_string(kLayoutVersion) + ", " + std::to_string(slot_bytes_) +
+                      ", " + std::to_string(words[2]) + " bytes a half; here " +
+                      std::to_string(kLayoutVersion) + ", " + std::to_string(half_bytes_) +
                       "); install one version and set one JAX_MORIEP_ARENA_MB everywhere");
   }
   gpuIpcHandle_t handle;
@@ -238,7 +238,7 @@ Status Group::team(const LocalRank& me, Team* out) {
   }
   out->report = me.report_on_device;
   out->timeout_ns = static_cast<uint64_t>(timeout_.count() * 1e9);
-  out->slot_bytes = slot_bytes_;
+  out->half_bytes = half_bytes_;
   out->rank = me.rank;
   out->num_ranks = num_ranks_;
   out->first_near = me.rank;

@@ -48,7 +48,7 @@ struct LocalRank {
 
 class Group {
  public:
-  Group(int32_t num_ranks, std::chrono::duration<double> timeout, int64_t slot_bytes);
+  Group(int32_t num_ranks, std::chrono::duration<double> timeout, int64_t half_bytes);
 
   // Allocates a local rank's arena. All are added before any step.
   Status add_local(int32_t rank, int32_t device);
@@ -66,7 +66,7 @@ class Group {
   Status team(const LocalRank& me, Team* out);
 
   int32_t num_ranks() const { return num_ranks_; }
-  int64_t slot_bytes() const { return slot_bytes_; }
+  int64_t half_bytes() const { return half_bytes_; }
   LocalRank* local(int32_t rank) { return locals_[static_cast<size_t>(rank)].get(); }
   // What went wrong on one of this process's ranks, or ok.
   Status failure();
@@ -77,7 +77,7 @@ class Group {
  private:
   const int32_t num_ranks_;
   const std::chrono::duration<double> timeout_;
-  const int64_t slot_bytes_;
+  const int64_t half_bytes_;
   std::vector<std::unique_ptr<LocalRank>> locals_;
 
   std::mutex mutex_;

@@ -10,8 +10,8 @@
 namespace moriep::gpu {
 
 // Where what a rank has published in a dispatch or a replay lies; the offsets are those of
-// layout.h. Receivers that pull find it in its owner's slot. What is put lies in the receiver's
-// slot, in the owner's part of it.
+// layout.h. Receivers that pull find it in its owner's half. What is put lies in the receiver's
+// half, in the owner's part of it.
 struct Staged {
   int64_t ids;
   int64_t weights;
@@ -22,9 +22,9 @@ struct Staged {
   int64_t part_bytes;  // of each part; 0 where receivers pull
 };
 
-// First half of dispatch and replay: publishes the tokens that other ranks need and, where
+// First phase of dispatch and replay: publishes the tokens that other ranks need and, where
 // `weights` is given, the routing and the words; then signals. Stage copies all of it once, to this
-// rank's slot; put writes to each rank what that one needs.
+// rank's half; put writes to each rank what that one needs.
 struct StageArgs {
   Team team;
   Sizes sizes;
@@ -40,8 +40,8 @@ gpuError_t launch_stage(gpuStream_t stream, int num_blocks, RowType type, Wire w
 gpuError_t launch_put(gpuStream_t stream, int num_blocks, RowType type, Wire wire,
                       const StageArgs& args);
 
-// Second half of dispatch, first: every route of the group gets its row, and this rank every rank's
-// words. Two launches: count the routes of each chunk, then place them.
+// Second phase of dispatch, first: every route of the group gets its row, and this rank every
+// rank's words. Two launches: count the routes of each chunk, then place them.
 struct PlanArgs {
   Team team;
   Sizes sizes;
@@ -54,7 +54,7 @@ struct PlanArgs {
   int32_t* counts;    // workspace: [chunks, L]
   uint32_t* written;  // workspace: a bit for each row
   int32_t* routes;
-  int32_t* slots;
+  int32_t* places;
   int32_t* group_sizes;
   float* row_weights;
   const int32_t* words;  // this rank's own [W]
@@ -63,7 +63,7 @@ struct PlanArgs {
 int plan_chunk_routes(int num_local_experts);
 gpuError_t launch_plan(gpuStream_t stream, const PlanArgs& args);
 
-// Second half of replay, first: marks the rows that a known plan names.
+// Second phase of replay, first: marks the rows that a known plan names.
 struct MarkArgs {
   Team team;
   Sizes sizes;
@@ -73,7 +73,7 @@ struct MarkArgs {
 };
 gpuError_t launch_mark(gpuStream_t stream, const MarkArgs& args);
 
-// Second half of dispatch and replay, last: reads every token that has rows here once and writes
+// Second phase of dispatch and replay, last: reads every token that has rows here once and writes
 // all its rows; clears the rows that nobody owns.
 struct PullArgs {
   Team team;
@@ -139,19 +139,19 @@ struct GatherArgs {
 };
 gpuError_t launch_gather(gpuStream_t stream, int num_blocks, RowType type, const GatherArgs& args);
 
-// Both halves of combine. Push: one row per (token, rank) into the slot of the token's owner.
+// Both phases of combine. Push: one row per (token, rank) into the half of the token's owner.
 // Reduce: the owner adds what the ranks pushed, in their order, and its own part on the way.
 struct CombineArgs {
   Team team;
   Sizes sizes;
   Stepping step;
-  int64_t pushed_rows;     // offset of rows in a slot
-  int64_t pushed_scalars;  // offset of scalars in a slot
+  int64_t pushed_rows;     // offset of rows in a half
+  int64_t pushed_scalars;  // offset of scalars in a half
   int64_t row_stride;
   const std::byte* rows;
   const float* scalars;  // or null
   const int32_t* routes;
-  const int32_t* slots;
+  const int32_t* places;
   const int32_t* ids;
   std::byte* y;
   float* token_scalars;  // or null

@@ -74,18 +74,18 @@ __device__ float weight_at(const ArrivalPlanArgs& args, int32_t source, int64_t 
 }
 
 // Where this rank's sums of a chunk's tokens go in their owner's arena.
-__device__ void find_slots(const PlanArgs& args, const Chunk& chunk, const int32_t* ids) {
+__device__ void find_places(const PlanArgs& args, const Chunk& chunk, const int32_t* ids) {
   const Sizes& sizes = args.sizes;
   for (int32_t t = threadIdx.x; t < chunk.num_tokens; t += blockDim.x) {
     const uint64_t ranks = ranks_of(sizes, ids + t * sizes.top_k);
     const bool goes_here = (ranks >> args.team.rank & 1) != 0;
     const int32_t token = chunk.first_token + t;
-    args.slots[static_cast<int64_t>(chunk.source) * sizes.num_tokens + token] =
+    args.places[static_cast<int64_t>(chunk.source) * sizes.num_tokens + token] =
         goes_here ? token * sizes.fanout + count_bits(ranks & lanes_below(args.team.rank)) : -1;
   }
 }
 // Arrivals are given back in the order in which they came.
-__device__ void find_slots(const ArrivalPlanArgs&, const Chunk&, const int32_t*) {}
+__device__ void find_places(const ArrivalPlanArgs&, const Chunk&, const int32_t*) {}
 
 // Every rank's words come to this rank.
 __device__ void collect_words(const PlanArgs& args, bool good) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   for (int32_t e = threadIdx.x; e < sizes.num_local_experts; e += blockDim.x) {
     args.counts[static_cast<int64_t>(blockIdx.x) * sizes.num_local_experts + e] = counts[e];
   }
-  find_slots(args, chunk, ids);
+  find_places(args, chunk, ids);
 }
 
 // Where the runs of all experts start, for one wave: an exclusive sum of the aligned totals.

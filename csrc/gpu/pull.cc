@@ -1,4 +1,4 @@
-// The rows: second half of dispatch and replay, and of arrivals.
+// The rows: second phase of dispatch and replay, and of arrivals.
 #include "kernels.h"
 #include "moves.h"
 #include "published.h"

@@ -1,4 +1,4 @@
-// First half of combine.
+// First phase of combine.
 #include "kernels.h"
 #include "rows.h"
 #include "step.h"
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t step = current_step(args.team);
   const auto peers = static_cast<uint32_t>(sizes.num_ranks - 1);
   const auto num_tokens = static_cast<uint32_t>(sizes.num_tokens);
-  const int64_t num_slots = static_cast<int64_t>(sizes.num_tokens) * sizes.fanout;
+  const int64_t num_places = static_cast<int64_t>(sizes.num_tokens) * sizes.fanout;
 
   constexpr int kBytes = sizeof(typename Word::Type);
   const uint32_t parts = num_parts(sizes.row_bytes, kBytes, 1);
@@ -22,15 +22,15 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t num_items = peers * num_tokens * parts;
   for (int64_t item = wave_index(); item < num_items; item += num_waves()) {
     const auto index = static_cast<uint32_t>(item);
-    const uint32_t place = index / parts;
+    const uint32_t turn = index / parts;
     const auto owner = static_cast<int32_t>(
-        (static_cast<uint32_t>(args.team.rank) + 1 + place % peers) % (peers + 1));
-    const int64_t token = static_cast<int64_t>(owner) * num_tokens + place / peers;
-    const int32_t slot = args.slots[token];
-    if (slot < 0) continue;
-    if (slot >= num_slots) {
+        (static_cast<uint32_t>(args.team.rank) + 1 + turn % peers) % (peers + 1));
+    const int64_t token = static_cast<int64_t>(owner) * num_tokens + turn / peers;
+    const int32_t place = args.places[token];
+    if (place < 0) continue;
+    if (place >= num_places) {
       if (lane_id() == 0) {
-        fail(args.team, args.step, Fault::kBadPlan, args.team.rank, slot, num_slots);
+        fail(args.team, args.step, Fault::kBadPlan, args.team.rank, place, num_places);
       }
       continue;
     }
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
     Sum<Word> sum;
     add_routes<Word>(args.routes + token * sizes.top_k, sizes, args.rows, word, inside, sum);
     if (!inside) continue;
-    auto* to = reinterpret_cast<typename Word::Type*>(slot_of(args.team, owner, step) +
-                                                      args.pushed_rows + slot * args.row_stride);
+    auto* to = reinterpret_cast<typename Word::Type*>(half_of(args.team, owner, step) +
+                                                      args.pushed_rows + place * args.row_stride);
     to[word] = sum.rounded();
   }
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     if (args.scalars == nullptr || owner == args.team.rank || row == kNotHere) continue;
-    auto* to = reinterpret_cast<float*>(slot_of(args.team, owner, step) + args.pushed_scalars);
+    auto* to = reinterpret_cast<float*>(half_of(args.team, owner, step) + args.pushed_scalars);
     to[i % num_routes] = row >= 0 ? args.scalars[row] : 0.0f;
   }
   signal_peers(args.team, args.step);

@@ -1,4 +1,4 @@
-// Second half of combine.
+// Second phase of combine.
 #include "kernels.h"
 #include "plan.h"
 #include "rows.h"
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kAlone ? 4 : 2)
   const Sizes& sizes = args.sizes;
   if (kAlone) check_rank(args.team, args.step);
   const bool good = wait_for_peers(args.team, args.step);
-  const std::byte* received = slot_of(args.team, args.team.rank, current_step(args.team));
+  const std::byte* received = half_of(args.team, args.team.rank, current_step(args.team));
 
   constexpr int kBytes = sizeof(Type);
   const uint32_t parts = num_parts(sizes.row_bytes, kBytes, 1);

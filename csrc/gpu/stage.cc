@@ -1,4 +1,4 @@
-// First half of dispatch and replay, in both ways to deliver.
+// First phase of dispatch and replay, in both ways to deliver.
 #include "kernels.h"
 #include "moves.h"
 #include "plan.h"
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
     stage_kernel(const MORIEP_KERNEL_ARGUMENT StageArgs args) {
   const Sizes& sizes = args.sizes;
   check_rank(args.team, args.step);
-  std::byte* slot = slot_of(args.team, args.team.rank, current_step(args.team));
-  if (args.weights != nullptr) publish_routing(args, slot);
+  std::byte* half = half_of(args.team, args.team.rank, current_step(args.team));
+  if (args.weights != nullptr) publish_routing(args, half);
   for_parts<Move>(sizes, [&](uint32_t token, const Part& part) {
     const int32_t* ids = args.ids + static_cast<int64_t>(token) * sizes.top_k;
     bool needed = false;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     if (ballot(needed) == 0) return;
     Move move;
     move.read(args.x + token * sizes.row_bytes, part);
-    move.send(slot + args.staged.rows + token * args.staged.row_stride, args.staged.row_scales,
+    move.send(half + args.staged.rows + token * args.staged.row_stride, args.staged.row_scales,
               part);
   });
   signal_peers(args.team, args.step);

@@ -12,9 +12,9 @@ __device__ inline Control& mine(const Team& team) { return *team.control[team.ra
 __device__ inline uint64_t current_step(const Team& team) { return mine(team).epoch + 1; }
 
 // The part of a rank's arena that holds a step's data.
-__device__ inline std::byte* slot_of(const Team& team, int32_t rank, uint64_t step) {
+__device__ inline std::byte* half_of(const Team& team, int32_t rank, uint64_t step) {
   return reinterpret_cast<std::byte*>(team.control[rank]) + kControlBytes + kWorkspaceBytes +
-         static_cast<int64_t>(step % 2) * team.slot_bytes;
+         static_cast<int64_t>(step % 2) * team.half_bytes;
 }
 
 __device__ inline bool has_failed(const Team& team) {
@@ -104,7 +104,7 @@ __device__ inline bool is_last_block(const Team& team) {
   return last;
 }
 
-// The end of a step's first half: the last block tells every peer of this node.
+// The end of a step's first phase: the last block tells every peer of this node.
 __device__ inline void signal_peers(const Team& team, const Stepping& at) {
   if (!is_last_block(team)) return;
   const auto near = static_cast<int32_t>(threadIdx.x);
@@ -117,7 +117,7 @@ __device__ inline void signal_peers(const Team& team, const Stepping& at) {
   store_release_system(&theirs.arrived[team.rank].step, step | (has_failed(team) ? kFailedBit : 0));
 }
 
-// The end of a step: the order token goes on, and so does the epoch. True in the one thread that
+// The end of a step: the order goes on, and so does the epoch. True in the one thread that
 // has moved it.
 __device__ inline bool leave_step(const Team& team, const Stepping& at) {
   if (blockIdx.x == 0 && threadIdx.x == 0) at.order_out[0] = at.order[0] + 1;

@@ -1,11 +1,11 @@
 // What a kernel knows of its group: the arenas of all ranks, and the step it is in.
 //
 // An arena is one allocation of a rank's device: a control page that peers write to, a workspace of
-// its own, and two slots of data that alternate from step to step. A step has two halves. The first
-// writes data, fences, and signals every peer at its end; the second waits for every peer at its
-// beginning. No kernel does both, so ranks that share a device can run one after the other. Two
-// slots are enough for the reason that layout.h gives: whoever is in the first half of step n has
-// left step n-1, in whose second half it saw that every peer had left step n-2.
+// its own, and two halves of data that alternate from step to step. A step has two phases. The
+// first writes data, fences, and signals every peer at its end; the second waits for every peer at
+// its beginning. No kernel does both, so ranks that share a device can run one after the other. Two
+// halves are enough for the reason that layout.h gives: whoever is in the first phase of step n has
+// left step n-1, in whose second phase it saw that every peer had left step n-2.
 //
 // All counters live in device memory: XLA replays recorded launches, and the host is not asked.
 #pragma once
@@ -54,7 +54,7 @@ struct FaultReport {
 // What a rank says of the step that it has entered.
 struct Post {
   uint64_t digest;  // of the kind, the sizes, the dtype and the config; the lowest bit: a Delivery
-  int64_t order;    // of the order token: the call's position in its program
+  int64_t order;    // the call's position in its program
 };
 
 struct alignas(128) Arrival {
@@ -75,7 +75,7 @@ struct Team {
   Control* control[kMaxRanks];
   FaultReport* report;
   uint64_t timeout_ns;
-  int64_t slot_bytes;
+  int64_t half_bytes;
   int32_t rank;
   int32_t num_ranks;
   // The ranks of this node, which reach each other's arenas, are a run. All ranks, but on MORI.

@@ -19,7 +19,7 @@ class MoriBackend {
     if (num_ranks <= gpu::kMaxRanks) return Status();
     return Status(Code::kInvalidArgument, std::to_string(num_ranks) + " ranks are more than the " +
                                               std::to_string(gpu::kMaxRanks) +
-                                              " of transport='mori'; use transport='collective'");
+                                              " of transport='mori'; use transport='two_level'");
   }
   static std::shared_ptr<Group> make(int32_t num_ranks, std::chrono::duration<double> timeout) {
     return std::make_shared<Group>(num_ranks, timeout);

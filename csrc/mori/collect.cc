@@ -13,7 +13,7 @@ namespace {
 using gpu::kCopyWords;
 using gpu::kThreads;
 
-// The order token goes on, and the watchdog need not look any more.
+// The order goes on, and the watchdog need not look any more.
 __device__ void leave(const gpu::Team& team, const gpu::Stepping& step, Progress* progress) {
   if (gpu::leave_step(team, step)) {
     gpu::store_release_system(&progress->left, gpu::mine(team).epoch);

@@ -6,7 +6,7 @@
 
 namespace moriep::mori {
 
-// Places [T, K], sources [N], the count, the order token between the two steps, and the experts'.
+// Places [T, K], sources [N], the count, the order between the two steps, and the experts'.
 int64_t fused_words(const Shape& shape) {
   return shape.num_tokens * shape.top_k + shape.num_ranks * shape.num_tokens + 2 +
          aiter::arrival_words(shape);

@@ -22,7 +22,7 @@ Status failed(const std::string& what, hipError_t error) {
 }  // namespace
 
 Group::Group(int32_t num_ranks, std::chrono::duration<double> timeout)
-    : gpu::Group(num_ranks, timeout, kSlotBytes),
+    : gpu::Group(num_ranks, timeout, kHalfBytes),
       timeout_(std::min(timeout, std::chrono::duration<double>(1e9))) {}
 
 Group::~Group() { watchdog_.reset(); }

@@ -22,7 +22,7 @@ class Notices;
 struct HandleSizes;
 
 // Of each half of an arena: the words of all ranks.
-inline constexpr int64_t kSlotBytes = int64_t{1} << 20;
+inline constexpr int64_t kHalfBytes = int64_t{1} << 20;
 
 class Group : public gpu::Group {
  public:

@@ -57,7 +57,7 @@ Status Notices::check_words(int64_t num_words) const {
   return Status(Code::kInvalidArgument,
                 std::to_string(num_words) + " words of " + std::to_string(ranks_on_node_) +
                     " ranks are more than the " + std::to_string(kNoticeBytes) +
-                    " bytes that nodes tell each other in a step; use transport='collective'");
+                    " bytes that nodes tell each other in a step; use transport='two_level'");
 }
 
 Status Notices::relay(const gpu::Team& team, int64_t num_words, hipStream_t stream) const {

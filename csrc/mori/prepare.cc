@@ -52,10 +52,10 @@ Status prepare(Group& group, const Call& call, Kind kind, int64_t num_words, boo
     if (Status status = check_sizes(group, call, kind, *out->handle); !status.ok()) return status;
   }
   if (Status status = group.failure(); !status.ok()) return status;
-  if (num_words * group.num_ranks() * static_cast<int64_t>(sizeof(int32_t)) > kSlotBytes) {
+  if (num_words * group.num_ranks() * static_cast<int64_t>(sizeof(int32_t)) > kHalfBytes) {
     return Status(Code::kInvalidArgument,
                   std::to_string(num_words) + " words of " + std::to_string(group.num_ranks()) +
-                      " ranks are more than the " + std::to_string(kSlotBytes) +
+                      " ranks are more than the " + std::to_string(kHalfBytes) +
                       " bytes that a step shares; use transport='native'");
   }
   if (group.notices() != nullptr) {

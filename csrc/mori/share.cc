@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kShareThreads) share_kernel(const ShareArgs ar
     const int32_t peer = team.first_near + i / args.num_words;
     const int32_t word = i % args.num_words;
     auto* to = peer == team.rank ? args.all_words
-                                 : reinterpret_cast<int32_t*>(gpu::slot_of(team, peer, step));
+                                 : reinterpret_cast<int32_t*>(gpu::half_of(team, peer, step));
     to[team.rank * args.num_words + word] = args.words[word];
   }
   if (thread < args.num_redirects) *args.redirects[thread].at = args.redirects[thread].value;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kShareThreads) share_kernel(const ShareArgs ar
 
   gpu::signal_peers(team, args.step);
   const bool good = gpu::wait_for_peers(team, args.step);
-  const auto* received = reinterpret_cast<const int32_t*>(gpu::slot_of(team, team.rank, step));
+  const auto* received = reinterpret_cast<const int32_t*>(gpu::half_of(team, team.rank, step));
   const int32_t first = team.first_near * args.num_words;
   for (int32_t i = first + thread; i < first + num_shared; i += kShareThreads) {
     if (!good) {

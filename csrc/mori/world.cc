@@ -204,10 +204,10 @@ Status give_up_messages(hipStream_t stream) {
       return status;
     }
     const uint32_t failed = core::PROXY_ERROR;
-    for (size_t slot = 0; slot < messages.size(); ++slot) {
-      const uint32_t status = messages[slot].status;
+    for (size_t j = 0; j < messages.size(); ++j) {
+      const uint32_t status = messages[j].status;
       if (status == core::PROXY_FREE || status == core::PROXY_COMPLETED) continue;
-      auto* at = const_cast<uint32_t*>(&ring->cmds[slot].status);
+      auto* at = const_cast<uint32_t*>(&ring->cmds[j].status);
       if (Status status = copy(at, &failed, sizeof(failed)); !status.ok()) return status;
     }
   }

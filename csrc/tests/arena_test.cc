@@ -72,7 +72,7 @@ TEST(a_fresh_arena_takes_no_memory, 10) {
   CHECK_EQ(fstat(static_cast<int>(arena->address().fd), &info), 0);
   CHECK(info.st_blocks * 512 <= kControlBytes);
   std::byte* data = nullptr;
-  CHECK_OK(arena->slot(0, int64_t{1} << 34, &data));
+  CHECK_OK(arena->half(0, int64_t{1} << 34, &data));
   data[(int64_t{1} << 34) - 1] = std::byte{1};
   CHECK_EQ(fstat(static_cast<int>(arena->address().fd), &info), 0);
   CHECK(info.st_blocks * 512 <= int64_t{4} << 20);
@@ -85,12 +85,12 @@ TEST(an_opened_arena_is_the_same_memory, 10) {
   CHECK(&opened->control() != &arena->control());
   arena->control().posted.store(41);
   CHECK_EQ(opened->control().posted.load(), 41u);
-  for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
+  for (uint32_t half = 0; half < kNumHalves; ++half) {
     std::byte *ours = nullptr, *theirs = nullptr;
-    CHECK_OK(arena->slot(slot, 1, &ours));
-    CHECK_OK(opened->slot(slot, 1, &theirs));
-    ours[0] = std::byte{static_cast<unsigned char>(slot + 5)};
-    CHECK_EQ(static_cast<int>(theirs[0]), static_cast<int>(slot + 5));
+    CHECK_OK(arena->half(half, 1, &ours));
+    CHECK_OK(opened->half(half, 1, &theirs));
+    ours[0] = std::byte{static_cast<unsigned char>(half + 5)};
+    CHECK_EQ(static_cast<int>(theirs[0]), static_cast<int>(half + 5));
   }
 }
 
@@ -192,7 +192,7 @@ TEST(nothing_is_left_after_close, 20) {
     CHECK_OK(Arena::open(arena->address(), 0, 2, &opened));
     std::byte* data = nullptr;
     for (int64_t bytes = 1; bytes < int64_t{1} << 25; bytes *= 3)
-      CHECK_OK(opened->slot(1, bytes, &data));
+      CHECK_OK(opened->half(1, bytes, &data));
     data[0] = std::byte{1};
     CHECK_EQ(names_in("/proc/self/fd").size(), files.size() + 2);
     CHECK(names_in("/dev/shm") == shared);
@@ -203,33 +203,33 @@ TEST(nothing_is_left_after_close, 20) {
   CHECK_EQ(lines_with("/proc/self/maps", "memfd:moriep"), 0);
 }
 
-TEST(a_slot_grows_without_moving_what_others_use, 20) {
+TEST(a_half_grows_without_moving_what_others_use, 20) {
   const auto arena = make_arena();
   std::byte *first = nullptr, *grown = nullptr, *again = nullptr;
-  CHECK_OK(arena->slot(3, 100, &first));
-  CHECK_OK(arena->slot(5, 100, &again));
+  CHECK_OK(arena->half(3, 100, &first));
+  CHECK_OK(arena->half(5, 100, &again));
   CHECK(first == again);
   first[99] = std::byte{7};
-  CHECK_OK(arena->slot(3, int64_t{3} << 20, &grown));
+  CHECK_OK(arena->half(3, int64_t{3} << 20, &grown));
   CHECK_EQ(static_cast<int>(grown[99]), 7);
   first[99] = std::byte{8};  // the old mapping is still there, and of the same memory
   CHECK_EQ(static_cast<int>(grown[99]), 8);
-  CHECK_OK(arena->slot(3, 1, &again));
+  CHECK_OK(arena->half(3, 1, &again));
   CHECK(again == grown);
-  CHECK_OK(arena->slot(2, 1, &again));
+  CHECK_OK(arena->half(2, 1, &again));
   CHECK(again != grown);
 
   // A size that creeps up must not leave a mapping behind each time.
   for (int64_t bytes = 0; bytes < int64_t{1} << 28; bytes += int64_t{1} << 20)
-    CHECK_OK(arena->slot(2, bytes, &again));
+    CHECK_OK(arena->half(2, bytes, &again));
   CHECK(lines_with("/proc/self/maps", "memfd:moriep") < 20);
 }
 
-TEST(a_slot_has_a_largest_size, 10) {
+TEST(a_half_has_a_largest_size, 10) {
   const auto arena = make_arena();
   std::byte* data = nullptr;
-  CHECK_EQ(arena->slot(0, kSlotStride + 1, &data).code(), Code::kInvalidArgument);
-  CHECK_CONTAINS(arena->slot(0, INT64_MAX, &data).text(), std::to_string(kSlotStride));
+  CHECK_EQ(arena->half(0, kHalfStride + 1, &data).code(), Code::kInvalidArgument);
+  CHECK_CONTAINS(arena->half(0, INT64_MAX, &data).text(), std::to_string(kHalfStride));
 }
 
 // Without file descriptors /proc cannot be read. A peer must not be called dead for that.

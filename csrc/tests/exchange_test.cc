@@ -20,12 +20,12 @@ void run_case(Group& group, const Case& test) {
   }
 }
 
-// Fills both slots of every arena with NaN and -1, as far as `bytes`.
+// Fills both halves of every arena with NaN and -1, as far as `bytes`.
 void poison_arenas(Group& group, int64_t bytes) {
   for (int32_t rank = 0; rank < group.num_ranks(); ++rank) {
-    for (uint32_t slot = 0; slot < kNumSlots; ++slot) {
+    for (uint32_t half = 0; half < kNumHalves; ++half) {
       std::byte* data = nullptr;
-      CHECK_OK(group.local(rank)->arena().slot(slot, bytes, &data));
+      CHECK_OK(group.local(rank)->arena().half(half, bytes, &data));
       std::memset(data, 0xff, static_cast<size_t>(bytes));
     }
   }
@@ -131,7 +131,8 @@ TEST(rows_beyond_the_capacity_are_dropped, 30) {
 TEST(sizes_that_grow_and_shrink_on_one_group, 40) {
   const auto group = make_threads(3);
   for (uint64_t step = 0; step < 60; ++step) {
-    // Some steps need more than the 2 MiB that are mapped at first, so that slots are mapped again.
+    // Some steps need more than the 2 MiB that are mapped at first, so that halves are mapped
+    // again.
     const int64_t num_tokens =
         step % 20 == 13 ? 300 : pick(1, static_cast<int64_t>(step), 0, 0, 12);
     const int64_t hidden_size =
@@ -180,15 +181,15 @@ std::vector<std::byte> round_trip(LocalRank& me, const Oracle& inputs, const Cas
   std::vector<float> row_weights(static_cast<size_t>(shape.capacity));
   std::vector<int32_t> group_sizes(static_cast<size_t>(shape.num_local_experts));
   std::vector<int32_t> routes(static_cast<size_t>(shape.num_ranks * shape.num_routes()));
-  std::vector<int32_t> slots(static_cast<size_t>(shape.num_ranks * shape.num_tokens));
+  std::vector<int32_t> places(static_cast<size_t>(shape.num_ranks * shape.num_tokens));
   const auto* ids = inputs.ids(me.rank()).data();
   const Call call{shape, test.type, 0, ""};
   *status = dispatch(me, call,
                      {x.data(), ids, weights.data(), rows.data(), row_weights.data(),
-                      group_sizes.data(), routes.data(), slots.data(), nullptr, nullptr});
+                      group_sizes.data(), routes.data(), places.data(), nullptr, nullptr});
   if (!status->ok()) return {};
   *status = combine(me, call,
-                    {rows.data(), nullptr, routes.data(), slots.data(), ids, y.data(), nullptr});
+                    {rows.data(), nullptr, routes.data(), places.data(), ids, y.data(), nullptr});
   // A token's rows are copies of it, so their sum is a multiple of it: rounded twice at most, per
   // rank and per token.
   for (int64_t t = 0; t < shape.num_tokens; ++t) {

@@ -45,11 +45,11 @@ class Exercise {
     std::vector<float> row_weights(static_cast<size_t>(shape.capacity), NAN);
     std::vector<int32_t> group_sizes(static_cast<size_t>(shape.num_local_experts), -7);
     routes_.assign(static_cast<size_t>(shape.num_ranks * shape.num_routes()), -7);
-    slots_.assign(static_cast<size_t>(shape.num_ranks * shape.num_tokens), -7);
+    places_.assign(static_cast<size_t>(shape.num_ranks * shape.num_tokens), -7);
     const auto words = want_.words(rank_);
     std::vector<int32_t> all_words(static_cast<size_t>(shape.num_ranks * shape.num_words), -7);
     const DispatchBuffers at{x.data(),           ids.data(),         weights.data(), rows.data(),
-                             row_weights.data(), group_sizes.data(), routes_.data(), slots_.data(),
+                             row_weights.data(), group_sizes.data(), routes_.data(), places_.data(),
                              words.data(),       all_words.data()};
     if (Status status = dispatch(me_, call_, at); !status.ok()) return status;
 
@@ -64,7 +64,7 @@ class Exercise {
       }
       for (int64_t t = 0; t < shape.num_tokens; ++t) {
         const int64_t token = source * shape.num_tokens + t;
-        expect("slots", token, slots_[static_cast<size_t>(token)], want_.slot(rank_, source, t));
+        expect("places", token, places_[static_cast<size_t>(token)], want_.place(rank_, source, t));
         for (int64_t k = 0; k < shape.top_k; ++k) {
           const int64_t route = token * shape.top_k + k;
           expect("routes", route, routes_[static_cast<size_t>(route)],
@@ -108,7 +108,7 @@ class Exercise {
     const CombineBuffers at{rows.data(),
                             carried ? scalars.data() : nullptr,
                             routes_.data(),
-                            slots_.data(),
+                            places_.data(),
                             want_.ids(rank_).data(),
                             y.data(),
                             carried ? token_scalars.data() : nullptr};
@@ -173,7 +173,7 @@ class Exercise {
   const int64_t rank_;
   const Call call_;
   std::vector<int32_t> routes_;
-  std::vector<int32_t> slots_;
+  std::vector<int32_t> places_;
 };
 
 // A shape with the capacity that drops nothing as long as a token's experts are distinct.

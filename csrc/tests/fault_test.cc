@@ -126,12 +126,12 @@ struct Plans {
   Case test{.shape = shape_of(1, 4, 2, 8, 4, 4)};
   Oracle want{test};
   std::vector<int32_t> routes;
-  std::vector<int32_t> slots;
+  std::vector<int32_t> places;
   std::vector<int32_t> ids = want.ids(0);
 
   Plans() {
     for (int64_t t = 0; t < 4; ++t) {
-      slots.push_back(want.slot(0, 0, t));
+      places.push_back(want.place(0, 0, t));
       for (int64_t k = 0; k < 2; ++k) routes.push_back(want.route(0, 0, t, k));
     }
   }
@@ -152,7 +152,7 @@ struct Plans {
         if (replayed)
           return replay(me, call, {tokens.data(), routes.data(), ids.data(), rows.data()});
         return combine(me, call,
-                       {rows.data(), scalars.data(), routes.data(), slots.data(), ids.data(),
+                       {rows.data(), scalars.data(), routes.data(), places.data(), ids.data(),
                         tokens.data(), token_scalars.data()});
       });
     };
@@ -173,13 +173,13 @@ TEST(a_plan_that_names_what_is_not_there_is_refused, 20) {
     CHECK_CONTAINS(status.text(), "combine's backward, rank 0, step 1: plan.routes names row " +
                                       std::to_string(row) + " but the capacity is 16");
   }
-  for (int32_t slot : {4, 5, INT32_MAX}) {
+  for (int32_t place : {4, 5, INT32_MAX}) {
     Plans plans;
-    plans.slots[1] = slot;
+    plans.places[1] = place;
     const Status status = plans.run()[0];
     CHECK_EQ(status.code(), Code::kInvalidArgument);
-    CHECK_CONTAINS(status.text(), "combine, rank 0, step 2: plan.slots names place " +
-                                      std::to_string(slot) + " but there are 4");
+    CHECK_CONTAINS(status.text(), "combine, rank 0, step 2: plan.places names place " +
+                                      std::to_string(place) + " but there are 4");
   }
 }
 
@@ -187,7 +187,7 @@ TEST(negative_numbers_in_a_plan_are_no_rows, 20) {
   for (int32_t value : {-1, -2, -3, -1000, INT32_MIN}) {
     Plans plans;
     plans.routes.assign(plans.routes.size(), value);
-    plans.slots.assign(plans.slots.size(), value);
+    plans.places.assign(plans.places.size(), value);
     CHECK_OK(plans.run()[0]);
   }
   for (int32_t id : {-1, 4, INT32_MAX, INT32_MIN}) {
@@ -206,13 +206,14 @@ TEST(a_plan_of_noise_stays_in_bounds, 30) {
     plans.test.shape = shape_of(3, 4, 2, 8, 6, 4);
     const Shape& shape = plans.test.shape;
     plans.routes.clear();
-    plans.slots.clear();
+    plans.places.clear();
     plans.ids.clear();
     for (int64_t i = 0; i < 3 * shape.num_routes(); ++i) {
       plans.routes.push_back(static_cast<int32_t>(pick(1, round, i, 0, shape.capacity + 3) - 3));
     }
     for (int64_t i = 0; i < 3 * shape.num_tokens; ++i) {
-      plans.slots.push_back(static_cast<int32_t>(pick(2, round, i, 0, shape.max_fanout() + 2) - 2));
+      plans.places.push_back(
+          static_cast<int32_t>(pick(2, round, i, 0, shape.max_fanout() + 2) - 2));
     }
     for (int64_t i = 0; i < shape.num_routes(); ++i) {
       plans.ids.push_back(static_cast<int32_t>(pick(3, round, i, 0, 9) - 1));
@@ -243,7 +244,7 @@ TEST(a_bad_plan_on_one_rank_ends_the_step_on_all, 20) {
       "rank 1 failed: combine's backward, rank 1, step 2: plan.routes names row 1073741824");
 }
 
-// Peers write this rank's slot. Whatever appears there, dispatch must not use it as an index
+// Peers write this rank's half. Whatever appears there, dispatch must not use it as an index
 // unchecked.
 TEST(noise_in_a_peers_arena_stays_in_bounds, 30) {
   for (int64_t round = 0; round < 30; ++round) {
@@ -255,10 +256,10 @@ TEST(noise_in_a_peers_arena_stays_in_bounds, 30) {
     const Oracle want(test);
     // Rank 1 is played by hand: the right header, and noise for data.
     Control& control = theirs.local(1)->arena().control();
-    std::byte* slot = nullptr;
-    CHECK_OK(theirs.local(1)->arena().slot(1, 1 << 20, &slot));
+    std::byte* half = nullptr;
+    CHECK_OK(theirs.local(1)->arena().half(1, 1 << 20, &half));
     for (int64_t i = 0; i < 1 << 16; ++i) {
-      reinterpret_cast<int32_t*>(slot)[i] = static_cast<int32_t>(pick(9, round, i, 0, INT64_MAX));
+      reinterpret_cast<int32_t*>(half)[i] = static_cast<int32_t>(pick(9, round, i, 0, INT64_MAX));
     }
     LocalRank& me = *mine.local(0);
     auto result = start(me, [&] {
@@ -269,13 +270,13 @@ TEST(noise_in_a_peers_arena_stays_in_bounds, 30) {
       std::vector<float> row_weights(static_cast<size_t>(shape.capacity));
       std::vector<int32_t> sizes(static_cast<size_t>(shape.num_local_experts)),
           routes(static_cast<size_t>(2 * shape.num_routes())),
-          slots(static_cast<size_t>(2 * shape.num_tokens)),
+          places(static_cast<size_t>(2 * shape.num_tokens)),
           all_words(static_cast<size_t>(2 * shape.num_words));
       const auto words = want.words(0);
       return dispatch(me, Call{shape, test.type, 0, ""},
                       {reinterpret_cast<const std::byte*>(x.data()), want.ids(0).data(),
                        weights.data(), rows.data(), row_weights.data(), sizes.data(), routes.data(),
-                       slots.data(), words.data(), all_words.data()});
+                       places.data(), words.data(), all_words.data()});
     });
     while (me.arena().control().posted.load(std::memory_order_acquire) == 0)
       std::this_thread::yield();

@@ -88,7 +88,7 @@ class Oracle {
 
   // The place of a (token, rank) pair among all pairs of the token's owner, -1 where there is no
   // such pair.
-  int32_t slot(int64_t rank, int64_t source, int64_t token) const {
+  int32_t place(int64_t rank, int64_t source, int64_t token) const {
     if (!goes_to(source, token).contains(rank)) return -1;
     size_t before = 0;
     for (int64_t t = 0; t < token; ++t) before += goes_to(source, t).size();

@@ -129,12 +129,12 @@ TEST(the_largest_sizes_do_not_overflow, 10) {
   shape.hidden_size = int64_t{1} << 28;
   CHECK_OK(check_shape(shape));
   for (Kind kind : {Kind::kDispatch, Kind::kReplay, Kind::kCombine}) {
-    CHECK(SlotLayout::of(kind, shape, shape.hidden_size * 4, true).bytes > int64_t{1} << 60);
+    CHECK(HalfLayout::of(kind, shape, shape.hidden_size * 4, true).bytes > int64_t{1} << 60);
   }
 }
 
-// Parts of a slot: aligned, apart from each other, and inside the bytes that a step asks for.
-TEST(parts_of_a_slot_do_not_overlap, 10) {
+// Parts of a half: aligned, apart from each other, and inside the bytes that a step asks for.
+TEST(parts_of_a_half_do_not_overlap, 10) {
   for (int64_t round = 0; round < 3000; ++round) {
     Shape shape = sane_shape();
     shape.num_ranks = 1 + pick(1, round, 0, 0, 9);
@@ -143,7 +143,7 @@ TEST(parts_of_a_slot_do_not_overlap, 10) {
     const int64_t row_bytes = pick(4, round, 0, 0, 300);
     for (Kind kind : {Kind::kDispatch, Kind::kReplay, Kind::kCombine}) {
       for (bool with_scalars : {false, true}) {
-        const auto at = SlotLayout::of(kind, shape, row_bytes, with_scalars);
+        const auto at = HalfLayout::of(kind, shape, row_bytes, with_scalars);
         CHECK(at.row_stride >= row_bytes && at.row_stride < row_bytes + kRowAlign &&
               at.row_stride % kRowAlign == 0);
         std::vector<std::pair<int64_t, int64_t>> parts;
@@ -167,14 +167,14 @@ TEST(parts_of_a_slot_do_not_overlap, 10) {
   }
 }
 
-TEST(slots_alternate_and_lie_in_the_arena, 10) {
-  CHECK_EQ(slot_offset(7), slot_offset(9));
-  CHECK_EQ(slot_offset(0), slot_offset(UINT32_MAX - 1));
-  CHECK(slot_offset(7) != slot_offset(8));
+TEST(halves_alternate_and_lie_in_the_arena, 10) {
+  CHECK_EQ(half_offset(7), half_offset(9));
+  CHECK_EQ(half_offset(0), half_offset(UINT32_MAX - 1));
+  CHECK(half_offset(7) != half_offset(8));
   for (uint32_t step : {0u, 1u}) {
-    CHECK_EQ(slot_offset(step) % kPageBytes, 0);
-    CHECK(slot_offset(step) >= static_cast<int64_t>(sizeof(Control)));
-    CHECK(slot_offset(step) + kSlotStride <= kArenaBytes);
+    CHECK_EQ(half_offset(step) % kPageBytes, 0);
+    CHECK(half_offset(step) >= static_cast<int64_t>(sizeof(Control)));
+    CHECK(half_offset(step) + kHalfStride <= kArenaBytes);
   }
 }
 

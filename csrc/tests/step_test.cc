@@ -29,8 +29,8 @@ struct Tick {
 // A step without payload.
 Status tick(LocalRank& me, const Tick& what = {}) {
   Step step(me, what.kind, what.shape, what.dtype, what.with_scalars, what.order, what.config);
-  std::vector<std::byte*> slots;
-  if (Status status = step.slots(64, &slots); !status.ok()) return status;
+  std::vector<std::byte*> halves;
+  if (Status status = step.halves(64, &halves); !status.ok()) return status;
   return step.publish_and_wait();
 }
 
@@ -169,7 +169,7 @@ TEST(ranks_that_run_different_programs_show_both_values, 40) {
   expect(odd, "the exchange is", "dispatch", "combine");
   odd = Tick();
   odd.order = 7;
-  expect(odd, "the order token (which call of the program it is) has", "0", "7");
+  expect(odd, "the order (which call of the program it is) has", "0", "7");
   odd = Tick();
   odd.dtype = 2;
   expect(odd, "dtype", "float32", "bfloat16");

@@ -15,8 +15,8 @@ from jax_moriep.errors import LibraryError
 
 _PT_NOTE = 4
 _AMDGPU_METADATA = 32
-_PADDING = "pad"  # what AITER calls the rest of an argument's slot
-_SLOT_BYTES = 16
+_PADDING = "pad"  # what AITER calls the rest of an argument's 16 bytes
+_ARGUMENT_STRIDE = 16
 
 _POINTERS = ("O", "X", "G", "U", "D", "XQ", "GQ", "DQ", "SMQ", "STP", "SW", "SEP")
 _NUMBERS = (
@@ -24,10 +24,10 @@ _NUMBERS = (
     *("eGUs", "eDs", "eGUQs", "eDQs", "eSMQs", "topk", "total_tgs", "ps_deno"),
 )
 ARGUMENTS = {
-    name: (i * _SLOT_BYTES, 8 if name in _POINTERS else 4) for i, name in enumerate(_POINTERS + _NUMBERS)
+    name: (i * _ARGUMENT_STRIDE, 8 if name in _POINTERS else 4) for i, name in enumerate(_POINTERS + _NUMBERS)
 }
 """Each argument's offset and size in bytes, by the names in AITER's code objects."""
-ARGUMENT_BYTES = len(ARGUMENTS) * _SLOT_BYTES
+ARGUMENT_BYTES = len(ARGUMENTS) * _ARGUMENT_STRIDE
 
 
 def check(path: Path, image: bytes, symbol: str) -> None:

@@ -6,7 +6,7 @@ A new implementation is one file with the functions of ``Implementation`` and on
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -295,8 +295,9 @@ def _place(link: Link) -> Place:
 
 def without_gradients(params: MoEParams) -> MoEParams:
     """The experts' codes and scales alone, whose derivative may not be asked for."""
-    fixed = {name: without_gradient(name, getattr(params, name)) for name in QUANTISED}
-    return MoEParams(router=None, **fixed, layout=params.layout)
+    fixed: dict[str, Any] = {name: without_gradient(name, getattr(params, name)) for name in QUANTISED}
+    fixed["router"] = None
+    return MoEParams(**fixed, layout=params.layout)
 
 
 def _weights(params: MoEParams, cfg: MoEConfig, place: Place) -> ExpertWeights:

@@ -99,7 +99,7 @@ def lay_out(params: MoEParams, cfg: MoEConfig) -> MoEParams:
     if (why := _unsuited(cfg)) is not None:
         raise ConfigError(f"experts='aiter' cannot run this layer: {why}; {_CURE}")
     scale = params.w2_scale
-    if cfg.expert_quant == "int8_token":
+    if cfg.expert_quant == "int8_token" and params.w1_scale is not None and scale is not None:
         # These kernels would make zeros of activations that are NaN for a scale of w1 that is.
         scale = jnp.where(jnp.isnan(params.w1_scale).any(-1, keepdims=True), jnp.nan, scale)
     codes = {"w1": shuffled(params.w1), "w2": shuffled(params.w2)}

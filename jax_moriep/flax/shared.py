@@ -56,11 +56,13 @@ def param_specs(
     quantised = params is not None and is_quantised(params)
     shapes = parameters.param_shapes(cfg, quantised=quantised)
 
-    def full(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    def full(spec: PartitionSpec | None, shape: tuple[int, ...] | None) -> PartitionSpec | None:
+        if spec is None or shape is None:
+            return None
         return PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
 
-    fields = [(name, getattr(specs, name), getattr(shapes, name)) for name in WEIGHT_NAMES]
-    made: dict[str, Any] = {name: None if spec is None else full(spec, shape) for name, spec, shape in fields}
+    fields = [(name, getattr(specs, name), shapes[name]) for name in WEIGHT_NAMES]
+    made: dict[str, Any] = {name: full(spec, shape) for name, spec, shape in fields}
     return MoEParams(**made, layout=specs.layout)
 
 

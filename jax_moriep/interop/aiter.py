@@ -74,7 +74,7 @@ def aiter_experts(
     # One more expert, which is not here: AITER must not see an id that the mask does not have.
     ids = jnp.where((ids >= 0) & (ids < num_local), ids, num_local)
     mask = (jnp.arange(num_local + 1) < num_local).astype(jnp.int32)
-    fn = _function(*_found(fused_moe, _ACTIVATIONS[cfg.activation]))
+    fn = _function(*_of_aiter(fused_moe, _ACTIVATIONS[cfg.activation]))
     operands = (tokens, params.w1, params.w2, weights, ids, mask, jnp.maximum(count, 0))
     out: Any = _forward_only(fn, *operands)
     # AITER leaves rows behind the last token as its allocator gave them.
@@ -124,7 +124,7 @@ def _function(fused_moe: Callable[..., Any], activation: Any) -> Callable[..., N
     return aiter_fused_moe
 
 
-def _found(fused_moe: Callable[..., Any] | None, activation: str) -> tuple[Callable[..., Any], Any]:
+def _of_aiter(fused_moe: Callable[..., Any] | None, activation: str) -> tuple[Callable[..., Any], Any]:
     """The function to call and its kind of activation. Also imports torch, so that XLA's stream is its."""
     _import("torch", "torch is not installed", "install AMD's build of it for this ROCm, beside jax's")
     if fused_moe is not None:

@@ -101,7 +101,7 @@ def _params(layer: Any, kernels: tuple[Any, ...], biases: tuple[Any, ...]) -> Mo
     """MaxText's weights as MoEParams, in the dtype of the activations.
 
     MaxText casts its master weights in every step as well; XLA fuses that cast with the change of layout. The
-    gate's kernel only lends its numbers to the order token.
+    gate's kernel only lends its numbers to the order.
     """
     w0, w1, wo = (jnp.swapaxes(kernel, 1, 2).astype(layer.dtype) for kernel in kernels)
     b0, b1, bo = biases

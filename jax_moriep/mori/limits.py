@@ -323,7 +323,7 @@ def _check_between(size: HandleSize) -> None:
     if size.top_k < nodes:
         # Combine keeps a number for each node in memory for one for each expert of a token.
         must = f"be at least the {nodes} machines with {size.kernel}"
-        raise ConfigError(rule("top_k", size.top_k, must, "use transport='collective'"))
+        raise ConfigError(rule("top_k", size.top_k, must, "use transport='two_level'"))
     for what, row in (
         ("x", size.hidden * size.element_bytes),
         *((("wire", size.hidden),) * (size.scales > 0)),

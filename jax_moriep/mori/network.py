@@ -34,30 +34,30 @@ def _has_address(asked: socket.socket, name: str) -> bool:
     return True
 
 
-def chosen_interface(environment: Mapping[str, str], found: list[str]) -> tuple[str | None, str | None]:
+def chosen_interface(environment: Mapping[str, str], present: list[str]) -> tuple[str | None, str | None]:
     """The interface that MORI takes, and why it cannot take one.
 
     MORI takes the name to the letter: no list, no pattern, and an empty value is a name that nothing has.
 
     Args:
       environment: such as ``os.environ``.
-      found: as ``interfaces`` gives them.
+      present: as ``interfaces`` gives them.
 
     Returns:
       (interface, None), or (None, reason with the cure).
     """
     named = environment.get(INTERFACE_VARIABLE)
     if named is None:
-        outer = next((name for name in found if name != "lo"), None)
+        outer = next((name for name in present if name != "lo"), None)
         if outer is not None:
             return outer, None
         return None, (
             "this machine has no interface with an IPv4 address but the loopback; set "
             f"{INTERFACE_VARIABLE}=lo if all ranks are here"
         )
-    if named in found:
+    if named in present:
         return named, None
-    must = f"be one interface with an IPv4 address, exactly ({', '.join(found) or 'there is none'})"
+    must = f"be one interface with an IPv4 address, exactly ({', '.join(present) or 'there is none'})"
     return None, rule(INTERFACE_VARIABLE, named, must, "name one of these, or unset it")
 
 
@@ -68,12 +68,12 @@ def adapters(root: Path = Path("/sys/class/infiniband")) -> list[str]:
     return sorted((path / "device" / "driver").resolve().name for path in root.iterdir())
 
 
-def by_proxy(environment: Mapping[str, str], found: list[str]) -> tuple[bool, str]:
+def by_proxy(environment: Mapping[str, str], drivers: list[str]) -> tuple[bool, str]:
     """Whether a thread of MORI's sends between nodes, or the GPU itself; all ranks must do the same.
 
     Args:
       environment: such as ``os.environ``.
-      found: as ``adapters`` gives them.
+      drivers: as ``adapters`` gives them.
 
     Returns:
       (by the thread, why).
@@ -88,7 +88,7 @@ def by_proxy(environment: Mapping[str, str], found: list[str]) -> tuple[bool, st
         return named == "1", f"{PROXY_VARIABLE}={named}"
     if maker := environment.get(MAKER_VARIABLE):
         return False, f"{MAKER_VARIABLE}={maker}"
-    known = sorted({maker for maker in MAKERS if any(name.startswith(maker) for name in found)})
+    known = sorted({maker for maker in MAKERS if any(name.startswith(maker) for name in drivers)})
     if known:
         return False, f"a GPU can drive {', '.join(known)}"
     return True, "no adapter here is of a kind that a GPU can drive"

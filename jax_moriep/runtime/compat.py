@@ -138,9 +138,9 @@ def result_type(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.typeof(x).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
 
 
-def result_type_shared(x: jax.Array, shape: tuple[int, ...], dtype: Any, axis_name: str) -> Any:
-    """The same for a result that is equal on all devices along ``axis_name``; the caller vouches for that."""
-    varying = varying_axes(x) - {axis_name}
+def result_type_shared(x: jax.Array, shape: tuple[int, ...], dtype: Any, ep_axis: str) -> Any:
+    """The same for a result that is equal on all devices along ``ep_axis``; the caller vouches for that."""
+    varying = varying_axes(x) - {ep_axis}
     kind = jax.typeof(x).manual_axis_type.update(varying=varying)
     return result_type(x, shape, dtype).update(manual_axis_type=kind)
 

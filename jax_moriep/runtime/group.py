@@ -157,7 +157,7 @@ def _connect(
             if not near and not far:
                 raise TransportError(
                     "it runs on another machine, and this transport needs one machine; use "
-                    "transport='collective'"
+                    "transport='two_level'"
                 )
             # Zeros: there is no memory in common.
             address = (ctypes.c_int64 * native_api.ADDRESS_WORDS)(*(peer["address"] if near else ()))

@@ -23,7 +23,7 @@ class Place:
       num_ranks: R.
       num_processes: how many processes hold the ranks of all groups.
       mesh: the mesh; None where only a platform is asked about.
-      axis_name: its axis whose devices are the ranks.
+      ep_axis: its axis whose devices are the ranks.
     """
 
     platform: str | None
@@ -31,22 +31,22 @@ class Place:
     num_ranks: int = 1
     num_processes: int = 1
     mesh: Any = None
-    axis_name: str = ""
+    ep_axis: str = ""
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_name: str) -> Place:
+    def of(cls, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, ep_axis: str) -> Place:
         """The place that an axis of a mesh is.
 
         Raises:
           ShardingError: the mesh has no such axis.
         """
-        check_axis(mesh, axis_name, "ep_axis")
-        num_ranks = mesh.shape[axis_name]
+        check_axis(mesh, ep_axis, "ep_axis")
+        num_ranks = mesh.shape[ep_axis]
         if isinstance(mesh, jax.sharding.AbstractMesh):
-            return cls(None, num_ranks=num_ranks, mesh=mesh, axis_name=axis_name)
+            return cls(None, num_ranks=num_ranks, mesh=mesh, ep_axis=ep_axis)
         first = mesh.devices.flat[0]
         processes = len({d.process_index for d in mesh.devices.flat})
-        return cls(first.platform, compat.architecture(first), num_ranks, processes, mesh, axis_name)
+        return cls(first.platform, compat.architecture(first), num_ranks, processes, mesh, ep_axis)
 
     @property
     def backend(self) -> str | None:
@@ -62,7 +62,7 @@ class Place:
         """
         if self.mesh is None or self.platform is None:
             return ((0,) * self.num_ranks,)
-        devices = groups_of(self.mesh, self.axis_name).devices
+        devices = groups_of(self.mesh, self.ep_axis).devices
         return tuple(hosts.numbers(d.process_index for d in row) for row in devices)
 
     @functools.cached_property
@@ -83,7 +83,7 @@ class Place:
         """
         if self.mesh is None or self.platform is None:
             return nodes.size_of([[""] * self.num_ranks], settings.RANKS_PER_NODE.value())
-        return nodes.ranks_per_node(groups_of(self.mesh, self.axis_name))
+        return nodes.ranks_per_node(groups_of(self.mesh, self.ep_axis))
 
     @property
     def devices_per_process(self) -> int:

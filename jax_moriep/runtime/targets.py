@@ -111,12 +111,12 @@ def register_interop() -> None:
         _registered.add("interop")
 
 
-def own_rank(axis_name: str, like: jax.Array) -> jax.Array:
+def own_rank(ep_axis: str, like: jax.Array) -> jax.Array:
     """This device's rank i32[1] as data, varying as ``like`` does.
 
     The module is the same on all ranks, so the rank is no attribute, and the handler checks its table by it.
     """
-    rank = lax.axis_index(axis_name).astype(jnp.int32).reshape(1)
+    rank = lax.axis_index(ep_axis).astype(jnp.int32).reshape(1)
     return compat.pcast_varying(rank, compat.varying_axes(like))
 
 
@@ -125,7 +125,7 @@ def call(
 ) -> tuple[jax.Array, ...]:
     """Emits a custom call.
 
-    It has no side effect in JAX's sense: the order token keeps calls in order and alive, and an effect would
+    It has no side effect in JAX's sense: the order keeps calls in order and alive, and an effect would
     forbid ``jax.checkpoint``. vmap over it is an error, because a batched exchange is another exchange.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,7 +24,7 @@ from jax_moriep.transports.expand import expanded
 
 
 class Transport(Protocol):
-    """The contract. ``order`` is the order token, i32[1]: it goes in and out of every call. ``own`` is what
+    """The contract. ``order``, i32[1], goes in and out of every call. ``own`` is what
     the transport keeps in a plan: any pytree of arrays."""
 
     def unavailable_reason(self, place: Place) -> str | None:
@@ -149,6 +150,31 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
+def chosen(name: str, reasons: Mapping[str, str | None]) -> str | None:
+    """The transport that ``choose`` would take, None where the named one or none can run.
+
+    Args:
+      name: "auto" or a transport's name.
+      reasons: as ``reasons`` gives them.
+
+    Raises:
+      TransportError: "auto" needs a setting that is wrong.
+    """
+    if name != "auto":
+        return name if reasons[name] is None else None
+    for candidate, why in reasons.items():
+        if why is None:
+            return candidate
+        _check_passed_over(candidate)
+    return None
+
+
+def _check_passed_over(candidate: str) -> None:
+    """A wrong setting is no reason to take what is slower, beside processes with a right one."""
+    if candidate == "two_level":
+        settings.RANKS_PER_NODE.value()
+
+
 def choose(name: str, place: Place) -> str:
     """The transport to use: the named one, or for "auto" the first that can run.
 
@@ -168,9 +194,7 @@ def choose(name: str, place: Place) -> str:
             why = transport.unavailable_reason(place)
             if why is None:
                 return candidate
-            if candidate == "two_level":
-                # A wrong setting is no reason to take what is slower, beside processes with a right one.
-                settings.RANKS_PER_NODE.value()
+            _check_passed_over(candidate)
             # Of several that need the library, the first is the best of them.
             if place.backend is not None and why == library.why_broken(place.backend) and why not in broken:
                 broken.add(why)

@@ -45,12 +45,12 @@ def dispatch(
     k); -1: not this rank's; -2: dropped here for want of capacity.
     """
     shape = link.shape
-    all_ids = lax.all_gather(ids, link.axis_name)
-    all_weights = lax.all_gather(weights, link.axis_name)
-    own, group_sizes = rows_of.place_routes(all_ids, lax.axis_index(link.axis_name), shape)
+    all_ids = lax.all_gather(ids, link.ep_axis)
+    all_weights = lax.all_gather(weights, link.ep_axis)
+    own, group_sizes = rows_of.place_routes(all_ids, lax.axis_index(link.ep_axis), shape)
     rows, order = replay(link, x, ids, own, order)
     row_weights = rows_of.pick(all_weights.reshape(-1), *rows_of.route_of_row(own, shape.capacity))
-    all_words = lax.all_gather(words, link.axis_name, to="invarying")
+    all_words = lax.all_gather(words, link.ep_axis, to="invarying")
     return rows, row_weights, group_sizes, all_words, own, order
 
 
@@ -59,7 +59,7 @@ def replay(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
     del ids
-    all_x = lax.all_gather(x, link.axis_name).reshape(-1, x.shape[1])
+    all_x = lax.all_gather(x, link.ep_axis).reshape(-1, x.shape[1])
     route, filled = rows_of.route_of_row(own, link.shape.capacity)
     return rows_of.pick(all_x, route // link.shape.top_k, filled), order
 
@@ -82,9 +82,9 @@ def combine(
     )
     for k in range(shape.top_k):
         sums = sums + rows_of.pick(rows, row[:, :, k], filled[:, :, k]).astype(jnp.float32)
-    parts = lax.all_to_all(sums.astype(rows.dtype), link.axis_name, 0, 0)
+    parts = lax.all_to_all(sums.astype(rows.dtype), link.ep_axis, 0, 0)
     y = parts.astype(jnp.float32).sum(0).astype(rows.dtype)
     if row_scalars is None:
         return y, None, order
     scalars = rows_of.pick(row_scalars, row, filled)
-    return y, lax.all_to_all(scalars, link.axis_name, 0, 0).sum(0), order
+    return y, lax.all_to_all(scalars, link.ep_axis, 0, 0).sum(0), order

@@ -131,7 +131,7 @@ class Expanded:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Own, jax.Array]:
         """See ``transports.Transport.dispatch``."""
         arrivals, own, all_words, order = self.tokens.send(link, x, ids, weights, words=words, order=order)
-        here = local.expand(arrivals, lax.axis_index(link.axis_name), link.shape, link.platform)
+        here = local.expand(arrivals, lax.axis_index(link.ep_axis), link.shape, link.platform)
         own = Own(own, arrivals.sources, arrivals.count, here.routes)
         return here.rows, here.row_weights, here.group_sizes, all_words, own, order
 

@@ -79,9 +79,9 @@ def open(  # noqa: A001 - the contract's name
     """
     groups = None
     if place.platform is None:
-        name = abstract_name(place.mesh, place.axis_name)
+        name = abstract_name(place.mesh, place.ep_axis)
     else:
-        groups = groups_of(place.mesh, place.axis_name)
+        groups = groups_of(place.mesh, place.ep_axis)
         name = groups.name
         world.open_group(groups, again=again)
     if cfg is None or shape is None:
@@ -160,7 +160,7 @@ def run_experts(
     own_words = shape.num_tokens * shape.top_k + num_arrivals + 2
     results = (
         compat.result_type(x, x.shape, x.dtype),
-        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.ep_axis),
         compat.result_type(x, (1,), jnp.int32),
         # Memory for as long as the call runs: tokens for the wire and for the experts, what the experts make
         # of them, and numbers.
@@ -174,7 +174,7 @@ def run_experts(
     y, all_words, order, *_ = targets.call(
         targets.FUSED_EXPERTS,
         results,
-        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order, *operands),
+        *(x, ids, weights, carried, targets.own_rank(link.ep_axis, x), order, *operands),
         attributes=(*link.opened.attributes, *attributes),
     )
     return y, all_words, order
@@ -204,7 +204,7 @@ def send(
         compat.result_type(x, (shape.num_tokens, shape.top_k), jnp.int32),
         compat.result_type(x, (num_arrivals,), jnp.int32),
         compat.result_type(x, (_between_words(link),), jnp.int32),
-        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.ep_axis),
         # Memory for the float8 rows and their scales until MORI has read them; nobody asks for it.
         compat.result_type(x, (quantised, x.shape[1]), jnp.uint8),
         compat.result_type(x, (quantised, quant.num_groups(x.shape[1])), jnp.float32),
@@ -214,7 +214,7 @@ def send(
         targets.call(
             targets.SEND,
             results,
-            *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
+            *(x, ids, weights, carried, targets.own_rank(link.ep_axis, x), order),
             attributes=link.opened.attributes,
         )
     )
@@ -234,7 +234,7 @@ def resend(link: Link, x: jax.Array, own: Own, *, order: jax.Array) -> tuple[jax
     tokens, order = targets.call(
         targets.RESEND,
         results,
-        *(x, *own, targets.own_rank(link.axis_name, x), order),
+        *(x, *own, targets.own_rank(link.ep_axis, x), order),
         attributes=link.opened.attributes,
     )
     return tokens, order
@@ -279,7 +279,7 @@ def give_back(
     y, token_scalars, order = targets.call(
         targets.GIVE_BACK,
         results,
-        *(tokens, scalars, *own, targets.own_rank(link.axis_name, tokens), order),
+        *(tokens, scalars, *own, targets.own_rank(link.ep_axis, tokens), order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order

@@ -95,10 +95,10 @@ def open(  # noqa: A001 - the contract's name
 def open_groups(place: Place, num_ranks: int, *, again: bool) -> str:
     """Opens a group for each run of so many ranks along the axis, a divisor of R; gives the table's name."""
     if place.platform is None:
-        name = abstract_name(place.mesh, place.axis_name)
+        name = abstract_name(place.mesh, place.ep_axis)
         return name if num_ranks == place.num_ranks else f"{name}-{num_ranks}"
     assert place.backend is not None
-    groups = groups_of(place.mesh, place.axis_name).split(num_ranks)
+    groups = groups_of(place.mesh, place.ep_axis).split(num_ranks)
     group.open_groups(groups, place.backend, again=again)
     return groups.name
 
@@ -158,13 +158,13 @@ def dispatch(
         compat.result_type(x, (shape.num_local_experts,), jnp.int32),
         compat.result_type(x, (shape.num_ranks, shape.num_tokens, shape.top_k), jnp.int32),
         compat.result_type(x, (shape.num_ranks, shape.num_tokens), jnp.int32),
-        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.axis_name),
+        compat.result_type_shared(words, (shape.num_ranks, words.shape[0]), jnp.int32, link.ep_axis),
         compat.result_type(x, (1,), jnp.int32),
     )
     rows, row_weights, group_sizes, routes, places, all_words, order = targets.call(
         targets.DISPATCH,
         results,
-        *(x, ids, weights, carried, targets.own_rank(link.axis_name, x), order),
+        *(x, ids, weights, carried, targets.own_rank(link.ep_axis, x), order),
         attributes=link.opened.attributes,
     )
     return rows, row_weights, group_sizes, all_words, Own(routes, places), order
@@ -183,7 +183,7 @@ def replay(
     rows, order = targets.call(
         targets.REPLAY,
         results,
-        *(x, own.routes, ids, targets.own_rank(link.axis_name, x), order),
+        *(x, own.routes, ids, targets.own_rank(link.ep_axis, x), order),
         attributes=link.opened.attributes,
     )
     return rows, order
@@ -211,7 +211,7 @@ def combine(
     y, token_scalars, order = targets.call(
         targets.COMBINE,
         results,
-        *(rows, scalars, own.routes, own.places, ids, targets.own_rank(link.axis_name, rows), order),
+        *(rows, scalars, own.routes, own.places, ids, targets.own_rank(link.ep_axis, rows), order),
         attributes=link.opened.attributes,
     )
     return y, token_scalars if carried else None, order

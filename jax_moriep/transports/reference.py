@@ -43,9 +43,9 @@ def dispatch(
     k); -1: not this rank's; -2: dropped here for want of capacity.
     """
     shape = link.shape
-    all_ids = lax.all_gather(ids, link.axis_name)
-    all_weights = lax.all_gather(weights, link.axis_name).reshape(-1)
-    first = lax.axis_index(link.axis_name) * shape.num_local_experts
+    all_ids = lax.all_gather(ids, link.ep_axis)
+    all_weights = lax.all_gather(weights, link.ep_axis).reshape(-1)
+    first = lax.axis_index(link.ep_axis) * shape.num_local_experts
     local = all_ids.reshape(-1) - first
     valid = (all_ids.reshape(-1) >= 0) & (all_ids.reshape(-1) < shape.num_experts)
     here = valid & (local >= 0) & (local < shape.num_local_experts)
@@ -63,7 +63,7 @@ def dispatch(
     row_weights = jnp.zeros(shape.capacity, jnp.float32)
     row_weights = row_weights.at[jnp.where(placed >= 0, placed, shape.capacity)].set(all_weights, mode="drop")
     group_sizes = kept_counts(counts, shape.block, shape.capacity).astype(jnp.int32)
-    all_words = lax.all_gather(words, link.axis_name, to="invarying")
+    all_words = lax.all_gather(words, link.ep_axis, to="invarying")
     return rows, row_weights, group_sizes, all_words, own, order
 
 
@@ -73,7 +73,7 @@ def replay(
     """See ``transports.Transport.replay``."""
     del ids
     shape = link.shape
-    all_x = lax.all_gather(x, link.axis_name)
+    all_x = lax.all_gather(x, link.ep_axis)
     rows = compat.zeros_like_varying((shape.capacity, x.shape[1]), x.dtype, x, own)
     for k in range(shape.top_k):
         routes = own[:, :, k]
@@ -108,11 +108,11 @@ def combine(
     for k in range(shape.top_k):
         here = here + pick(rows, k)
     # [source rank, T, H] on each rank -> all ranks' parts of this rank's tokens, in rank order.
-    parts = lax.all_to_all(here, link.axis_name, 0, 0)
+    parts = lax.all_to_all(here, link.ep_axis, 0, 0)
     y = parts[0]
     for rank in range(1, shape.num_ranks):
         y = y + parts[rank]
     if row_scalars is None:
         return y.astype(rows.dtype), None, order
     scalars = jnp.stack([pick(row_scalars, k) for k in range(shape.top_k)], axis=-1)
-    return y.astype(rows.dtype), lax.all_to_all(scalars, link.axis_name, 0, 0).sum(0), order
+    return y.astype(rows.dtype), lax.all_to_all(scalars, link.ep_axis, 0, 0).sum(0), order

@@ -181,13 +181,13 @@ class _Nodes:
         return cls(count, inside, [list(ranks[place::size]) for place in range(size)])
 
     def own_node(self) -> jax.Array:
-        return lax.axis_index(self.inside.axis_name) // self.inside.shape.num_ranks
+        return lax.axis_index(self.inside.ep_axis) // self.inside.shape.num_ranks
 
     def gathered(self, array: jax.Array) -> jax.Array:
         """[...] -> [N, ...], of the rank at this place in each node."""
         if self.count == 1:
             return array[None]
-        return lax.all_gather(array, self.inside.axis_name, axis_index_groups=self.across)
+        return lax.all_gather(array, self.inside.ep_axis, axis_index_groups=self.across)
 
     def words(self, words: jax.Array, digest: int) -> tuple[jax.Array, jax.Array]:
         """i32[W] -> i32[N, W] of the rank at this place in each node, and whether all have this digest."""
@@ -204,7 +204,7 @@ class _Nodes:
         if self.count == 1:
             return values
         by_node = values.reshape(self.count, len(values) // self.count, values.shape[1])
-        parts = lax.all_to_all(by_node, self.inside.axis_name, 0, 0, axis_index_groups=self.across)
+        parts = lax.all_to_all(by_node, self.inside.ep_axis, 0, 0, axis_index_groups=self.across)
         total = parts[0].astype(jnp.float32)
         for node in range(1, self.count):
             total = total + parts[node].astype(jnp.float32)

@@ -133,8 +133,8 @@ class Family:
             fields["shared_gate"] = block.array(self.shared_gate, 1, cfg.hidden_size).T
         return MoEParams(**fields)
 
-    def written(self, params: MoEParams, cfg: MoEConfig, spelling: str) -> dict[str, np.ndarray]:
-        """The tensors of a block, as ``read`` takes them: params of NumPy, E experts each."""
+    def written(self, params: Any, cfg: MoEConfig, spelling: str) -> dict[str, np.ndarray]:
+        """The tensors of a block, as ``read`` takes them: params is a MoEParams of NumPy, E experts each."""
         out = Written(params, cfg, spelling)
         out.put(self._named(self.router_names, spelling), params.router.T)
         self.experts.write(out)

@@ -63,12 +63,12 @@ class Shards:
         self._dtype = dtype
         ranks = 1 if mesh is None else mesh.shape[ep_axis]
         self._padded = ranks * experts_per_rank(cfg.num_experts, ranks)
-        with_scales = MoEParams(None, None, None, w1_scale=0) if cfg.expert_quant else None
+        absent: Any = None
+        scale: Any = 0  # stands for one
+        with_scales = MoEParams(absent, absent, absent, w1_scale=scale) if cfg.expert_quant else None
         self._specs = parameters.param_specs(cfg, ep_axis, tp_axis, params=with_scales)
         self._shapes = parameters.param_shapes(cfg, quantised=True)
-        self._parts = {
-            name: self._parts_of(name) for name in WEIGHT_NAMES if getattr(self._shapes, name) is not None
-        }
+        self._parts = {name: self._parts_of(name) for name in WEIGHT_NAMES if self._shapes[name] is not None}
 
     def shares(self) -> Iterator[range]:
         """The experts that lie together somewhere here, padding included; each share once."""
@@ -134,7 +134,8 @@ class Shards:
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, spec), placed)
 
     def _shape_of(self, field: str) -> tuple[int, ...]:
-        shape = getattr(self._shapes, field)
+        shape = self._shapes[field]
+        assert shape is not None
         return (self._padded, *shape[1:]) if field in PER_EXPERT else shape
 
     def _parts_of(self, field: str) -> dict[Index, _Part]:

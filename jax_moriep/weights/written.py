@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from jax_moriep.config import MoEConfig, MoEParams
+from jax_moriep.config import MoEConfig
 from jax_moriep.quant import num_groups
 from jax_moriep.weights.block import GATE_UP_DOWN
 
@@ -16,13 +18,13 @@ class Written:
     """What has been written so far.
 
     Attributes:
-      params: of NumPy, E experts, no padding.
+      params: a MoEParams of NumPy, E experts, no padding.
       cfg: the layer.
       spelling: "memory" or "disk".
       tensors: by their name below the block; contiguous.
     """
 
-    def __init__(self, params: MoEParams, cfg: MoEConfig, spelling: str) -> None:
+    def __init__(self, params: Any, cfg: MoEConfig, spelling: str) -> None:
         self.params = params
         self.cfg = cfg
         self.spelling = spelling

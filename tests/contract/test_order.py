@@ -1,4 +1,4 @@
-"""Exchanges with no data between them: the order token must keep them in one order on all ranks.
+"""Exchanges with no data between them: the order must link them alike on all ranks.
 
 The traps of the CPU thunk executor show only with many independent calls and large rows; small ones pass by
 luck. A failure here would be an error about a differing program, or a hang that the test's deadline ends.

@@ -43,7 +43,7 @@ class TokenMajor:
     def send(self, link, x, ids, weights, *, words, order):
         shape = link.shape
         all_ids, all_weights = (gathered(a, link) for a in (ids, weights))
-        me = lax.axis_index(link.axis_name)
+        me = lax.axis_index(link.ep_axis)
         first = me * shape.num_local_experts
         end = jnp.minimum(first + shape.num_local_experts, shape.num_experts)
         here = ((all_ids >= first) & (all_ids < end)).any(1)
@@ -59,7 +59,7 @@ class TokenMajor:
             token,
             own[1],
         )
-        return arrivals, own, lax.all_gather(words, link.axis_name, to="invarying"), order + 1
+        return arrivals, own, lax.all_gather(words, link.ep_axis, to="invarying"), order + 1
 
     def resend(self, link, x, own, *, order):
         return arriving(x, link, own), order + 1
@@ -72,7 +72,7 @@ class TokenMajor:
 def gathered(array, link):
     """[T, ...] of each rank -> [R * T, ...]."""
     size = link.shape.num_ranks * link.shape.num_tokens
-    return lax.all_gather(array, link.axis_name).reshape(size, array.shape[1])
+    return lax.all_gather(array, link.ep_axis).reshape(size, array.shape[1])
 
 
 def came_of(own):
@@ -89,7 +89,7 @@ def summed(values, link, own):
     shape = (link.shape.num_ranks, link.shape.num_tokens, values.shape[1])
     clean = jnp.where(came_of(own)[:, None], values, 0)
     by_token = clean[jnp.argsort(own[0])].reshape(shape)
-    parts = lax.all_to_all(by_token, link.axis_name, 0, 0)
+    parts = lax.all_to_all(by_token, link.ep_axis, 0, 0)
     total = parts[0]
     for rank in range(1, link.shape.num_ranks):
         total = total + parts[rank]

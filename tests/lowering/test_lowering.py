@@ -1,4 +1,4 @@
-"""Programs for CUDA and ROCm, lowered on a machine that has neither: targets, attributes, order token."""
+"""Programs for CUDA and ROCm, lowered on a machine that has neither: targets, attributes, order."""
 
 import re
 

@@ -131,7 +131,7 @@ def test_a_stopped_rank_is_a_deadline_error():
     [
         ("config", "capacity_factor=2.0", "capacity_factor=3.0"),
         ("tokens", "tokens per rank 6 here", "4 there"),
-        ("layers", "the order token (which call of the program it is) has", "there"),
+        ("layers", "the order (which call of the program it is) has", "there"),
     ],
 )
 def test_a_rank_with_another_program_is_told_both_values(fault, mine, theirs):

@@ -13,9 +13,9 @@ NumPy alone, of one rank. n tokens come to it, u of its C rows are used:
 - **gather**: each used row is read once, and of each arrival the source and the routes; of each arrival the
   token is written once.
 
-To each come the number of arrivals, the rank and the order token, 4 bytes each, where it needs them. What a
+To each come the number of arrivals, the rank and the order, 4 bytes each, where it needs them. What a
 kernel keeps for another one is not required by a format: it counts as too much. **share** and **seal**, the
-beginning of a step and the end of a combine, move words and the order token only; a part of what share reads
+beginning of a step and the end of a combine, move words and the order only; a part of what share reads
 is waiting.
 """
 

@@ -337,6 +337,26 @@ def test_a_group_that_will_not_be_connected_says_why(monkeypatch):
         group.wait_connected(native, "halves")
 
 
+def test_a_peer_on_another_machine_is_told_with_the_transport_that_reaches_it():
+    class Native:
+        def __init__(self):
+            self.said = []
+
+        def moriep_group_connect_failed(self, name, group_of_rank, why):
+            self.said.append((name, group_of_rank, why.decode()))
+
+    class Peer:
+        def get(self, key, deadline):
+            return b'{"host": "there", "address": []}'
+
+    native_of = Native()
+    group._connect(native_of, "g", "prefix", Peer(), "here", False, [(0, 1)], 0.0)
+    ((name, of, why),) = native_of.said
+    assert (name, of) == (b"g", 0)
+    assert why.startswith("rank 1: it runs on another machine")
+    assert why.endswith("use transport='two_level'")
+
+
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
 def test_timeout_variable(monkeypatch, text):
     monkeypatch.setenv("JAX_MORIEP_TIMEOUT", text)

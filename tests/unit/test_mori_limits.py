@@ -255,7 +255,7 @@ def test_what_the_kernels_between_nodes_cannot_do():
     size = HandleSize("InterNodeV1", 16, 8, 64, 256, 2, 2, 2)
     limits.check_handle(size)
     check = limits.check_handle
-    text = "top_k=1 must be at least the 2 machines with InterNodeV1; use transport='collective'"
+    text = "top_k=1 must be at least the 2 machines with InterNodeV1; use transport='two_level'"
     refused(ConfigError, text, check, dataclasses.replace(size, top_k=1))
     text = (
         "hidden_size=33 must make rows of whole 32-bit words of x, which have 66 bytes, with InterNodeV1; …"

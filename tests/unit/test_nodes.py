@@ -1,5 +1,7 @@
 """Nodes: how large they are, what is said of them, and when "auto" takes the transport that needs them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,19 @@ def test_auto_takes_nothing_else_for_a_bad_setting(monkeypatch):
     with pytest.raises(jm.TransportError, match=f"{SETTING}='x' must be a whole number"):
         transports.choose("auto", Place.of(mesh(2), "ep"))
     assert transports.choose("collective", Place.of(mesh(2), "ep")) == "collective"
+
+
+def test_explain_says_of_a_bad_setting_what_a_layer_would(monkeypatch):
+    cfg = jm.MoEConfig(16, 4, 256, 64)
+    monkeypatch.setenv(SETTING, "x")
+    assert jm.explain(cfg, mesh(2)).transport == "native"
+    monkeypatch.setattr(Place, "num_nodes", 2)
+    with pytest.raises(jm.TransportError, match=f"{SETTING}='x' must be a whole number"):
+        jm.explain(cfg, mesh(2))
+    named = jm.explain(dataclasses.replace(cfg, transport="collective"), mesh(2))
+    assert named.transport == "collective"
+    assert named.transport_reasons["two_level"].startswith(f"{SETTING}='x' must be")
+    assert jm.explain(CFG, mesh(2)).transport is None
 
 
 def test_groups_of_two_axes_are_cut_alike(monkeypatch):

@@ -14,7 +14,7 @@ struct DispatchBuffers {
   float* row_weights;    // [C]
   int32_t* group_sizes;  // [L]
   int32_t* routes;       // [R, T, K]
-  int32_t* slots;        // [R, T]
+  int32_t* places;       // [R, T]
   const int32_t* words;  // [W]
   int32_t* all_words;    // [R, W]
 };
@@ -30,7 +30,7 @@ struct CombineBuffers {
   const std::byte* rows;  // [C, H]
   const float* scalars;   // [C], or null
   const int32_t* routes;  // [R, T, K]
-  const int32_t* slots;   // [R, T]
+  const int32_t* places;  // [R, T]
   const int32_t* ids;     // [T, K]
   std::byte* y;           // [T, H]
   float* token_scalars;   // [T, K], or null

@@ -1,5 +1,5 @@
-// What Python calls by ctypes (jax_moriep/runtime/native_api.py): opening and connecting groups. No XLA
-// here.
+// What Python calls by ctypes (jax_moriep/runtime/native_api.py): opening and connecting groups. No
+// XLA here.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// What one rank's arena holds: a control page that peers watch, and two slots of data that
+// What one rank's arena holds: a control page that peers watch, and two halves of data that
 // alternate from step to step. Two are enough, because a rank leaves step n only after every peer
-// has entered it, and thereby left step n-1: nobody can still be reading the slot that step n+1
+// has entered it, and thereby left step n-1: nobody can still be reading the half that step n+1
 // writes.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace moriep {
 
 inline constexpr uint64_t kArenaMagic = 0x50454952'4f4d5841;  // "AXMORIEP"
 inline constexpr uint32_t kArenaVersion = 2;
-inline constexpr int kNumSlots = 2;
+inline constexpr int kNumHalves = 2;
 inline constexpr int64_t kConfigChars = 1024;
 inline constexpr int64_t kFailureChars = 512;
 inline constexpr int64_t kPageBytes =
@@ -41,7 +41,7 @@ inline const char* kind_name(Kind kind) {
 // What a rank says of the step that it has entered; every peer compares it with its own.
 struct StepHeader {
   int32_t kind = 0;
-  int32_t order = 0;  // value of the order token: the call's position in its program
+  int32_t order = 0;  // the call's position in its program
   int32_t dtype = 0;
   int32_t with_scalars = 0;
   int64_t num_ranks = 0;
@@ -72,7 +72,7 @@ struct Control {
   std::atomic<uint32_t> closed;          // 1: the owner has ended in good order
   char failure[kFailureChars];
 
-  alignas(64) StepHeader headers[kNumSlots];
+  alignas(64) StepHeader headers[kNumHalves];
 };
 
 // Processes that share an arena may have been built apart: whoever moves a field raises
@@ -99,19 +99,19 @@ inline std::string read_text(const char* text, int64_t size) {
 inline constexpr int64_t kControlBytes =
     (sizeof(Control) + kPageBytes - 1) / kPageBytes * kPageBytes;
 
-// Slots lie far apart in the sparse file, so that each can hold a step of any size without moving.
-inline constexpr int64_t kSlotStride = int64_t{1} << 38;
-inline constexpr int64_t kArenaBytes = kControlBytes + kNumSlots * kSlotStride;
-inline int64_t slot_offset(uint32_t step) {
-  return kControlBytes + (step % kNumSlots) * kSlotStride;
+// Halves lie far apart in the sparse file, so that each can hold a step of any size without moving.
+inline constexpr int64_t kHalfStride = int64_t{1} << 38;
+inline constexpr int64_t kArenaBytes = kControlBytes + kNumHalves * kHalfStride;
+inline int64_t half_offset(uint32_t step) {
+  return kControlBytes + (step % kNumHalves) * kHalfStride;
 }
 
 inline int64_t align_up(int64_t bytes) { return (bytes + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
-// Byte offsets inside a slot. A dispatch publishes routes, words and staged rows; a replay only
+// Byte offsets inside a half. A dispatch publishes routes, words and staged rows; a replay only
 // rows; a combine receives one row per (token, rank) pair and, for the router's gradient, one
 // scalar per route.
-struct SlotLayout {
+struct HalfLayout {
   int64_t ids = 0;
   int64_t weights = 0;
   int64_t words = 0;
@@ -120,8 +120,8 @@ struct SlotLayout {
   int64_t row_stride = 0;
   int64_t bytes = 0;
 
-  static SlotLayout of(Kind kind, const Shape& shape, int64_t row_bytes, bool with_scalars) {
-    SlotLayout at;
+  static HalfLayout of(Kind kind, const Shape& shape, int64_t row_bytes, bool with_scalars) {
+    HalfLayout at;
     at.row_stride = align_up(row_bytes);
     int64_t end = 0;
     const auto take = [&end](int64_t bytes) {

@@ -39,7 +39,7 @@ struct Shape {
 };
 
 // Refuses sizes that describe no layer, and sizes whose products could overflow: rows and places
-// are int32, and a slot of rows of the widest type must have a size that int64 holds.
+// are int32, and a half of rows of the widest type must have a size that int64 holds.
 inline Status check_shape(const Shape& shape) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   constexpr int64_t kMaxHidden = int64_t{1} << 28;

@@ -15,7 +15,7 @@
 namespace moriep::gpu {
 namespace {
 
-constexpr int64_t kSlotBytes = int64_t{8} << 20;
+constexpr int64_t kHalfBytes = int64_t{8} << 20;
 
 // JAX_MORIEP_TEST_STEPS: few where a GPU is simulated, many in a soak.
 int num_steps(int by_default) {
@@ -48,7 +48,7 @@ Shared* share() {
 // Joins the group of `num_ranks` processes, all on device 0.
 std::unique_ptr<Group> join(Shared& shared, int32_t me, int32_t num_ranks, double timeout) {
   auto group =
-      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kSlotBytes);
+      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kHalfBytes);
   CHECK_OK(group->add_local(me, 0));
   CHECK_OK(group->address(me, shared.words[me]));
   shared.ready[me] = 1;
@@ -112,7 +112,7 @@ void check_processes(int32_t num_ranks) {
       for (int i = 0; i < rounds; ++i) {
         const bool look = i % look_every(rounds) == 0 || i == rounds - 1;
         if (look) exercise.poison_results();
-        CHECK_OK(exercise.dispatch(Half::kBoth));
+        CHECK_OK(exercise.dispatch(Phase::kBoth));
         if (look) {
           check_gpu(gpuDeviceSynchronize(), "dispatch");
           CHECK_OK(group->failure());
@@ -120,8 +120,8 @@ void check_processes(int32_t num_ranks) {
           if (i == 0) dispatched = exercise.bits();
           CHECK(exercise.bits() == dispatched);
         }
-        CHECK_OK(exercise.replay(Half::kBoth));
-        CHECK_OK(exercise.combine(Half::kBoth));
+        CHECK_OK(exercise.replay(Phase::kBoth));
+        CHECK_OK(exercise.combine(Phase::kBoth));
         if (look) {
           check_gpu(gpuDeviceSynchronize(), "combine");
           CHECK_OK(group->failure());
@@ -149,13 +149,13 @@ TEST(a_killed_process_is_a_deadline_error, 200) {
     const Case test{shape_of(3, 17, 2, 64, 6, 4), RowType::kBF16};
     const Oracle want(test);
     Exercise exercise(*group->local(me), test, want);
-    CHECK_OK(exercise.dispatch(Half::kBoth));
+    CHECK_OK(exercise.dispatch(Phase::kBoth));
     check_gpu(gpuDeviceSynchronize(), "dispatch");
     exercise.check_dispatch();
     ++shared->done;
     while (shared->done < 3) usleep(1000);
     if (me == 1) kill(getpid(), SIGKILL);
-    CHECK_OK(exercise.dispatch(Half::kBoth));
+    CHECK_OK(exercise.dispatch(Phase::kBoth));
     check_gpu(gpuDeviceSynchronize(), "dispatch without a peer");
     const Status status = group->failure();
     // The second to notice may hear it from the first.
@@ -165,7 +165,7 @@ TEST(a_killed_process_is_a_deadline_error, 200) {
                      "dispatch, rank " + std::to_string(me) + ", step 2: rank 1 did not arrive");
     }
     // The next call says so at once, and enqueues nothing.
-    CHECK_EQ(exercise.combine(Half::kBoth).text(), status.text());
+    CHECK_EQ(exercise.combine(Phase::kBoth).text(), status.text());
     CHECK((std::to_integer<int>(exercise.rows()[0]) & 0xff) == 0xff);
   });
   for (size_t r = 0; r < children.size(); ++r) {
@@ -178,7 +178,7 @@ TEST(a_killed_process_is_a_deadline_error, 200) {
 // A group whose ranks all live on device 0 of this process.
 std::unique_ptr<Group> ranks_on_one_device(int32_t num_ranks, double timeout = 20) {
   auto group =
-      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kSlotBytes);
+      std::make_unique<Group>(num_ranks, std::chrono::duration<double>(timeout), kHalfBytes);
   for (int32_t r = 0; r < num_ranks; ++r) CHECK_OK(group->add_local(r, 0));
   CHECK_OK(group->link_locals());
   return group;
@@ -194,9 +194,9 @@ Exercises exercises_of(Group& group, const Case& test, const Oracle& want) {
   return all;
 }
 
-void run(Exercises& all, Status (Exercise::*op)(Half)) {
-  for (const Half half : {Half::kFirst, Half::kSecond}) {
-    for (const auto& one : all) CHECK_OK((one.get()->*op)(half));
+void run(Exercises& all, Status (Exercise::*op)(Phase)) {
+  for (const Phase phase : {Phase::kFirst, Phase::kSecond}) {
+    for (const auto& one : all) CHECK_OK((one.get()->*op)(phase));
   }
 }
 
@@ -327,9 +327,9 @@ TEST(faults_are_named, 60) {
   {  // Another place in the program.
     const auto group = ranks_on_one_device(2);
     Exercise a(*group->local(0), test, want, 5), b(*group->local(1), test, want, 7);
-    CHECK_OK(a.dispatch(Half::kFirst));
-    CHECK_OK(b.dispatch(Half::kFirst));
-    CHECK_OK(a.dispatch(Half::kSecond));
+    CHECK_OK(a.dispatch(Phase::kFirst));
+    CHECK_OK(b.dispatch(Phase::kFirst));
+    CHECK_OK(a.dispatch(Phase::kSecond));
     check_gpu(gpuDeviceSynchronize(), "order");
     CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
     CHECK_CONTAINS(group->failure().text(), "5 here and 7 there");
@@ -337,10 +337,10 @@ TEST(faults_are_named, 60) {
   {  // Another exchange.
     const auto group = ranks_on_one_device(2);
     Exercise a(*group->local(0), test, want), b(*group->local(1), test, want);
-    CHECK_OK(a.dispatch(Half::kFirst));
+    CHECK_OK(a.dispatch(Phase::kFirst));
     b.spoil_plan();
-    CHECK_OK(b.replay(Half::kFirst));
-    CHECK_OK(a.dispatch(Half::kSecond));
+    CHECK_OK(b.replay(Phase::kFirst));
+    CHECK_OK(a.dispatch(Phase::kSecond));
     check_gpu(gpuDeviceSynchronize(), "kind");
     CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
   }
@@ -349,9 +349,9 @@ TEST(faults_are_named, 60) {
     Case other = test;
     other.wire = Wire::kFp8;
     Exercise a(*group->local(0), test, want), b(*group->local(1), other, want);
-    CHECK_OK(a.dispatch(Half::kFirst));
-    CHECK_OK(b.dispatch(Half::kFirst));
-    CHECK_OK(a.dispatch(Half::kSecond));
+    CHECK_OK(a.dispatch(Phase::kFirst));
+    CHECK_OK(b.dispatch(Phase::kFirst));
+    CHECK_OK(a.dispatch(Phase::kSecond));
     check_gpu(gpuDeviceSynchronize(), "wire");
     CHECK_CONTAINS(group->failure().text(), "rank 1 runs another program");
   }
@@ -360,9 +360,9 @@ TEST(faults_are_named, 60) {
     Case other = test;
     other.delivery = Delivery::kPut;
     Exercise a(*group->local(0), test, want), b(*group->local(1), other, want);
-    CHECK_OK(a.dispatch(Half::kFirst));
-    CHECK_OK(b.dispatch(Half::kFirst));
-    CHECK_OK(a.dispatch(Half::kSecond));
+    CHECK_OK(a.dispatch(Phase::kFirst));
+    CHECK_OK(b.dispatch(Phase::kFirst));
+    CHECK_OK(a.dispatch(Phase::kSecond));
     check_gpu(gpuDeviceSynchronize(), "delivery");
     CHECK_CONTAINS(group->failure().text(), "this rank delivers by pull and rank 1 by put");
   }
@@ -376,7 +376,7 @@ TEST(faults_are_named, 60) {
   {  // A peer that never comes.
     const auto group = ranks_on_one_device(2, 0.5);
     Exercise a(*group->local(0), test, want);
-    CHECK_OK(a.dispatch(Half::kBoth));
+    CHECK_OK(a.dispatch(Phase::kBoth));
     check_gpu(gpuDeviceSynchronize(), "deadline");
     CHECK_EQ(group->failure().code(), Code::kDeadlineExceeded);
     CHECK_CONTAINS(group->failure().text(), "dispatch, rank 0, step 1: rank 1 did not arrive");
@@ -390,8 +390,8 @@ TEST(faults_are_named, 60) {
     check_gpu(gpuDeviceSynchronize(), "dispatch");
     all[0]->spoil_plan();
     // From the first launch on the fault may be known already, and the next call refused.
-    for (const Half half : {Half::kFirst, Half::kSecond}) {
-      for (const auto& one : all) (void)one->combine(half);
+    for (const Phase phase : {Phase::kFirst, Phase::kSecond}) {
+      for (const auto& one : all) (void)one->combine(phase);
     }
     check_gpu(gpuDeviceSynchronize(), "plan");
     CHECK_CONTAINS(group->failure().text(), "plan names row or place");
@@ -401,7 +401,7 @@ TEST(faults_are_named, 60) {
     const Case alone{shape_of(1, 9, 2, 32, 4, 4), RowType::kF32};
     const Oracle wanted(alone);
     Exercise a(*group->local(0), alone, wanted, 0, 3);
-    CHECK_OK(a.dispatch(Half::kBoth));
+    CHECK_OK(a.dispatch(Phase::kBoth));
     check_gpu(gpuDeviceSynchronize(), "rank");
     CHECK_CONTAINS(group->failure().text(), "this device is rank 3 of the running mesh");
   }
@@ -428,20 +428,20 @@ TEST(a_failed_rank_writes_to_no_peer, 60) {
   test.delivery = Delivery::kPut;
   const Oracle want(test);
   const auto group = ranks_on_one_device(2, 0.5);
-  const auto slot_bytes = static_cast<size_t>(group->slot_bytes());
-  std::byte* slots = group->local(1)->arena + kControlBytes + kWorkspaceBytes;
-  check_gpu(gpuMemset(slots, 0xff, 2 * slot_bytes), "poison");
+  const auto half_bytes = static_cast<size_t>(group->half_bytes());
+  std::byte* halves = group->local(1)->arena + kControlBytes + kWorkspaceBytes;
+  check_gpu(gpuMemset(halves, 0xff, 2 * half_bytes), "poison");
   Exercise a(*group->local(0), test, want);
-  CHECK_OK(a.dispatch(Half::kBoth));
+  CHECK_OK(a.dispatch(Phase::kBoth));
   // Enqueued while the first still waits for its peer; or refused, where that has failed already.
-  (void)a.dispatch(Half::kFirst);
+  (void)a.dispatch(Phase::kFirst);
   check_gpu(gpuDeviceSynchronize(), "deadline");
   CHECK_EQ(group->failure().code(), Code::kDeadlineExceeded);
-  std::vector<std::byte> found(2 * slot_bytes);
-  check_gpu(gpuMemcpy(found.data(), slots, found.size(), gpuMemcpyDefault), "look");
-  const auto untouched = [&](size_t slot) {
-    const auto begin = found.begin() + static_cast<std::ptrdiff_t>(slot * slot_bytes);
-    return std::all_of(begin, begin + static_cast<std::ptrdiff_t>(slot_bytes),
+  std::vector<std::byte> found(2 * half_bytes);
+  check_gpu(gpuMemcpy(found.data(), halves, found.size(), gpuMemcpyDefault), "look");
+  const auto untouched = [&](size_t half) {
+    const auto begin = found.begin() + static_cast<std::ptrdiff_t>(half * half_bytes);
+    return std::all_of(begin, begin + static_cast<std::ptrdiff_t>(half_bytes),
                        [](std::byte byte) { return byte == std::byte{0xff}; });
   };
   CHECK(!untouched(1));  // of step 1

@@ -71,7 +71,7 @@ class Exercise {
         row_weights_(test.shape.capacity),
         group_sizes_(test.shape.num_local_experts),
         routes_(test.shape.num_ranks * test.shape.num_routes()),
-        slots_(test.shape.num_ranks * test.shape.num_tokens),
+        places_(test.shape.num_ranks * test.shape.num_tokens),
         words_(want.words(me.rank)),
         all_words_(test.shape.num_ranks * test.shape.num_words),
         expert_rows_(make_expert_rows()),
@@ -79,21 +79,21 @@ class Exercise {
         y_(test.shape.num_tokens * row_bytes()),
         token_scalars_(test.shape.num_routes()) {}
 
-  Status dispatch(Half half) {
+  Status dispatch(Phase phase) {
     return gpu::dispatch(
-        me_, call(half),
+        me_, call(phase),
         {x_.data(), ids_.data(), weights_.data(), rows_.data(), row_weights_.data(),
-         group_sizes_.data(), routes_.data(), slots_.data(), words_.data(), all_words_.data()});
+         group_sizes_.data(), routes_.data(), places_.data(), words_.data(), all_words_.data()});
   }
-  Status replay(Half half) {
-    return gpu::replay(me_, call(half),
+  Status replay(Phase phase) {
+    return gpu::replay(me_, call(phase),
                        {x_again_.data(), routes_.data(), ids_.data(), rows_.data()});
   }
-  Status combine(Half half) {
+  Status combine(Phase phase) {
     const bool carried = test_.with_scalars && test_.shape.num_tokens > 0;
     return gpu::combine(
-        me_, call(half),
-        {expert_rows_.data(), carried ? scalars_.data() : nullptr, routes_.data(), slots_.data(),
+        me_, call(phase),
+        {expert_rows_.data(), carried ? scalars_.data() : nullptr, routes_.data(), places_.data(),
          ids_.data(), y_.data(), carried ? token_scalars_.data() : nullptr});
   }
 
@@ -116,7 +116,7 @@ class Exercise {
     const Shape& shape = test_.shape;
     const auto group_sizes = group_sizes_.host();
     const auto routes = routes_.host();
-    const auto slots = slots_.host();
+    const auto places = places_.host();
     const auto row_weights = row_weights_.host();
     const auto all_words = all_words_.host();
     for (int64_t e = 0; e < shape.num_local_experts; ++e) {
@@ -131,8 +131,8 @@ class Exercise {
       for (int64_t t = 0; t < shape.num_tokens; ++t) {
         const int64_t token = source * shape.num_tokens + t;
         // Places differ from the CPU's, but say -1 for the same tokens.
-        expect("slots", token, slots[static_cast<size_t>(token)] < 0,
-               want_.slot(me_.rank, source, t) < 0);
+        expect("places", token, places[static_cast<size_t>(token)] < 0,
+               want_.place(me_.rank, source, t) < 0);
         for (int64_t k = 0; k < shape.top_k; ++k) {
           const int64_t route = token * shape.top_k + k;
           expect("routes", route, routes[static_cast<size_t>(route)],
@@ -180,7 +180,7 @@ class Exercise {
     append(row_weights_.host());
     append(group_sizes_.host());
     append(routes_.host());
-    append(slots_.host());
+    append(places_.host());
     append(all_words_.host());
     append(y_.host());
     append(token_scalars_.host());
@@ -190,7 +190,7 @@ class Exercise {
  private:
   int64_t row_bytes() const { return test_.shape.hidden_size * element_bytes(test_.type); }
 
-  Call call(Half half) const {
+  Call call(Phase phase) const {
     return Call{.shape = test_.shape,
                 .type = test_.type,
                 .wire = test_.wire,
@@ -199,7 +199,7 @@ class Exercise {
                 .rank = rank_of_me_.data(),
                 .order = order_.data(),
                 .order_out = order_out_.data(),
-                .half = half,
+                .phase = phase,
                 .stream = nullptr};
   }
 
@@ -282,7 +282,7 @@ class Exercise {
   Array<float> weights_;
   Array<std::byte> rows_;
   Array<float> row_weights_;
-  Array<int32_t> group_sizes_, routes_, slots_, words_, all_words_;
+  Array<int32_t> group_sizes_, routes_, places_, words_, all_words_;
   Array<std::byte> expert_rows_;
   Array<float> scalars_;
   Array<std::byte> y_;

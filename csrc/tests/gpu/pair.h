@@ -30,7 +30,7 @@ class Pair {
   }
 
   void dispatch() {
-    for (const Half half : {Half::kFirst, Half::kSecond}) {
+    for (const Phase phase : {Phase::kFirst, Phase::kSecond}) {
       for (int32_t r = 0; r < 2; ++r) {
         Side& at = *sides_[static_cast<size_t>(r)];
         const Call call{.shape = test_.shape,
@@ -41,13 +41,13 @@ class Pair {
                         .rank = at.rank.data(),
                         .order = at.order.data(),
                         .order_out = at.order_out.data(),
-                        .half = half,
+                        .phase = phase,
                         .stream = stream_};
         CHECK_OK(gpu::dispatch(
             *group_.local(r), call,
             {reinterpret_cast<const std::byte*>(at.x.data()), at.ids.data(), at.weights.data(),
              reinterpret_cast<std::byte*>(at.rows.data()), at.row_weights.data(),
-             at.group_sizes.data(), at.routes.data(), at.slots.data(), nullptr, nullptr}));
+             at.group_sizes.data(), at.routes.data(), at.places.data(), nullptr, nullptr}));
       }
     }
   }
@@ -81,7 +81,7 @@ class Pair {
           row_weights(test.shape.capacity),
           group_sizes(test.shape.num_local_experts),
           routes(2 * test.shape.num_routes()),
-          slots(2 * test.shape.num_tokens) {
+          places(2 * test.shape.num_tokens) {
       fill_kernel<<<static_cast<int>(test.shape.num_tokens), kCheckThreads>>>(
           x.data(), nullptr, width, r * test.shape.num_tokens, 0);
       check_gpu(gpuGetLastError(), "fill");
@@ -104,7 +104,7 @@ class Pair {
     Array<float> weights;
     Array<uint16_t> rows;
     Array<float> row_weights;
-    Array<int32_t> group_sizes, routes, slots;
+    Array<int32_t> group_sizes, routes, places;
   };
 
   Group& group_;

@@ -92,7 +92,7 @@ class Exchanges {
         row_weights_(host_.shape.capacity),
         sizes_(kExperts),
         routes_(num_tokens * kTopK),
-        slots_(num_tokens),
+        places_(num_tokens),
         counts_(1 << 20),
         marks_(host_.shape.capacity / 32 + 1),
         wrong_(1),
@@ -102,7 +102,7 @@ class Exchanges {
               .rank = rank_.data(),
               .order = order_.data(),
               .order_out = order_out_.data(),
-              .half = Half::kBoth,
+              .phase = Phase::kBoth,
               .stream = stream} {
     fill_kernel<<<static_cast<int>(num_tokens), kCheckThreads>>>(x_.data(), nullptr, kHidden, 0,
                                                                  kSeedX);
@@ -121,7 +121,7 @@ class Exchanges {
                      .counts = counts_.data(),
                      .written = marks_.data(),
                      .routes = routes_.data(),
-                     .slots = slots_.data(),
+                     .places = places_.data(),
                      .group_sizes = sizes_.data(),
                      .row_weights = row_weights_.data(),
                      .words = nullptr,
@@ -137,7 +137,7 @@ class Exchanges {
     CHECK_OK(
         gpu::dispatch(me_, call,
                       {bytes(x_), ids_.data(), weights_.data(), bytes(rows_), row_weights_.data(),
-                       sizes_.data(), routes_.data(), slots_.data(), nullptr, nullptr}));
+                       sizes_.data(), routes_.data(), places_.data(), nullptr, nullptr}));
   }
   void plan() { check_gpu(launch_plan(static_cast<gpuStream_t>(call_.stream), plan_), "plan"); }
   void replay() {
@@ -146,13 +146,13 @@ class Exchanges {
   void combine() {
     CHECK_OK(gpu::combine(
         me_, call_,
-        {bytes(rows_), nullptr, routes_.data(), slots_.data(), ids_.data(), bytes(y_), nullptr}));
+        {bytes(rows_), nullptr, routes_.data(), places_.data(), ids_.data(), bytes(y_), nullptr}));
   }
 
   // Before anything that makes a plan.
   void poison_plan() {
     routes_.poison();
-    slots_.poison();
+    places_.poison();
     sizes_.poison();
     row_weights_.poison();
   }
@@ -174,8 +174,8 @@ class Exchanges {
       const bool seen = whole || host_.owners[row] >= 0;
       if (seen && !(weights[row] == host_.row_weights[row])) return false;
     }
-    for (const int32_t slot : slots_.host()) {
-      if (slot < 0) return false;
+    for (const int32_t place : places_.host()) {
+      if (place < 0) return false;
     }
     return routes_.host() == host_.routes && sizes_.host() == host_.sizes;
   }
@@ -218,7 +218,7 @@ class Exchanges {
   const Array<float> weights_;
   Array<uint16_t> x_, rows_, y_;
   Array<float> row_weights_;
-  Array<int32_t> sizes_, routes_, slots_, counts_;
+  Array<int32_t> sizes_, routes_, places_, counts_;
   Array<uint32_t> marks_, wrong_;
   const Call call_;
   PlanArgs plan_;

@@ -12,7 +12,7 @@
 namespace moriep::gpu {
 namespace {
 
-constexpr int64_t kSlotBytes = int64_t{8} << 20;
+constexpr int64_t kHalfBytes = int64_t{8} << 20;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // What a format's definition says.
@@ -309,7 +309,7 @@ struct Side {
         row_weights(test.shape.capacity),
         group_sizes(test.shape.num_local_experts),
         routes(test.shape.num_ranks * test.shape.num_routes()),
-        slots(test.shape.num_ranks * test.shape.num_tokens) {}
+        places(test.shape.num_ranks * test.shape.num_tokens) {}
 
   Array<int32_t> me, order, order_out;
   std::vector<std::byte> host_x;
@@ -318,7 +318,7 @@ struct Side {
   Array<float> weights;
   Array<std::byte> rows;
   Array<float> row_weights;
-  Array<int32_t> group_sizes, routes, slots;
+  Array<int32_t> group_sizes, routes, places;
 };
 
 void check_dispatch(Group& group, const Case& test) {
@@ -329,10 +329,10 @@ void check_dispatch(Group& group, const Case& test) {
     sides.push_back(std::make_unique<Side>(test, routing, r));
     // What is left in an arena must not be taken for what was sent.
     check_gpu(gpuMemset(group.local(r)->arena + kControlBytes + kWorkspaceBytes, 0xff,
-                        static_cast<size_t>(2 * group.slot_bytes())),
+                        static_cast<size_t>(2 * group.half_bytes())),
               "poison");
   }
-  for (const Half half : {Half::kFirst, Half::kSecond}) {
+  for (const Phase phase : {Phase::kFirst, Phase::kSecond}) {
     for (int32_t r = 0; r < group.num_ranks(); ++r) {
       const Side& side = *sides[static_cast<size_t>(r)];
       const Call call{.shape = shape,
@@ -343,12 +343,12 @@ void check_dispatch(Group& group, const Case& test) {
                       .rank = side.me.data(),
                       .order = side.order.data(),
                       .order_out = side.order_out.data(),
-                      .half = half,
+                      .phase = phase,
                       .stream = nullptr};
       CHECK_OK(dispatch(*group.local(r), call,
                         {side.x.data(), side.ids.data(), side.weights.data(), side.rows.data(),
                          side.row_weights.data(), side.group_sizes.data(), side.routes.data(),
-                         side.slots.data(), nullptr, nullptr}));
+                         side.places.data(), nullptr, nullptr}));
     }
   }
   check_gpu(gpuDeviceSynchronize(), "dispatch");
@@ -380,7 +380,7 @@ void check_dispatch(Group& group, const Case& test) {
 TEST(rows_are_what_the_wire_makes_of_tokens, 300) {
   uint64_t seed = 0;
   for (const int32_t num_ranks : {1, 2, 3}) {
-    Group group(num_ranks, std::chrono::duration<double>(20), kSlotBytes);
+    Group group(num_ranks, std::chrono::duration<double>(20), kHalfBytes);
     for (int32_t r = 0; r < num_ranks; ++r) CHECK_OK(group.add_local(r, 0));
     CHECK_OK(group.link_locals());
     for (const RowType type : kTypes) {

@@ -110,7 +110,8 @@ def _experts(name: str, case: Case, share: Share) -> Callable[..., jax.Array]:
     cfg, place = case.config(experts=name), Place(jax.default_backend())
 
     def fn(sizes: jax.Array, rows: jax.Array, weights: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
-        params = MoEParams(router=None, w1=w1, w2=w2)
+        nothing: Any = None
+        params = MoEParams(router=nothing, w1=w1, w2=w2)
         given = experts.Rows(rows, weights, sizes, shape.block)
         return experts.mlp_at(place, given, params, cfg, saved_rows=experts.saved_rows(shape))
 
