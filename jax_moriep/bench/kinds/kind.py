@@ -2,6 +2,7 @@
 
 A ``Kind`` says what it can compare, its rules, its data and its programs, each with the check of its result;
 the rooms above start its processes and show what they found. A ``Study`` is asked and gives a result.
+``load`` is between them: it has calls as a kind has, but of a checkpoint and not of a case.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Study(Protocol[Asked]):
 
 
 class Kind(Protocol):
-    """What one kind of case is. A subclass gives the first seven attributes and the first two methods.
+    """What one kind of case is. A subclass gives the first six attributes and the first two methods.
 
     ``run`` starts processes and has each of them call ``make_data`` and ``calls``; ``show`` asks how to name
     a case and how to count its bytes. Neither knows one kind from another.

@@ -17,10 +17,8 @@ from jax_moriep.bench.run.environment import environment
 from jax_moriep.errors import MoriepError
 from jax_moriep.results import machine
 
-_KEPT_FOR_LINK = (
-    *("hidden", "intermediate", "experts", "top_k", "dtype", "routing"),
-    *("seed", "repeats", "layers"),
-)
+_OF_LINK = ("hidden", "intermediate", "experts", "top_k", "dtype", "routing", "seed", "repeats")
+"""What the measure of the links takes from the case beside it; most of it is of no account there."""
 
 
 def measure(
@@ -85,7 +83,7 @@ def link_of(case: Case, mebibytes: int = 256) -> Case:
         tokens=max(1, (mebibytes << 20) // case.row_bytes),
         iters=iters,
         warmup=warmup,
-        **{name: getattr(case, name) for name in _KEPT_FOR_LINK},
+        **{name: getattr(case, name) for name in _OF_LINK},
     )
 
 

@@ -31,10 +31,10 @@ def _most(of: dict[str, Any]) -> tuple[float, float]:
 
 def _plan_lines(of_ranks: dict[str, Any]) -> list[str]:
     rows = of_ranks["rows"]
+    weights, held = (_digits(of_ranks[key] / 1e9) for key in ("weight_bytes", "row_bytes"))
     lines = [
-        f"{of_ranks['ranks']} ranks, {of_ranks['nodes']} nodes; of a rank: weights "
-        f"{_digits(of_ranks['weight_bytes'] / 1e9)} GB, rows {_digits(of_ranks['row_bytes'] / 1e9)} GB "
-        f"(capacity {of_ranks['capacity']}, used {rows['mean']:.0f}, at most {rows['max']:.0f}), experts "
+        f"{of_ranks['ranks']} ranks, {of_ranks['nodes']} nodes; of a rank: weights {weights} GB, rows {held} "
+        f"GB (capacity {of_ranks['capacity']}, used {rows['mean']:.0f}, at most {rows['max']:.0f}), experts "
         f"{_digits(of_ranks['expert_seconds'] * 1e6)} us",
         f"  {'':11}{'dispatch MB':>20}{'combine MB':>20}{'us':>20}{'buffers':>10}{'share of a layer':>22}",
         f"  {'':11}{'inside':>10}{'between':>10}{'inside':>10}{'between':>10}{'dispatch':>10}{'combine':>10}"
