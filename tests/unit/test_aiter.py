@@ -218,9 +218,13 @@ def test_opening_a_layer_loads_its_kernel(on_rocm, monkeypatch):
 
 
 def test_what_it_tells(on_rocm):
-    assert "barrier is missing" in aiter.describe(MI300, make_cfg(expert_quant="fp8_block"))
-    assert "barrier" not in aiter.describe(MI300, make_cfg())
-    assert aiter.describe(MI300, make_cfg(activation="gelu")) is None
+    def told(cfg):
+        return experts.describe("aiter", MI300, cfg)
+
+    assert "barrier is missing" in told(make_cfg(expert_quant="fp8_block"))
+    assert "barrier" not in told(make_cfg())
+    assert told(make_cfg(activation="gelu")) is None
+    assert told(None) is None
 
 
 def lowered(cfg, params, capacity=64, **more):
