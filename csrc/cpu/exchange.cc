@@ -221,6 +221,125 @@ Status replay(LocalRank& me, const Call& call, const ReplayBuffers& at) {
   return Status();
 }
 
+namespace {
+
+// Combine on one rank: first it pushes what it adds for others, then it adds what came for its own.
+class Combine {
+ public:
+  Combine(int64_t my_rank, const Call& call, const CombineBuffers& at, const HalfLayout& layout,
+          const std::vector<std::byte*>& halves)
+      : my_rank_(my_rank),
+        call_(call),
+        shape_(call.shape),
+        at_(at),
+        layout_(layout),
+        halves_(halves),
+        owners_(call.shape),
+        row_bytes_(call.shape.hidden_size * element_bytes(call.type)),
+        store_(store_for(call.shape.max_fanout() * row_bytes_)),
+        terms_(static_cast<size_t>(call.shape.top_k)),
+        own_(static_cast<size_t>(row_bytes_)),
+        sums_(static_cast<size_t>(call.shape.num_ranks)) {}
+
+  // One row per (token, rank) into the owner's arena. This rank's own tokens need no such trip.
+  void push() {
+    for (int64_t i = 0; i + 1 < shape_.num_ranks; ++i) {
+      const int64_t owner = nth_peer(my_rank_, i, shape_.num_ranks);
+      std::byte* half = halves_[static_cast<size_t>(owner)];
+      auto* scalars = reinterpret_cast<float*>(half + layout_.scalars);
+      for (int64_t t = 0; t < shape_.num_tokens; ++t) {
+        const int64_t token = owner * shape_.num_tokens + t;
+        if (at_.places[token] < 0) continue;
+        sum_rows(call_.type, terms_.data(), collect_terms(owner, t),
+                 half + layout_.rows + at_.places[token] * layout_.row_stride, shape_.hidden_size,
+                 store_);
+        for (int64_t k = 0; at_.scalars != nullptr && k < shape_.top_k; ++k) {
+          const int32_t row = at_.routes[token * shape_.top_k + k];
+          if (row != kNotHere) scalars[t * shape_.top_k + k] = row >= 0 ? at_.scalars[row] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // What the ranks pushed, in rank order; this rank's own part is made on the way.
+  void reduce() {
+    int64_t next_place = 0;
+    for (int64_t t = 0; t < shape_.num_tokens; ++t) {
+      const int64_t n = collect_sums(t, &next_place);
+      sum_rows(call_.type, sums_.data(), n, at_.y + t * row_bytes_, shape_.hidden_size, store_);
+      if (at_.scalars != nullptr) take_scalars(t);
+    }
+  }
+
+ private:
+  // Collects this rank's rows of a token in the order of k, and gives their number.
+  int64_t collect_terms(int64_t source, int64_t t) {
+    int64_t n = 0;
+    const int32_t* routes = at_.routes + (source * shape_.num_tokens + t) * shape_.top_k;
+    for (int64_t k = 0; k < shape_.top_k; ++k) {
+      if (routes[k] >= 0) terms_[static_cast<size_t>(n++)] = at_.rows + routes[k] * row_bytes_;
+    }
+    return n;
+  }
+
+  // Collects the sums of a token of this rank's, one of each rank, and gives their number.
+  int64_t collect_sums(int64_t t, int64_t* next_place) {
+    const std::byte* received = halves_[static_cast<size_t>(my_rank_)] + layout_.rows;
+    int64_t n = 0;
+    owners_.ranks_of(at_.ids + t * shape_.top_k, ranks_);
+    for (const int32_t rank : ranks_) {
+      const int64_t place = (*next_place)++;
+      if (rank != my_rank_) {
+        sums_[static_cast<size_t>(n++)] = received + place * layout_.row_stride;
+        continue;
+      }
+      const int64_t num_rows = collect_terms(my_rank_, t);
+      if (num_rows == 1) {
+        sums_[static_cast<size_t>(n++)] = terms_[0];
+      } else {
+        sum_rows(call_.type, terms_.data(), num_rows, own_.data(), shape_.hidden_size,
+                 Store::kCached);
+        sums_[static_cast<size_t>(n++)] = own_.data();
+      }
+    }
+    return n;
+  }
+
+  // The scalars of a token of this rank's, each from the rank of its expert.
+  void take_scalars(int64_t t) {
+    const std::byte* received = halves_[static_cast<size_t>(my_rank_)];
+    const auto* scalars = reinterpret_cast<const float*>(received + layout_.scalars);
+    for (int64_t k = 0; k < shape_.top_k; ++k) {
+      const int64_t route = t * shape_.top_k + k;
+      const int32_t rank = owners_.rank_of(at_.ids[route]);
+      const int32_t row = at_.routes[my_rank_ * shape_.num_routes() + route];
+      float value = 0.0f;
+      if (rank == my_rank_) {
+        value = row >= 0 ? at_.scalars[row] : 0.0f;
+      } else if (rank >= 0) {
+        value = scalars[route];
+      }
+      at_.token_scalars[route] = value;
+    }
+  }
+
+  const int64_t my_rank_;
+  const Call& call_;
+  const Shape& shape_;
+  const CombineBuffers& at_;
+  const HalfLayout& layout_;
+  const std::vector<std::byte*>& halves_;
+  const Owners owners_;
+  const int64_t row_bytes_;
+  const Store store_;
+  std::vector<const std::byte*> terms_;  // rows of a token that lie here
+  std::vector<std::byte> own_;           // their sum
+  std::vector<const std::byte*> sums_;   // of a token, one of each rank
+  std::vector<int32_t> ranks_;           // of the experts of a token
+};
+
+}  // namespace
+
 Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
   const Shape& shape = call.shape;
   const bool with_scalars = at.scalars != nullptr;
@@ -230,82 +349,15 @@ Status combine(LocalRank& me, const Call& call, const CombineBuffers& at) {
             call.config);
   std::vector<std::byte*> halves;
   if (Status status = step.halves(layout.bytes, &halves); !status.ok()) return status;
-  if (Status status = check_plan(shape, at.routes, at.places); !status.ok())
+  if (Status status = check_plan(shape, at.routes, at.places); !status.ok()) {
     return step.fail(status);
-
-  const int64_t my_rank = me.rank();
-  const Owners owners(shape);
-  const Store store = store_for(shape.max_fanout() * row_bytes);
-  std::vector<const std::byte*> terms(static_cast<size_t>(shape.top_k));
-  // Collects this rank's rows of a token in the order of k, and gives their number.
-  const auto rows_of = [&](int64_t source, int64_t t) {
-    int64_t n = 0;
-    const int32_t* routes = at.routes + (source * shape.num_tokens + t) * shape.top_k;
-    for (int64_t k = 0; k < shape.top_k; ++k) {
-      if (routes[k] >= 0) terms[static_cast<size_t>(n++)] = at.rows + routes[k] * row_bytes;
-    }
-    return n;
-  };
-
-  // Push: one row per (token, rank) into the owner's arena. This rank's own tokens need no such
-  // trip.
-  for (int64_t i = 0; i + 1 < shape.num_ranks; ++i) {
-    const int64_t owner = nth_peer(my_rank, i, shape.num_ranks);
-    std::byte* half = halves[static_cast<size_t>(owner)];
-    auto* scalars = reinterpret_cast<float*>(half + layout.scalars);
-    for (int64_t t = 0; t < shape.num_tokens; ++t) {
-      const int64_t token = owner * shape.num_tokens + t;
-      if (at.places[token] < 0) continue;
-      sum_rows(call.type, terms.data(), rows_of(owner, t),
-               half + layout.rows + at.places[token] * layout.row_stride, shape.hidden_size, store);
-      for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
-        const int32_t row = at.routes[token * shape.top_k + k];
-        if (row != kNotHere) scalars[t * shape.top_k + k] = row >= 0 ? at.scalars[row] : 0.0f;
-      }
-    }
   }
+
+  Combine work(me.rank(), call, at, layout, halves);
+  work.push();
   finish_stores();
   if (Status status = step.publish_and_wait(); !status.ok()) return status;
-
-  // Sum what the ranks pushed, in rank order; this rank's own part is made on the way.
-  const std::byte* received = halves[static_cast<size_t>(my_rank)];
-  const auto* scalars = reinterpret_cast<const float*>(received + layout.scalars);
-  std::vector<std::byte> own(static_cast<size_t>(row_bytes));
-  std::vector<int32_t> ranks;
-  std::vector<const std::byte*> sums(static_cast<size_t>(shape.num_ranks));
-  int64_t next_place = 0;
-  for (int64_t t = 0; t < shape.num_tokens; ++t) {
-    const int32_t* ids = at.ids + t * shape.top_k;
-    int64_t n = 0;
-    owners.ranks_of(ids, ranks);
-    for (const int32_t rank : ranks) {
-      const int64_t place = next_place++;
-      if (rank != my_rank) {
-        sums[static_cast<size_t>(n++)] = received + layout.rows + place * layout.row_stride;
-        continue;
-      }
-      const int64_t num_rows = rows_of(my_rank, t);
-      if (num_rows == 1) {
-        sums[static_cast<size_t>(n++)] = terms[0];
-      } else {
-        sum_rows(call.type, terms.data(), num_rows, own.data(), shape.hidden_size, Store::kCached);
-        sums[static_cast<size_t>(n++)] = own.data();
-      }
-    }
-    sum_rows(call.type, sums.data(), n, at.y + t * row_bytes, shape.hidden_size, store);
-    for (int64_t k = 0; with_scalars && k < shape.top_k; ++k) {
-      const int32_t rank = owners.rank_of(ids[k]);
-      const int64_t route = t * shape.top_k + k;
-      const int32_t row = at.routes[my_rank * shape.num_routes() + route];
-      float value = 0.0f;
-      if (rank == my_rank) {
-        value = row >= 0 ? at.scalars[row] : 0.0f;
-      } else if (rank >= 0) {
-        value = scalars[route];
-      }
-      at.token_scalars[route] = value;
-    }
-  }
+  work.reduce();
   finish_stores();
   return Status();
 }

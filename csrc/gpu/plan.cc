@@ -194,6 +194,45 @@ __device__ void mark_runs(const Args& args, const int32_t* totals, const int32_t
   }
 }
 
+// Adds up what the chunks have for each expert: all of them, and those before this block's.
+template <typename Args>
+__device__ void sum_chunks(const Args& args, int32_t* totals, int32_t* before) {
+  const Sizes& sizes = args.sizes;
+  const int32_t num_experts = sizes.num_local_experts;
+  const int32_t num_chunks = args.chunks_per_node * sizes.num_nodes * sizes.num_ranks;
+  for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += blockDim.x) {
+    const int32_t count = args.counts[i];
+    if (count == 0) continue;
+    atomicAdd(&totals[i % num_experts], count);
+    if (i / num_experts < static_cast<int32_t>(blockIdx.x)) {
+      atomicAdd(&before[i % num_experts], count);
+    }
+  }
+}
+
+// The lanes of a wave that have this lane's expert: they find each other bit by bit.
+__device__ uint64_t lanes_alike(int32_t expert, int32_t num_experts) {
+  uint64_t same = ballot(expert >= 0);
+  for (int32_t bit = 1; bit < num_experts; bit *= 2) {
+    const bool set = (expert & bit) != 0;
+    const uint64_t with = ballot(set);
+    same &= set ? with : ~with;
+  }
+  return same;
+}
+
+// Makes of each wave's count of each expert, [waves, L], the sum of those of the waves before it.
+__device__ void sum_waves(uint16_t* in_wave, int32_t waves, int32_t num_experts) {
+  for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    uint16_t next = 0;
+    for (int32_t w = 0; w < waves; ++w) {
+      const uint16_t count = in_wave[w * num_experts + e];
+      in_wave[w * num_experts + e] = next;
+      next += count;
+    }
+  }
+}
+
 template <typename Args>
 __global__ void __launch_bounds__(kPlanThreads)
     place_kernel(const MORIEP_KERNEL_ARGUMENT Args args) {
@@ -201,7 +240,6 @@ __global__ void __launch_bounds__(kPlanThreads)
   const Sizes& sizes = args.sizes;
   const bool good = begin(args);
   const int32_t num_experts = sizes.num_local_experts;
-  const int32_t num_chunks = args.chunks_per_node * sizes.num_nodes * sizes.num_ranks;
   const int32_t waves = static_cast<int32_t>(blockDim.x) / kWave;
 
   int32_t* totals = shared;                // of all chunks
@@ -211,16 +249,8 @@ __global__ void __launch_bounds__(kPlanThreads)
   for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) totals[e] = before[e] = 0;
   for (int32_t i = threadIdx.x; i < waves * num_experts; i += blockDim.x) in_wave[i] = 0;
   __syncthreads();
-  for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += blockDim.x) {
-    const int32_t count = args.counts[i];
-    if (count == 0) continue;
-    atomicAdd(&totals[i % num_experts], count);
-    if (i / num_experts < static_cast<int32_t>(blockIdx.x)) {
-      atomicAdd(&before[i % num_experts], count);
-    }
-  }
+  sum_chunks(args, totals, before);
 
-  // Lanes with the same expert find each other bit by bit; each then knows its place among them.
   const Chunk chunk = chunk_of_block(args);
   const int64_t first_route = static_cast<int64_t>(chunk.first_token) * sizes.top_k;
   int32_t* routes = args.routes +
@@ -229,26 +259,15 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int32_t i = threadIdx.x;
   const int32_t wave = i / kWave;
   const int32_t expert = i < chunk.num_tokens * sizes.top_k ? routes[i] : kNotHere;
-  uint64_t same = ballot(expert >= 0);
-  for (int32_t bit = 1; bit < num_experts; bit *= 2) {
-    const bool set = (expert & bit) != 0;
-    const uint64_t with = ballot(set);
-    same &= set ? with : ~with;
-  }
+  // Of the lanes with the same expert each knows its place among them.
+  const uint64_t same = lanes_alike(expert, num_experts);
   const int32_t in_front = count_bits(same & lanes_below(lane_id()));
   if (expert >= 0 && in_front == 0) {
     in_wave[wave * num_experts + expert] = static_cast<uint16_t>(count_bits(same));
   }
   __syncthreads();
   if (threadIdx.x < kWave) start_runs(sizes, totals, starts);
-  for (int32_t e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    uint16_t next = 0;
-    for (int32_t w = 0; w < waves; ++w) {
-      const uint16_t count = in_wave[w * num_experts + e];
-      in_wave[w * num_experts + e] = next;
-      next += count;
-    }
-  }
+  sum_waves(in_wave, waves, num_experts);
   __syncthreads();
 
   if (expert >= 0) {
