@@ -64,6 +64,8 @@ for line, code in blocks:
 """
 
 
+# Ten seconds on an idle core, and some fifteen times that on a busy machine.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PYTHON)
 def test_code_runs(page, tmp_path):
     """All blocks of a page in order, on eight devices; a traceback has the page's line."""
