@@ -13,6 +13,7 @@ from jax_moriep.errors import ConfigError
 from jax_moriep.experts.triton import hopper, mlp, tuning
 from jax_moriep.experts.triton.launch import Tile
 from jax_moriep.experts.triton.tiles import position, real_rows, row_tiles
+from jax_moriep.runtime import settings
 
 
 # Either number of rows is rounded to the same tiles.
@@ -128,7 +129,7 @@ def test_a_table_of_ones_own(tmp_path, monkeypatch):
     own = {"devices": {"mine": tuning.shipped()["AMD Instinct MI300X"]}}
     path = tmp_path / "own.json"
     path.write_text(json.dumps(own))
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setenv(settings.TUNING.name, str(path))
     assert set(tuning.table()) == {"mine", *tuning.shipped()}
 
 
@@ -137,7 +138,7 @@ def test_a_table_that_cannot_be_read(tmp_path, monkeypatch, text):
     path = tmp_path / f"broken{hash(text)}.json"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setenv(settings.TUNING.name, str(path))
     with pytest.raises(
         ConfigError, match="JAX_MORIEP_TUNING=.* must name a file that `jax-moriep tune` wrote"
     ):
