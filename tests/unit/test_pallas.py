@@ -19,7 +19,7 @@ from jax_moriep.experts.pallas.launch import Tile
 from jax_moriep.experts.pallas.tiles import position_in_grid, position_in_runs, real_rows, row_tiles
 from jax_moriep.experts.pallas.triton import tuning
 from jax_moriep.plan import ExchangeShape
-from jax_moriep.runtime import compat
+from jax_moriep.runtime import compat, settings
 from jax_moriep.runtime.place import Place
 
 
@@ -157,7 +157,7 @@ def test_a_table_of_ones_own(tmp_path, monkeypatch):
     own = {"devices": {"mine": tuning.shipped()["AMD Instinct MI300X"]}}
     path = tmp_path / "own.json"
     path.write_text(json.dumps(own))
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setenv(settings.TUNING.name, str(path))
     assert set(tuning.table()) == {"mine", *tuning.shipped()}
 
 
@@ -166,7 +166,7 @@ def test_a_table_that_cannot_be_read(tmp_path, monkeypatch, text):
     path = tmp_path / f"broken{hash(text)}.json"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setenv(settings.TUNING.name, str(path))
     with pytest.raises(
         ConfigError, match="JAX_MORIEP_TUNING=.* must name a file that `jax-moriep tune` wrote"
     ):
