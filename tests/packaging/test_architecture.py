@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jax_moriep"
-MAX_LINES = 420  # about 400: a line more is no reason to split a module
+MAX_LINES = 400
+# Longer, with the reason.
+LONGER = {"csrc/gpu/plan.cc": "the kernels of one sort, which count on each other's order"}
 
 # Each module may import modules of its own layer and of the layers below it, never of one above. Modules of
 # the package that are not named here are at its top: nothing in the layers may import them.
@@ -325,4 +327,6 @@ def test_cpp_below_the_handlers_knows_no_xla(folder):
 @pytest.mark.parametrize("folder", ["include", "aiter", "cpu", "gpu", "ffi", "interop"])
 def test_cpp_files_are_readable_in_one_sitting(folder):
     for path in cpp_files(folder):
-        assert len(path.read_text().splitlines()) <= MAX_LINES, path
+        longer = len(path.read_text().splitlines()) > MAX_LINES
+        # A reason whose file is short again goes.
+        assert longer == (str(path.relative_to(ROOT)) in LONGER), path

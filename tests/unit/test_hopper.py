@@ -119,9 +119,9 @@ def test_weight_gradient(sizes, unclean):
     assert no_races()
 
 
-def test_any_number_of_slots(monkeypatch):
-    """The stream goes on from tile to tile, though a tile's four steps are no multiple of the slots."""
-    monkeypatch.setattr(stream, "SLOTS", 3)
+def test_any_number_of_places(monkeypatch):
+    """The stream goes on from tile to tile, though a tile's four steps are no multiple of the places."""
+    monkeypatch.setattr(stream, "PLACES", 3)
     test_product("uneven", False)
 
 
@@ -135,7 +135,7 @@ def test_a_missing_wait_is_an_error(monkeypatch):
         if len(seen) > 1:
             real(barrier, *args, **kwargs)
 
-    monkeypatch.setattr(stream, "SLOTS", 2)
+    monkeypatch.setattr(stream, "PLACES", 2)
     monkeypatch.setattr(mg, "barrier_wait", second_on)
     with pytest.raises(jax.errors.JaxRuntimeError, match="barrier|RACE DETECTED"):
         products.product(case.rows(H), case.weights(4, INNER, H), case.tiles, by_column=False)

@@ -13,12 +13,12 @@ from jax_moriep.mori import limits
 
 def environment(cases: list[Case]) -> dict[str, str]:
     """What processes on GPUs need: arenas and a heap that hold the steps, and room beside XLA's pool."""
-    slots = [
+    halves = [
         case.tokens * _rows_per_token(case) * case.row_bytes
         for case in cases
         if KINDS[case.kind].fills_arenas
     ]
-    megabytes = max(1024, int(2.1 * max(slots, default=0)) // (1 << 20) + 32)
+    megabytes = max(1024, int(2.1 * max(halves, default=0)) // (1 << 20) + 32)
     wanted = {"JAX_MORIEP_ARENA_MB": str(megabytes), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.7"}
     if any("mori" in transports_of(case) for case in cases):
         wanted["JAX_MORIEP_MORI_HEAP_MB"] = str(_mori_heap(cases))

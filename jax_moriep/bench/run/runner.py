@@ -112,7 +112,7 @@ def run_set(
     def found_in(folder: Path) -> list[list[Any] | None]:
         of_cases = []
         for i in range(len(job.cases)):
-            of_case = [worker.found(folder, i, process) for process in range(first.processes)]
+            of_case = [worker.written(folder, i, process) for process in range(first.processes)]
             of_cases.append(None if any(seen is None for seen in of_case) else of_case)
         return of_cases
 

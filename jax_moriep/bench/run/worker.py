@@ -66,7 +66,7 @@ class Job:
         return cls(**{**fields, "cases": [Case.from_json(text) for text in fields["cases"]]})
 
 
-def found(folder: Path, case: int, process: int) -> Any | None:
+def written(folder: Path, case: int, process: int) -> Any | None:
     """What a process wrote about a case; None if it did not come so far."""
     path = Path(folder, f"{case}-{process}.json")
     return json.loads(path.read_text()) if path.exists() else None

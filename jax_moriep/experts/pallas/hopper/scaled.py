@@ -49,7 +49,7 @@ class Work:
     finish: Callable[[tuple[Any, ...]], None]
 
 
-def multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any) -> None:
+def multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, consumed: Any) -> None:
     """See ``stream.run``: the warpgroups' loop over ``Work``."""
     mg.set_max_registers(stream.MULTIPLIER_REGISTERS, action="increase")
 
@@ -59,9 +59,9 @@ def multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, con
         tile = work(lanes, info.index)
 
         def step(k: Any, sums: Any) -> Any:
-            slot = lax.rem(done + k, jnp.int32(stream.SLOTS))
-            mg.barrier_wait(produced.at[slot])
-            blocks = tuple(places.at[slot] for places in slots)
+            place = lax.rem(done + k, jnp.int32(stream.PLACES))
+            mg.barrier_wait(produced.at[place])
+            blocks = tuple(places.at[place] for places in buffers)
 
             # Before the first product, so that they arrive while it runs.
             rows = tile.row_scales(blocks) if tile.row_scales else None
@@ -70,7 +70,7 @@ def multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, con
             for n, total in enumerate(sums):
                 partial = _product(tile, n, blocks)
                 if n == len(sums) - 1:
-                    mg.barrier_arrive(consumed.at[slot])
+                    mg.barrier_arrive(consumed.at[place])
                 new.append(_added(total, partial, rows, cols[n]))
             return tuple(new)
 

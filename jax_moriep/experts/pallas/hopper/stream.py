@@ -16,12 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
-SLOTS = 4
+PLACES = 4
 """Steps of the stream that have a place in shared memory at the same time: of 48 KiB at most, 192 KiB."""
 PIECE = 64
 """Rows that leave a warpgroup's registers at a time, mostly as many columns as 128 bytes hold: 8 KiB."""
 PIECES = 2
-"""How many of them have a place in shared memory; two warpgroups' are 32 KiB. With ``SLOTS`` steps that is
+"""How many of them have a place in shared memory; two warpgroups' are 32 KiB. With ``PLACES`` steps that is
 224 KiB, and a program can have 227."""
 _MULTIPLIERS = 2
 """Warpgroups that multiply: with the sums of a tile of 128 x 256 each thread holds 128 values."""
@@ -48,9 +48,9 @@ class Block:
         along = pl.ds(pl.multiple_of(step * size, size), size)
         return source.at[along, :] if self.dim == 0 else source.at[:, along]
 
-    def places(self, slots: int, dtype: Any) -> Any:
+    def places(self, count: int, dtype: Any) -> Any:
         """Where the blocks of some steps lie in shared memory."""
-        return mg.SMEM((slots, self.rows, self.cols), dtype, transforms=_swizzled(dtype))
+        return mg.SMEM((count, self.rows, self.cols), dtype, transforms=_swizzled(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Line:
         """The line of a step."""
         return source.at[step, :]
 
-    def places(self, slots: int, dtype: Any) -> Any:
+    def places(self, count: int, dtype: Any) -> Any:
         """As in ``Block``; ``dtype`` is that of the matrices."""
         del dtype
-        return mg.SMEM((slots, self.size), jnp.float32)
+        return mg.SMEM((count, self.size), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,22 +174,24 @@ def run(
     results = tuple(dict.fromkeys(jnp.dtype(result) for result in results or (dtype,)))
     count = max(1, PIECES // len(results))
 
-    def scoped(slots: Any, produced: Any, consumed: Any, pieces: Any, scratch: Any) -> None:
+    def scoped(buffers: Any, produced: Any, consumed: Any, pieces: Any, scratch: Any) -> None:
         me = lax.axis_index("wg")
         lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch)
         pl.when(me == _COPIER)(
-            functools.partial(_copy, copier_registers, blocks, turns, work, lanes, slots, produced, consumed)
+            functools.partial(
+                _copy, copier_registers, blocks, turns, work, lanes, buffers, produced, consumed
+            )
         )
         pl.when(me != _COPIER)(
-            functools.partial(multiply or _multiply, turns, work, lanes, slots, produced, consumed)
+            functools.partial(multiply or _multiply, turns, work, lanes, buffers, produced, consumed)
         )
         mg.wait_smem_to_gmem(0, wait_read_only=True)
 
     pl.run_scoped(
         scoped,
-        slots=tuple(block.places(SLOTS, dtype) for block in blocks),
-        produced=mg.Barrier(num_arrivals=len(blocks), num_barriers=SLOTS),
-        consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=SLOTS),
+        buffers=tuple(block.places(PLACES, dtype) for block in blocks),
+        produced=mg.Barrier(num_arrivals=len(blocks), num_barriers=PLACES),
+        consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=PLACES),
         pieces=tuple(
             mg.SMEM(
                 (_MULTIPLIERS, count, PIECE, piece_bytes // result.itemsize),
@@ -209,7 +211,7 @@ def _copy(
     turns: Any,
     work: Any,
     lanes: Lanes,
-    slots: Any,
+    buffers: Any,
     produced: Any,
     consumed: Any,
 ) -> None:
@@ -219,10 +221,10 @@ def _copy(
         tile = work(lanes, info.index)
 
         def step(k: Any, done: Any) -> Any:
-            slot = lax.rem(done, jnp.int32(SLOTS))
-            pl.when(done >= SLOTS)(lambda: mg.barrier_wait(consumed.at[slot]))
-            for block, source, places in zip(blocks, tile.sources, slots, strict=True):
-                mg.copy_gmem_to_smem(block.at(source, k), places.at[slot], produced.at[slot])
+            place = lax.rem(done, jnp.int32(PLACES))
+            pl.when(done >= PLACES)(lambda: mg.barrier_wait(consumed.at[place]))
+            for block, source, places in zip(blocks, tile.sources, buffers, strict=True):
+                mg.copy_gmem_to_smem(block.at(source, k), places.at[place], produced.at[place])
             return done + 1
 
         return lax.fori_loop(0, tile.steps, step, carry)
@@ -230,12 +232,12 @@ def _copy(
     done: Any = mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))(one)
 
     # No barrier is left with an arrival that nobody waited for.
-    @pl.loop(jnp.maximum(done - SLOTS, 0), done)
+    @pl.loop(jnp.maximum(done - PLACES, 0), done)
     def _(step: Any) -> None:
-        mg.barrier_wait(consumed.at[lax.rem(step, jnp.int32(SLOTS))])
+        mg.barrier_wait(consumed.at[lax.rem(step, jnp.int32(PLACES))])
 
 
-def _multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, consumed: Any) -> None:
+def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, consumed: Any) -> None:
     mg.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
 
     @mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))
@@ -244,18 +246,18 @@ def _multiply(turns: Any, work: Any, lanes: Lanes, slots: Any, produced: Any, co
 
         def summed(*sums: Any) -> None:
             def step(k: Any, nothing: Any) -> Any:
-                slot = lax.rem(carry + k, jnp.int32(SLOTS))
-                mg.barrier_wait(produced.at[slot])
-                tile.multiply(k, tuple(places.at[slot] for places in slots), sums)
+                place = lax.rem(carry + k, jnp.int32(PLACES))
+                mg.barrier_wait(produced.at[place])
+                tile.multiply(k, tuple(places.at[place] for places in buffers), sums)
                 # The products of this step may run on; those before it are done with their blocks.
                 mg.wgmma_wait(len(sums))
-                before = lax.rem(carry + k + (SLOTS - 1), jnp.int32(SLOTS))
+                before = lax.rem(carry + k + (PLACES - 1), jnp.int32(PLACES))
                 pl.when(k > 0)(lambda: mg.barrier_arrive(consumed.at[before]))
                 return nothing
 
             lax.fori_loop(0, tile.steps, step, ())
             mg.wgmma_wait(0)
-            last = lax.rem(carry + tile.steps + (SLOTS - 1), jnp.int32(SLOTS))
+            last = lax.rem(carry + tile.steps + (PLACES - 1), jnp.int32(PLACES))
             pl.when(tile.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
             tile.finish(tuple(total[...] for total in sums))
 
