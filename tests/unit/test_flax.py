@@ -71,6 +71,13 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def assert_same_gradients(a, b):
+    """What is taken for an argument is another program to XLA, which may round a product before its sum."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6)
+
+
 @functools.cache
 def program(mesh):
     """Value, statistics and gradients of sum(y**2) + the losses of FULL, by ``ep_moe``."""
@@ -112,9 +119,9 @@ def test_nnx_is_ep_moe():
     (value, aux), (d_x, d_moe) = run(moe, x)
     assert_same((value, aux), want[0])
     want_x, want_params = want[1]
-    assert_same(d_x, want_x)
+    assert_same_gradients(d_x, want_x)
     trained = {name: grad for name, grad in without_none(want_params).items() if name != "score_bias"}
-    assert_same(nnx.to_pure_dict(d_moe), trained)
+    assert_same_gradients(nnx.to_pure_dict(d_moe), trained)
     assert all(np.abs(grad).max() > 0 for grad in trained.values())
 
 
@@ -261,9 +268,9 @@ def test_linen_is_ep_moe():
         grads = nn.meta.unbox(grads)
         (_, stats), updated = jax.jit(lambda v, x: apply(v, x, mutable=["score_bias"]))(variables, x)
     assert_same((value, aux), want[0])
-    assert_same(d_x, want[1][0])
+    assert_same_gradients(d_x, want[1][0])
     trained = {name: grad for name, grad in without_none(want[1][1]).items() if name != "score_bias"}
-    assert_same(grads, trained)
+    assert_same_gradients(grads, trained)
     counts = np.asarray(stats.expert_counts)
     np.testing.assert_allclose(
         updated["score_bias"]["score_bias"], 0.25 * np.sign(counts.mean() - counts), atol=1e-7
