@@ -42,8 +42,8 @@ def examine() -> dict[str, Any]:
       - native_dispatch: for each platform with GPUs how "native" dispatches, and why.
       - machine: for each thing that the native transport needs of the system the reason.
       - mori: as ``mori.examine`` says.
-      - settings: our variables, as ``settings.describe`` says.
-      - environment: the variables that are set, of ours all, so that one that is not read is seen too.
+      - settings: our variables, as ``settings.describe`` says; one that nothing reads is seen too.
+      - environment: others' variables that matter too, where they are set.
       - ok: whether "auto" finds a transport and experts on the default platform.
     """
     # To look at a GPU is no reason to reserve most of its memory.
@@ -76,8 +76,7 @@ def examine() -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    ours = sorted(name for name in os.environ if name.startswith("JAX_MORIEP_"))
-    return {name: os.environ[name] for name in (*ours, *VARIABLES) if name in os.environ}
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _versions() -> dict[str, str | None]:

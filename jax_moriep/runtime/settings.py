@@ -84,9 +84,9 @@ def _one_of(*names: str) -> Callable[[str], str | None]:
     return lambda text: text if text in names else None
 
 
-def _folder(name: str, default: str, meaning: str) -> Setting[Path | None]:
-    """What must lie in a folder is checked, and said, where it is looked for."""
-    return Setting(name, default, meaning, "a folder", Path, None, empty_is_unset=True)
+def _path(name: str, default: str, meaning: str, must: str = "a folder") -> Setting[Path | None]:
+    """What must lie there is checked, and said, where it is looked for."""
+    return Setting(name, default, meaning, must, Path, None, empty_is_unset=True)
 
 
 TIMEOUT: Setting[float] = Setting(
@@ -147,21 +147,22 @@ NODE: Setting[str | None] = Setting(
     None,
     empty_is_unset=True,
 )
-LIB_DIR = _folder(
+LIB_DIR = _path(
     "JAX_MORIEP_LIB_DIR", "`lib` in the installed package", "folder that holds the native libraries"
 )
-CACHE_DIR = _folder(
+CACHE_DIR = _path(
     "JAX_MORIEP_CACHE_DIR",
     "`jax_moriep` in `XDG_CACHE_HOME` or in `~/.cache`",
     "folder where compiled kernels are kept (MORI's in `mori`)",
 )
-TUNING = _folder(
+TUNING = _path(
     "JAX_MORIEP_TUNING",
     "the shipped table",
     "file that `jax-moriep tune` wrote: tiles of the Pallas kernels that go before the shipped ones",
+    "a file",
 )
-MORI_DIR = _folder("JAX_MORIEP_MORI_DIR", "the installed wheel", "folder `mori` of an unpacked amd-mori")
-MORI_KERNELS = _folder(
+MORI_DIR = _path("JAX_MORIEP_MORI_DIR", "the installed wheel", "folder `mori` of an unpacked amd-mori")
+MORI_KERNELS = _path(
     "JAX_MORIEP_MORI_KERNELS",
     "they are compiled",
     "folder with compiled kernels of MORI's, from another machine's cache; no compiler is needed then",
@@ -174,12 +175,12 @@ MORI_HEAP_MB: Setting[int | None] = Setting(
     _whole_number(),
     None,
 )
-ROCM_PATH = _folder(
+ROCM_PATH = _path(
     "JAX_MORIEP_ROCM_PATH",
     "`ROCM_PATH`, then `/opt/rocm`",
     "the ROCm installation whose compiler compiles MORI's kernels",
 )
-AITER_DIR = _folder(
+AITER_DIR = _path(
     "JAX_MORIEP_AITER_DIR", "the installed wheel", "folder that an amd-aiter wheel was unpacked into"
 )
 

@@ -44,7 +44,9 @@ def test_all_variables_of_ours_are_shown(monkeypatch, capsys):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert cli.main(["doctor"]) == 0
-    assert "environment\n  JAX_MORIEP_NODE=7\n  JAX_MORIEP_RANK_PER_NODE=7\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n  ok  JAX_MORIEP_NODE: 7\n" in shown
+    assert "\n  no  JAX_MORIEP_RANK_PER_NODE: 7\n      JAX_MORIEP_RANK_PER_NODE='7' must" in shown
 
 
 def test_text_names_everything(found, capsys):
@@ -74,7 +76,7 @@ def test_a_missing_library_is_said_with_its_cure(found, monkeypatch, tmp_path, c
     assert f"  no  cpu: the native library of backend='cpu' is not at {tmp_path}/libmoriep_cpu.so; " in shown
     assert "  no  native: the native library" in shown
     assert "transports on cpu (auto takes collective)" in shown
-    assert f"  JAX_MORIEP_LIB_DIR={tmp_path}\n" in shown
+    assert f"  ok  JAX_MORIEP_LIB_DIR: {tmp_path}\n" in shown
 
 
 def test_exit_code_1_when_nothing_can_run(found, monkeypatch, capsys):
