@@ -239,12 +239,13 @@ BATCHED_BACK = r"the cotangents of an exchange cannot be batched by jax\.vmap .*
         (lambda f, x: jax.jvp(f, (x,), (x,)), FORWARD),
         (lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x), FORWARD),
         (lambda f, x: jax.jacfwd(f)(x), FORWARD),
-        (lambda f, x: jax.linearize(f, x)[1](x), FORWARD),
+        # Under jit, for without it each operation of the backward pass would be compiled alone before that.
+        (lambda f, x: jax.jit(lambda x: jax.linearize(f, x)[1](x))(x), FORWARD),
         (lambda f, x: jax.jvp(jax.checkpoint(f), (x,), (x,)), FORWARD),
         (lambda f, x: jax.hessian(lambda x: f(x).sum())(x), FORWARD),
         (lambda f, x: jax.jit(jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum()))(x), SECOND),
-        (lambda f, x: jax.jacrev(f)(x), BATCHED_BACK),
-        (lambda f, x: jax.vmap(jax.vjp(f, x)[1])(jnp.stack([x, x])), BATCHED_BACK),
+        (lambda f, x: jax.jit(jax.jacrev(f))(x), BATCHED_BACK),
+        (lambda f, x: jax.jit(lambda x: jax.vmap(jax.vjp(f, x)[1])(jnp.stack([x, x])))(x), BATCHED_BACK),
     ],
 )
 def test_derivatives_that_there_are_not(case, transform, text):

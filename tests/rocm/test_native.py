@@ -17,7 +17,7 @@ MEMORY = {
 @pytest.mark.parametrize("memory", ["ordinary", "adversarial and all cached"])
 def test_exchanges_of_several_processes_and_of_several_ranks_on_a_stream(memory):
     program = simulated.LIBRARY / "gpu" / "rocm" / "rocm_exchange_test"
-    simulated.run(program, deadline=500, JAX_MORIEP_TEST_STEPS="20", **MEMORY[memory])
+    simulated.run(program, deadline=500, JAX_MORIEP_TEST_STEPS="10", **MEMORY[memory])
 
 
 @pytest.mark.parametrize("memory", ["ordinary", "adversarial"])
