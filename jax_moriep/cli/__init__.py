@@ -2,6 +2,9 @@
 
 A subcommand's module has ``add_parser(subparsers)``, which adds its parser, and ``run(args) -> int``, which
 returns the exit code. Only the chosen one is imported: ``jax-moriep doctor`` does not load the demo's model.
+
+Modules here have parsers and calls: what a subcommand does lies in the package's other rooms. The kinds of
+``jax-moriep bench`` are in ``bench_...``, and ``output`` is what all that measure share.
 """
 
 from __future__ import annotations
