@@ -191,8 +191,11 @@ def in_circles(graph):
 TEXTS = {module_of(path): path.read_text() for path in python_modules()}
 
 
+GRAPH = import_graph(TEXTS)
+
+
 def test_no_circle_of_files():
-    assert in_circles(import_graph(TEXTS)) == set()
+    assert in_circles(GRAPH) == set()
 
 
 FOLDERS = sorted({module_of(path.parent / "__init__.py") for path in python_modules()})
@@ -200,7 +203,7 @@ FOLDERS = sorted({module_of(path.parent / "__init__.py") for path in python_modu
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_circle_of_folders(folder):
-    assert in_circles(folded(import_graph(TEXTS), folder)) == set()
+    assert in_circles(folded(GRAPH, folder)) == set()
 
 
 def test_circles_are_seen():
