@@ -34,7 +34,6 @@ READING = {
     "What was measured": ["docs/benchmarks", "docs/rocm", "tests/rocm/simulator/README"],
     "The project": ["CHANGELOG", "CONTRIBUTING"],
 }
-READING = {title: [p for p in pages if (ROOT / f"{p}.md").exists()] for title, pages in READING.items()}
 
 project = "jax_moriep"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -17,7 +17,16 @@ from jax_moriep.runtime.mesh import check_axis
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which mesh axes do what; all static."""
+    """Which mesh axes do what; all static.
+
+    Attributes:
+      mesh_shape: the size of each axis.
+      explicit: all axes are Explicit, so that shardings are part of types.
+      ep_axis: its devices are the ranks.
+      tp_axis: splits each expert's intermediate dimension; None if nothing does.
+      token_axes: those over which tokens are split.
+      token_spec: which of x's leading dimensions each of them splits; None: the first.
+    """
 
     mesh_shape: dict[str, int] = dataclasses.field(hash=False)
     explicit: bool
@@ -28,6 +37,11 @@ class Layout:
 
     @classmethod
     def of(cls, mesh: Any, ep_axis: str, token_axes: Any, tp_axis: str | None) -> Layout:
+        """The layout that a caller's axes mean; see ``layer.ep_moe``.
+
+        Raises:
+          ShardingError: the mesh lacks an axis, or the axes exclude each other.
+        """
         check_axis(mesh, ep_axis, "ep_axis")
         if tp_axis is not None:
             check_axis(mesh, tp_axis, "tp_axis")
@@ -62,24 +76,30 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
+        """R."""
         return self.mesh_shape[self.ep_axis]
 
     @property
     def num_shards(self) -> int:
+        """Into how many parts the tokens are split."""
         return math.prod(self.mesh_shape[axis] for axis in self.token_axes)
 
     @property
     def order_axes(self) -> tuple[str, ...]:
+        """The axes over which the order varies: each tensor-parallel rank has exchanges of its own."""
         return self.token_axes if self.tp_axis is None else (*self.token_axes, self.tp_axis)
 
     @property
     def order_spec(self) -> PartitionSpec:
+        """How the order lies outside the layer's ``shard_map``."""
         return PartitionSpec(self.order_axes)
 
     def chain_key(self, mesh: Any) -> tuple[Any, ...]:
+        """See ``order.chained``."""
         return ("ep_moe", mesh, self.ep_axis, self.order_axes)
 
     def vary_over_tp(self, array: jax.Array) -> jax.Array:
+        """The array, typed as varying over ``tp_axis`` where there is one; inside ``shard_map``."""
         return array if self.tp_axis is None else compat.pcast_varying(array, frozenset({self.tp_axis}))
 
     def first_order(self, mesh: Any, router: jax.Array) -> jax.Array:

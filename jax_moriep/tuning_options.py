@@ -1,4 +1,8 @@
-"""Tuning: how a transport launches its kernels, where the user knows better than the tables."""
+"""Tuning: how a transport launches its kernels, where the user knows better than the tables.
+
+The tables are those of ``mori.tuning`` and ``transports.delivery``. How the experts' kernels are cut is no
+option: see ``experts.pallas.triton.tuning``.
+"""
 
 from __future__ import annotations
 

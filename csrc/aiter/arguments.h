@@ -1,6 +1,6 @@
 // The arguments of AITER's fused kernels: each in 16 bytes of its own, at the offsets that the
 // kernels' own ELF notes give. Python compares the notes of each file with the same table
-// (jax_moriep/aiter/arguments.py) before a kernel is loaded.
+// (jax_moriep/aiter/code_object.py) before a kernel is loaded.
 #pragma once
 
 #include <cstddef>

@@ -14,15 +14,16 @@ A number's life, which is also the order of the rooms; none imports from one tha
 - ``against``: what it is held beside. ``floors``, ``dense`` products, ``plain`` layers, ``ragged`` experts;
   ``grouped`` products of ``hopper`` (jax's), ``tokamax``, ``torch_mlp`` and ``torch_float8``, and
   ``baselines``, the table of them.
-- ``kinds``: what there is to measure, with the faces of ``kind``. With cases, named in ``table`` and
-  described by ``arguments``: ``exchange``, ``experts``, ``layer``, ``decode``, ``link`` and ``train``.
-  Without: ``load``; on one GPU ``kernels`` (``products``, ``kernels_result``), ``quantised``
-  (``quantised_work``) and ``tune``; on paper ``plan`` (``plan_bytes``, ``plan_arguments``).
+- ``kinds``: what there is to measure, with the faces of ``kind``. With cases, named in ``table``:
+  ``exchange``, ``experts``, ``layer``, ``decode``, ``link`` and ``train``. Without: ``load``; on one GPU
+  ``kernels`` (``products``, ``kernels_result``), ``quantised`` (``quantised_work``) and ``tune``; on paper
+  ``plan`` (``plan_bytes``).
 - ``run``: who does it. ``runner`` starts ``processes`` in their ``environment``, each a ``worker``, and
   joins what they found; ``host`` does so for all ``devices``, by its ``host_plan``; ``load`` with
   ``load_worker``.
-- ``show``: for people. Tables: ``report``, ``host_report``, ``load_report``, ``plan_report``. Pictures:
-  ``picture``, ``host_picture``, ``kernels_picture``.
+- ``show``: for people. Tables: ``report``, ``host_report``, ``load_report``, ``plan_report``; the end of a
+  run, ``kernels_report``. Pictures: ``picture``, ``host_picture``, ``kernels_picture``.
 
-Where numbers were made, and how files of them are read and drawn, is ``jax_moriep.results``.
+Where numbers were made, and how files of them are read and drawn, is ``jax_moriep.results``; the options of
+the command line are in ``jax_moriep.cli``, but for those that a kind of case adds itself (``kind.Kind``).
 """

@@ -2,6 +2,16 @@
 
 A subcommand's module has ``add_parser(subparsers)``, which adds its parser, and ``run(args) -> int``, which
 returns the exit code. Only the chosen one is imported: ``jax-moriep doctor`` does not load the demo's model.
+
+Modules here have parsers and calls: what a subcommand does lies in the package's other rooms.
+
+| file | |
+|---|---|
+| `demo.py`, `launch.py`, `doctor.py`, `plot.py`, `tune.py` | the subcommand of that name |
+| `bench.py` | the table of its kinds |
+| `bench_cases.py` | its kinds exchange, experts and layer |
+| `bench_host.py`, `bench_kernels.py`, `bench_load.py`, `bench_plan.py` | the kind of that name |
+| `output.py` | what all that measure share |
 """
 
 from __future__ import annotations

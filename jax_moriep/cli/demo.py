@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
+from jax_moriep.cli import output
 from jax_moriep.config import SCHEMES, TRANSPORTS
 from jax_moriep.demo import run as first_process
 from jax_moriep.demo.settings import Settings
@@ -87,5 +86,4 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         platform=args.platform,
     )
-    command = shlex.join(["jax-moriep", *sys.argv[1:]])
-    return first_process.run(settings, command, args.out, args.json)
+    return first_process.run(settings, output.command_line(), args.out, args.json)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.errors import ConfigError, rule
+from jax_moriep.cli import output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,15 +25,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep tune``."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(rule("--out", str(args.out), "lie in an existing folder", "make the folder first"))
+    output.check_folder("--out", args.out)
     # Imported here, because it needs Pallas, which takes its time to import.
     from jax_moriep.bench.kinds import tune
 
-    def save(table: dict[str, Any]) -> None:
-        args.out.write_text(json.dumps(table, indent=1) + "\n")
-
     asked = tune.Asked(args.experts, args.hidden, args.intermediate)
-    tune.run(asked, functools.partial(print, flush=True), save)
+    tune.run(asked, functools.partial(print, flush=True), functools.partial(output.write, args.out))
     print(f"wrote {args.out}; set JAX_MORIEP_TUNING={args.out.absolute()} to use it")
     return 0

@@ -2,6 +2,14 @@
 
 A new implementation is one file with the functions of ``Implementation`` and one entry in
 ``IMPLEMENTATIONS``; ``tests/unit/test_experts.py`` then runs on it unchanged.
+
+| file | |
+|---|---|
+| `reference.py`, `blocked.py`, `aiter.py`, `pallas/` | the implementations; `pallas` is experts="triton" |
+| `spec.py` | what an implementation gets beside the rows |
+| `checks.py`, `frozen.py` | what is refused: of operands, and of gradients |
+| `activation.py`, `rounding.py` | what those in pure JAX share |
+| `shared.py` | the shared expert, which sees every token |
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from jax_moriep import schemes
 from jax_moriep.config import MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.experts.spec import Rows
+from jax_moriep.operands import ROW_DTYPES
 
 
 def check_operands(given: Rows, params: MoEParams, cfg: MoEConfig) -> None:
@@ -20,7 +21,7 @@ def check_operands(given: Rows, params: MoEParams, cfg: MoEConfig) -> None:
             rule("rows.shape", rows.shape, f"be [C, H={cfg.hidden_size}]", "pass dispatch's rows")
         )
     capacity, hidden = rows.shape
-    if str(rows.dtype) not in ("float32", "bfloat16", "float16"):
+    if str(rows.dtype) not in ROW_DTYPES:
         raise ConfigError(rule("rows.dtype", str(rows.dtype), "be float32, bfloat16 or float16", "cast x"))
     if given.block < 1 or capacity % given.block:
         raise ConfigError(

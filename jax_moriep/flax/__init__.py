@@ -1,4 +1,10 @@
-"""The layer as a Flax module: ``EpMoE`` for nnx, ``LinenEpMoE`` for linen. Only this folder imports Flax."""
+"""The layer as a Flax module: ``EpMoE`` for nnx, ``LinenEpMoE`` for linen. Only this folder imports Flax.
+
+| file | |
+|---|---|
+| `nnx_moe.py`, `linen_moe.py` | the modules |
+| `shared.py` | what both have in common |
+"""
 
 try:
     import flax as _flax

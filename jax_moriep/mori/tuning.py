@@ -64,8 +64,8 @@ _DEFAULT = (128, 16, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a group runs.
+class Hardware:
+    """What a group of ranks runs on, as the tables know it.
 
     Attributes:
       arch: of the devices, such as "gfx942".
@@ -98,7 +98,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """What ``transport="mori"`` runs for a config at a place. ``str()`` is made for people."""
+    """What ``transport="mori"`` runs for a config on some hardware. ``str()`` is made for people."""
 
     kernel: str
     why: str
@@ -148,13 +148,13 @@ def choose_kernel(tuning: Tuning | None, nodes: int, num_tokens: int, experts: i
 
 
 def resolve(
-    tables: Path, place: Place, cfg: MoEConfig, num_tokens: int, dtype: str, *, zero_copy: bool = False
+    tables: Path, hardware: Hardware, cfg: MoEConfig, num_tokens: int, dtype: str, *, zero_copy: bool = False
 ) -> Resolution:
     """Chooses the kernel type and the numbers of its launches.
 
     Args:
       tables: the folder of the JSON tables, ``Wheel.tables``.
-      place: where the group runs.
+      hardware: of the group.
       cfg: the layer; its ``tuning`` overrides.
       num_tokens: T.
       dtype: the name of x's type; what dispatch sends is float8 with ``cfg.wire_dtype="fp8"``.
@@ -163,11 +163,11 @@ def resolve(
     Returns:
       The choice. It is not checked against ``limits``: a number that the user gave may be refused there.
     """
-    experts = -(-cfg.num_experts // place.ranks)
-    kernel, why = choose_kernel(cfg.tuning, place.nodes, num_tokens, experts)
+    experts = -(-cfg.num_experts // hardware.ranks)
+    kernel, why = choose_kernel(cfg.tuning, hardware.nodes, num_tokens, experts)
     sent = "float8_e4m3fnuz" if cfg.wire_dtype == "fp8" else dtype
     launches = [
-        _launch(tables, place, kernel, phase, rows, num_tokens, cfg, zero_copy)
+        _launch(tables, hardware, kernel, phase, rows, num_tokens, cfg, zero_copy)
         for phase, rows in (("dispatch", sent), ("combine", dtype))
     ]
     return Resolution(kernel, why, *launches)
@@ -175,7 +175,7 @@ def resolve(
 
 def _launch(
     tables: Path,
-    place: Place,
+    hardware: Hardware,
     kernel: str,
     phase: str,
     dtype: str,
@@ -184,7 +184,7 @@ def _launch(
     zero_copy: bool,
 ) -> Launch:
     sends = phase == "combine" and not zero_copy and kernel in limits.INTRA_NODE
-    found = _nearest_row(tables, place, kernel, phase, dtype, num_tokens, cfg, zero_copy)
+    found = _nearest_row(tables, hardware, kernel, phase, dtype, num_tokens, cfg, zero_copy)
     if found is not None:
         row, source = found
         blocks, warps, network = row["block_num"], row["warp_per_block"], row["rdma_block_num"]
@@ -196,8 +196,8 @@ def _launch(
     else:
         blocks, warps, network = _DEFAULTS.get((kernel, phase), _DEFAULT)
         source = "no measured row; MORI's default"
-    blocks = min(_even(blocks), place.compute_units)
-    most = limits.most_warps(place.ranks, -(-cfg.num_experts // place.ranks))
+    blocks = min(_even(blocks), hardware.compute_units)
+    most = limits.most_warps(hardware.ranks, -(-cfg.num_experts // hardware.ranks))
     least = limits.MIN_WARPS_LL if kernel == "IntraNodeLL" else 1
     warps = max(least, min(warps, most))
     return _overridden(Launch(blocks, warps, network, source), cfg.tuning)
@@ -225,7 +225,7 @@ def _even(blocks: int) -> int:
 
 def _nearest_row(
     tables: Path,
-    place: Place,
+    hardware: Hardware,
     kernel: str,
     phase: str,
     dtype: str,
@@ -234,10 +234,10 @@ def _nearest_row(
     zero_copy: bool,
 ) -> tuple[dict[str, Any], str] | None:
     """The row to take and words that say which it is; None if no table has one that can be believed."""
-    table = _table(tables, place, kernel, phase)
+    table = _table(tables, hardware, kernel, phase)
     if table is None:
         return None
-    rows = [row for row in _rows(table) if _even(row["block_num"]) <= place.compute_units]
+    rows = [row for row in _rows(table) if _even(row["block_num"]) <= hardware.compute_units]
     if phase == "combine":
         rows = _combine_rows(rows, zero_copy)
     wanted = next((t for t in _TABLE_TYPES[dtype] if any(row["dtype"] == t for row in rows)), None)
@@ -275,13 +275,13 @@ def _measurement(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "zero_copy"}
 
 
-def _table(tables: Path, place: Place, kernel: str, phase: str) -> Path | None:
+def _table(tables: Path, hardware: Hardware, kernel: str, phase: str) -> Path | None:
     """The file of this model, or that of the model of this arch whose size is nearest."""
-    end = f"_{kernel}_ep{place.ranks}_{phase}.json"
-    found = {path.name.split("_")[1]: path for path in sorted(tables.glob(f"{place.arch}_*{end}"))}
-    if place.model in found:
-        return found[place.model]
-    by_size = sorted(found, key=lambda model: abs(COMPUTE_UNITS.get(model, 0) - place.compute_units))
+    end = f"_{kernel}_ep{hardware.ranks}_{phase}.json"
+    found = {path.name.split("_")[1]: path for path in sorted(tables.glob(f"{hardware.arch}_*{end}"))}
+    if hardware.model in found:
+        return found[hardware.model]
+    by_size = sorted(found, key=lambda model: abs(COMPUTE_UNITS.get(model, 0) - hardware.compute_units))
     return found[by_size[0]] if by_size else None
 
 

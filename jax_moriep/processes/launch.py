@@ -93,15 +93,10 @@ def launch(
         such script, or the nodes were started differently.
       TransportError: a node has not come in time.
     """
-    for name, value in (("nprocs", nprocs), ("devices_per_process", devices_per_process)):
-        if value < 1:
-            raise ConfigError(rule(name, value, "be at least 1", "pass a positive int"))
+    _check(script, nprocs, devices_per_process, module)
     if timeout is not None:
         check_seconds("timeout", timeout)
     check_seconds("grace", grace, zero=True)
-    if not module and not Path(script).is_file():
-        raise ConfigError(rule("script", os.fspath(script), "be an existing file", "correct the path"))
-
     environment = _environment(env, platform, devices_per_process)
     if nodes is None or nodes.count == 1:
         # Of one machine nobody needs the coordinator's address.
@@ -116,9 +111,12 @@ def launch(
         on_line = (lambda i, line: lines[i - first].append(line)) if capture else _print_line
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     port = _free_port()
-    named = f"-m {script}" if module else os.path.basename(script)
     start = Start(
-        nprocs, devices_per_process, environment.get("JAX_PLATFORMS") or None, os.fspath(named), tuple(args)
+        nprocs,
+        devices_per_process,
+        environment.get("JAX_PLATFORMS") or None,
+        f"-m {script}" if module else os.path.basename(os.fspath(script)),
+        tuple(args),
     )
     party = meet(nodes, start, port, events) if nodes.count > 1 else None
     coordinator = f"{nodes.host}:{party.service_port if party else port}"
@@ -132,10 +130,8 @@ def launch(
             listen_at = f"[::]:{port}" if party else coordinator
             service = compat.coordination_service(listen_at, nodes.count * nprocs)
         for i in range(nprocs):
-            command = [sys.executable, "-u", os.fspath(_CHILD), coordinator]
             numbers = (nodes.count * nprocs, first + i, i * devices_per_process, devices_per_process)
-            command += [str(n) for n in (*numbers, os.getpid())]
-            command += ["module" if module else "file", os.fspath(script), *args]
+            command = _command(coordinator, numbers, script, module, args)
             title = party.title(first + i) if party else f"process {i}"
             processes.append(Process(first + i, title, command, environment, events, on_line, output_lock))
         outcome = wait(events, nprocs, timeout, grace, party)
@@ -151,6 +147,27 @@ def launch(
         if service is not None:
             service.shutdown()
     return LaunchResult(returncode, [p.code for p in processes], ["".join(text) for text in lines])
+
+
+def _check(script: str | os.PathLike[str], nprocs: int, devices_per_process: int, module: bool) -> None:
+    for name, value in (("nprocs", nprocs), ("devices_per_process", devices_per_process)):
+        if value < 1:
+            raise ConfigError(rule(name, value, "be at least 1", "pass a positive int"))
+    if not module and not Path(script).is_file():
+        raise ConfigError(rule("script", os.fspath(script), "be an existing file", "correct the path"))
+
+
+def _command(
+    coordinator: str,
+    numbers: tuple[int, ...],
+    script: str | os.PathLike[str],
+    module: bool,
+    args: Sequence[str],
+) -> list[str]:
+    """Of one process, as ``child.py`` reads it; ``numbers`` are those behind the coordinator there."""
+    command = [sys.executable, "-u", os.fspath(_CHILD), coordinator]
+    command += [str(n) for n in (*numbers, os.getpid())]
+    return [*command, "module" if module else "file", os.fspath(script), *args]
 
 
 def _environment(env: Mapping[str, str] | None, platform: str | None, devices: int) -> dict[str, str]:

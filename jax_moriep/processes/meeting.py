@@ -47,7 +47,7 @@ class Start:
     script: str
     arguments: tuple[str, ...]
 
-    def said(self, nodes: Nodes) -> dict[str, Any]:
+    def as_message(self, nodes: Nodes) -> dict[str, Any]:
         """What a launcher says of it, as JSON has it."""
         return {"nodes": nodes.count, **dataclasses.asdict(self), "arguments": list(self.arguments)}
 
@@ -86,7 +86,7 @@ def _gather(nodes: Nodes, start: Start, wires: dict[int, Wire]) -> None:
     deadline = time.monotonic() + nodes.join_timeout
     with _listening(nodes) as server, contextlib.closing(_greetings(server, deadline)) as greetings:
         for wire, node, said in greetings:
-            who, ours = f"node {node} ({wire.peer})", start.said(nodes)
+            who, ours = f"node {node} ({wire.peer})", start.as_message(nodes)
             if said["format"] != _FORMAT:
                 text = f"{who} speaks {said['format']!r}, node 0 {_FORMAT!r}; install one version everywhere"
             elif differ := _differences(said, ours):
@@ -214,7 +214,7 @@ def _join(nodes: Nodes, start: Start) -> tuple[Wire, int]:
             seen = error
             time.sleep(min(_RETRY_SECONDS, left))
             continue
-        wire.send(format=_FORMAT, node=nodes.index, **start.said(nodes))
+        wire.send(format=_FORMAT, node=nodes.index, **start.as_message(nodes))
         try:
             said = wire.receive()
             if "refused" not in said:

@@ -1,2 +1,7 @@
-"""What a result that is kept has beside its numbers: where they were made (``machine``), and how the files of
-such results are read and drawn (``figures``). The demo and the bench share it."""
+"""What a result that is kept has beside its numbers. The demo and the bench share it.
+
+| file | |
+|---|---|
+| `machine.py` | where numbers were made |
+| `figures.py` | how files of results are read and drawn |
+"""

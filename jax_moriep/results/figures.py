@@ -1,4 +1,4 @@
-"""What all pictures of the bench share: matplotlib, if it is there, and the file."""
+"""What the pictures of the bench and of the demo share: matplotlib, if it is there, and the file."""
 
 from __future__ import annotations
 

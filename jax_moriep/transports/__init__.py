@@ -3,6 +3,13 @@
 Everything is local to one rank, inside shard_map, and nothing syncs with the host. The order of rows is
 fixed: by local expert, then source rank, then source token. Padding rows are zero. A new transport is one
 file here and one entry in ``IMPLEMENTATIONS``; ``tests/contract`` then runs on it unchanged.
+
+| file | |
+|---|---|
+| `native.py`, `mori.py`, `two_level.py`, `collective.py`, `reference.py` | the transports |
+| `delivery.py` | pull or put, for native |
+| `rows.py` | where rows go, in pure JAX |
+| `expand.py`, `arrivals.py` | a transport made of one that brings tokens, and tokens to rows |
 """
 
 from __future__ import annotations

@@ -313,7 +313,7 @@ def _chosen(
 ) -> tuple[tuning.Resolution, limits.HandleSize]:
     """Kernel type and launch sizes, and the handle they are for; checked."""
     limits.check_rows("x.dtype", dtype)
-    chosen = tuning.resolve(wheel.find().tables, _tuning_place(place), cfg, shape.num_tokens, dtype)
+    chosen = tuning.resolve(wheel.find().tables, _hardware(place), cfg, shape.num_tokens, dtype)
     limits.check_kernel(chosen.kernel, place.num_nodes)
     size = _handle_size(place, cfg, shape, dtype, chosen.kernel)
     for launch in (chosen.dispatch, chosen.combine):
@@ -337,10 +337,10 @@ def _handle_size(
     )
 
 
-def _tuning_place(place: Place) -> tuning.Place:
+def _hardware(place: Place) -> tuning.Hardware:
     kind = "" if place.platform is None else place.mesh.devices.flat[0].device_kind
     arch = place.architecture or "gfx942"
-    return tuning.Place(
+    return tuning.Hardware(
         arch, tuning.model_of(arch, kind), _compute_units(place), place.num_ranks, place.num_nodes
     )
 

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, LibraryError, TransportError, rule
+from jax_moriep.operands import ROW_DTYPES
 from jax_moriep.plan import ExchangeShape, Link, Opened
 from jax_moriep.runtime import compat, group, library, targets
 from jax_moriep.runtime.mesh import abstract_name, groups_of
 from jax_moriep.runtime.place import Place
 from jax_moriep.transports import delivery
-
-_ROW_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Own(NamedTuple):
@@ -150,7 +149,7 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Own, jax.Array]:
     """See ``transports.Transport.dispatch``."""
     shape = link.shape
-    _check_dtype(x, (*_ROW_DTYPES, "uint8"))
+    _check_dtype(x, (*ROW_DTYPES, "uint8"))
     carried = compat.pcast_varying(words, compat.varying_axes(x))
     results = (
         compat.result_type(x, (shape.capacity, x.shape[1]), x.dtype),
@@ -175,7 +174,7 @@ def replay(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``transports.Transport.replay``."""
     shape = link.shape
-    _check_dtype(x, _ROW_DTYPES)
+    _check_dtype(x, ROW_DTYPES)
     results = (
         compat.result_type(x, (shape.capacity, x.shape[1]), x.dtype),
         compat.result_type(x, (1,), jnp.int32),
@@ -199,7 +198,7 @@ def combine(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """See ``transports.Transport.combine``."""
     shape = link.shape
-    _check_dtype(rows, _ROW_DTYPES)
+    _check_dtype(rows, ROW_DTYPES)
     # An empty operand stands for "no scalars", so that one target serves the forward and the backward pass.
     carried = row_scalars is not None
     scalars = row_scalars if carried else compat.zeros_like_varying((0,), jnp.float32, rows)
@@ -223,7 +222,7 @@ def _check_dtype(x: jax.Array, allowed: tuple[str, ...]) -> None:
             rule(
                 "dtype",
                 str(x.dtype),
-                f"be one of {_ROW_DTYPES} with transport='native'",
+                f"be one of {ROW_DTYPES} with transport='native'",
                 "cast x, or use another transport",
             )
         )

@@ -58,11 +58,11 @@ def test_backward_uses_the_transposed_calls(platform):
     assert names == ["moriep_combine", "moriep_combine", "moriep_dispatch", "moriep_replay"]
 
 
-def test_the_order_token_goes_from_dispatch_to_combine():
+def test_the_order_goes_from_dispatch_to_combine():
     (_, dispatch), (_, combine) = calls(lowered("rocm"))
     result, count = re.match(r"\s*(%\w+):(\d+) = ", dispatch).groups()
     text = lowered("rocm")
-    # The token is the last result; it reaches combine's last operand through the float that AD carries.
+    # The order is the last result; it reaches combine's last operand through the float that AD carries.
     order = re.search(r"custom_call @moriep_combine\(([^)]*)\)", combine).group(1).split(", ")[-1]
     sources = {}
     for line in text.splitlines():

@@ -191,8 +191,11 @@ def in_circles(graph):
 TEXTS = {module_of(path): path.read_text() for path in python_modules()}
 
 
+GRAPH = import_graph(TEXTS)
+
+
 def test_no_circle_of_files():
-    assert in_circles(import_graph(TEXTS)) == set()
+    assert in_circles(GRAPH) == set()
 
 
 FOLDERS = sorted({module_of(path.parent / "__init__.py") for path in python_modules()})
@@ -200,7 +203,7 @@ FOLDERS = sorted({module_of(path.parent / "__init__.py") for path in python_modu
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_circle_of_folders(folder):
-    assert in_circles(folded(import_graph(TEXTS), folder)) == set()
+    assert in_circles(folded(GRAPH, folder)) == set()
 
 
 def test_circles_are_seen():
@@ -255,6 +258,30 @@ def test_the_benchs_docstring_names_every_module():
         for name in re.findall(r"``(\w+)``", of_room):
             there = (PACKAGE / "bench" / room / f"{name}.py").exists()
             assert there, f"bench/__init__.py names {name}, which is not in {room}"
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "jax_moriep"])
+def test_a_packages_docstring_names_its_modules(folder):
+    """And no other; the bench's, which is of six packages, has a test of its own."""
+    if folder.startswith("jax_moriep.bench"):
+        return
+    path = ROOT.joinpath(*folder.split("."))
+    text = ast.get_docstring(ast.parse((path / "__init__.py").read_text())) or ""
+    rows = re.findall(r"(?m)^\| (`.*?`) \|", text)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted(set(named))
+    modules = {module.name for module in path.glob("*.py")} - {"__init__.py"}
+    assert {name for name in named if name.endswith(".py")} == modules, folder
+    assert all((path / name).exists() for name in named)
+
+
+def test_the_house_in_the_docs_names_every_module_and_folder():
+    text = (ROOT / "docs" / "design.md").read_text().split("\n## House\n")[1].split("\n\nA package's")[0]
+    rows = re.findall(r"(?m)^\| (`.*?`) \|", text)
+    named = {name.removeprefix("jax_moriep/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    entries = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    entries |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert named - {"csrc/"} == entries
 
 
 def test_interop_stands_alone():

@@ -160,8 +160,7 @@ def test_every_page_has_a_place_on_the_site():
     ]
     placed = [f"{page}.md" for page_list in reading.values() for page in page_list]
     assert len(placed) == len(set(placed))
-    # The page of settings is in preparation.
-    assert set(placed) - {"docs/settings.md"} == set(TEXTS) - {"README.md", "docs/settings.md"}
+    assert set(placed) == set(TEXTS) - {"README.md"}
 
 
 def test_every_set_up_has_its_page():

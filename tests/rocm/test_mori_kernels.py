@@ -198,14 +198,14 @@ def test_all_that_the_tables_say_can_be_launched(arch, model):
         *((ranks, 1, kernel) for ranks in (1, 2, 3, 4, 8) for kernel in ("IntraNode", "IntraNodeLL")),
         *((16, 2, kernel) for kernel in ("InterNodeV1", "InterNodeV1LL", "AsyncLL")),
     ):
-        place = tuning.Place(arch, model, units, ranks, nodes)
+        hardware = tuning.Hardware(arch, model, units, ranks, nodes)
         for top_k, hidden, wire in ((8, 7168, None), (8, 7168, "fp8"), (6, 7168, None), (2, 512, None)):
             cfg = jm.MoEConfig(64 * ranks, top_k, hidden, 64, wire_dtype=wire, tuning=jm.Tuning(kernel))
             told = limits.gpus_per_node(kernel, ranks, nodes)
             for num_tokens in (0, 1, 64, 500, 4096, 100_000):
                 size = HandleSize(kernel, ranks, told, max(1, num_tokens), hidden, 2, 64, top_k)
                 for zero_copy in (False, True):
-                    found = tuning.resolve(tables, place, cfg, num_tokens, "bfloat16", zero_copy=zero_copy)
+                    found = tuning.resolve(tables, hardware, cfg, num_tokens, "bfloat16", zero_copy=zero_copy)
                     for launch in (found.dispatch, found.combine):
                         limits.check_launch(size, units, *dataclasses.astuple(launch)[:3])
                         if ".json" in launch.source:
@@ -216,11 +216,11 @@ def test_all_that_the_tables_say_can_be_launched(arch, model):
 def test_the_tables_of_mi300x():
     """Values read off the wheel's files by eye."""
     tables = wheel.find().tables
-    place = tuning.Place("gfx942", "mi300x", 304, 8)
+    hardware = tuning.Hardware("gfx942", "mi300x", 304, 8)
 
     def launch(phase, num_tokens, top_k=8, dtype="bfloat16", wire=None, kernel="auto", zero_copy=True):
         cfg = jm.MoEConfig(256, top_k, 7168, 2048, wire_dtype=wire, tuning=jm.Tuning(kernel))
-        found = getattr(tuning.resolve(tables, place, cfg, num_tokens, dtype, zero_copy=zero_copy), phase)
+        found = getattr(tuning.resolve(tables, hardware, cfg, num_tokens, dtype, zero_copy=zero_copy), phase)
         return found.block_num, found.warp_num_per_block
 
     assert launch("dispatch", 128) == (208, 5)  # the nearest top_k is 6

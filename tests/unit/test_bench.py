@@ -12,7 +12,7 @@ import pytest
 import schemes_oracle
 
 from jax_moriep import cli, exchange
-from jax_moriep.bench.kinds import arguments, decode
+from jax_moriep.bench.kinds import decode
 from jax_moriep.bench.kinds.table import KINDS, new_case
 from jax_moriep.bench.measure import memory
 from jax_moriep.bench.measure.seconds import percentile, slowest
@@ -22,6 +22,7 @@ from jax_moriep.bench.problem.cases import Case
 from jax_moriep.bench.problem.checks import Check
 from jax_moriep.bench.problem.world import Barrier, World
 from jax_moriep.bench.show import picture, report
+from jax_moriep.cli import bench_cases
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, MoriepError
 from jax_moriep.plan import ExchangeShape
@@ -194,10 +195,10 @@ def test_a_case_survives_json():
 
 def test_options_become_a_case():
     parser = argparse.ArgumentParser()
-    arguments.add_arguments(parser, "exchange")
+    bench_cases.add_arguments(parser, "exchange")
     options = "--ranks 6 --top-k 3 --dtype bf16 --routing one-hot --transports reference,native"
     args = parser.parse_args(options.split())
-    case = arguments.of_arguments("exchange", args)
+    case = bench_cases.case_of("exchange", args)
     assert (case.ranks, case.processes, case.top_k, case.dtype, case.routing) == (6, 6, 3, "bf16", "one-hot")
     assert case.compare == ("reference", "native")
     assert case.row_bytes == 2048
@@ -371,9 +372,9 @@ def test_matrices_of_layers_differ_and_have_the_codes_of_the_first():
 def test_options_become_a_case_of_decoding():
     def case_of(options):
         parser = argparse.ArgumentParser()
-        arguments.add_arguments(parser, "layer")
+        bench_cases.add_arguments(parser, "layer")
         parser.add_argument("--platform")
-        return arguments.of_arguments("layer", parser.parse_args(options.split()))
+        return bench_cases.case_of("layer", parser.parse_args(options.split()))
 
     case = case_of("--phase decode --quant fp8_block --ranks 2")
     assert (case.kind, case.layers, case.tokens, case.floors) == ("decode", 4, 128, ())

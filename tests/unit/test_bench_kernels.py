@@ -16,7 +16,7 @@ from jax_moriep.bench.measure.pool import Pool
 from jax_moriep.bench.measure.programs import Work, on_device
 from jax_moriep.bench.measure.repeat import repeated
 from jax_moriep.bench.problem import shares
-from jax_moriep.bench.show import kernels_picture
+from jax_moriep.bench.show import kernels_picture, kernels_report
 from jax_moriep.cli import main
 from jax_moriep.errors import ConfigError
 
@@ -370,6 +370,53 @@ def test_arguments(changed, text):
     }
     with pytest.raises(ConfigError, match=text):
         kernels.run(kernels.Asked(**(given | changed)), print, print)
+
+
+def test_the_end_is_told():
+    result = {
+        "unavailable": {"tokamax": "it is not installed"},
+        "inaccurate": [["few uniform", "torch forward", "fullest", 0.5]],
+        "not_run": [["few zipf torch", "no time was left"]],
+        "wrong": [],
+        "failed": [["few uniform", "ValueError: no"]],
+    }
+    assert kernels_report.as_text(result).splitlines() == [
+        "tokamax did not run: it is not installed",
+        "inaccurate baselines: few uniform, torch forward, fullest, 0.5",
+        "not run: few zipf torch, no time was left",
+        "wrong: nothing",
+        "failed: [['few uniform', 'ValueError: no']]",
+    ]
+    # Of quantised experts there are no such baselines.
+    assert kernels_report.as_text({"wrong": [1], "failed": []}) == "wrong: [1]\nfailed: nothing"
+
+
+@pytest.mark.parametrize(("wrong", "code"), [([], 0), ([["few", "forward", "fullest", 1.0]], 1)])
+@pytest.mark.parametrize("scheme", [None, "fp8_block"])
+def test_the_command_writes_what_was_measured(scheme, wrong, code, tmp_path, monkeypatch, capsys):
+    asked_of = []
+
+    def run(asked, say, save):
+        asked_of.append(asked)
+        result = {"wrong": wrong, "failed": []}
+        save(result)
+        return result
+
+    monkeypatch.setattr(kernels if scheme is None else quantised, "run", run)
+    out = tmp_path / "x.json"
+    more = [] if scheme is None else ["--quant", scheme]
+    argv = ["bench", "kernels", "--shares", "mixtral-8x7b", "--baselines", "none", "--json", str(out), *more]
+    assert main(argv) == code
+    (asked,) = asked_of
+    assert asked.names == ["mixtral-8x7b"]
+    if scheme is None:
+        assert (asked.baselines, asked.kinds) == ([], list(shares.SIZES))
+    else:
+        assert asked.scheme == scheme
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("jax-moriep ")
+    assert written["wrong"] == wrong
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"wrong: {wrong or 'nothing'}", "failed: nothing"]
 
 
 @pytest.mark.skipif(NO_TORCH, reason="torch is not installed")

@@ -156,7 +156,7 @@ def test_a_node_that_is_started_again_takes_its_place(address, capfd):
         nodes = [Nodes(3, node, address, join_timeout=20) for node in range(3)]
         futures = [pool.submit(meeting.meet, nodes[0], start(), 1234, events[0])]
         wire = Wire(connected(address), 5)
-        wire.send(format=meeting._FORMAT, node=1, **start().said(nodes[1]))
+        wire.send(format=meeting._FORMAT, node=1, **start().as_message(nodes[1]))
         wire.close()
         futures += [pool.submit(meeting.meet, nodes[i], start(), 1, events[i]) for i in (1, 2)]
         parties = [future.result() for future in futures]
@@ -280,7 +280,7 @@ def test_a_stranger_is_ignored(address, capfd):
 
 def test_who_is_silent_holds_up_nobody(address, capfd):
     """One says nothing, one half a line, and one begins before another and ends after it."""
-    said = {"format": meeting._FORMAT, "node": 2, **start().said(Nodes(3, 2, address))}
+    said = {"format": meeting._FORMAT, "node": 2, **start().as_message(Nodes(3, 2, address))}
     greeting = json.dumps(said).encode() + b"\n"
     with ThreadPoolExecutor() as pool:
         futures = pool.submit(meet_all, address, [(1, 1)], 3)

@@ -6,9 +6,9 @@ import pytest
 
 import jax_moriep as jm
 from jax_moriep.mori import tuning
-from jax_moriep.mori.tuning import Place
+from jax_moriep.mori.tuning import Hardware
 
-PLACE = Place("gfx942", "mi300x", 304, ranks=8)
+HARDWARE = Hardware("gfx942", "mi300x", 304, ranks=8)
 CONFIG = jm.MoEConfig(256, 8, 7168, 2048)
 
 
@@ -30,8 +30,8 @@ class Tables:
         path.write_text(json.dumps({"version": "1.0", "rules": rules}))
         tuning._rows.cache_clear()
 
-    def launch(self, phase, num_tokens=64, place=PLACE, cfg=CONFIG, dtype="bfloat16", **more):
-        return getattr(tuning.resolve(self.folder, place, cfg, num_tokens, dtype, **more), phase)
+    def launch(self, phase, num_tokens=64, hardware=HARDWARE, cfg=CONFIG, dtype="bfloat16", **more):
+        return getattr(tuning.resolve(self.folder, hardware, cfg, num_tokens, dtype, **more), phase)
 
     def numbers(self, *arguments, **keywords):
         launch = self.launch(*arguments, **keywords)
@@ -86,8 +86,8 @@ def test_no_row_at_all(tables):
     assert tables.launch("dispatch").source == "no measured row; MORI's default"
     assert tables.numbers("combine", zero_copy=True) == (80, 8)
     tables.write("dispatch", (64, 8, 1, {"dtype": "fp4"}), ranks=4)
-    assert tables.numbers("dispatch", place=Place("gfx942", "mi300x", 304, ranks=4)) == (256, 16)
-    assert tables.numbers("dispatch", place=Place("gfx942", "mi308x", 80, ranks=8)) == (80, 16)
+    assert tables.numbers("dispatch", hardware=Hardware("gfx942", "mi300x", 304, ranks=4)) == (256, 16)
+    assert tables.numbers("dispatch", hardware=Hardware("gfx942", "mi308x", 80, ranks=8)) == (80, 16)
 
 
 def test_combine_rows_that_are_copies_are_not_believed(tables):
@@ -120,27 +120,27 @@ def test_odd_numbers_of_blocks_are_evened(tables, written, taken):
 def test_more_blocks_than_the_device_holds_are_not_taken(tables):
     tables.write("dispatch", (64, 304, 4), (128, 32, 5))
     assert tables.numbers("dispatch") == (304, 4)
-    part = Place("gfx942", "mi300x", 38, ranks=8)
-    assert tables.numbers("dispatch", place=part) == (32, 5)
+    part = Hardware("gfx942", "mi300x", 38, ranks=8)
+    assert tables.numbers("dispatch", hardware=part) == (32, 5)
     tables.write("dispatch", (64, 304, 4))
-    assert tables.numbers("dispatch", place=part) == (38, 16)
+    assert tables.numbers("dispatch", hardware=part) == (38, 16)
 
 
 def test_another_models_table(tables):
     tables.write("dispatch", (64, 64, 7), model="mi308x")
     tables.write("dispatch", (64, 64, 9), model="mi300x")
     tables.write("dispatch", (64, 64, 11), model="mi355x", arch="gfx950")
-    place = Place("gfx942", "mi325x", 304, ranks=8)
-    assert tables.numbers("dispatch", place=place) == (64, 9)
-    assert "gfx942_mi300x_IntraNode_ep8_dispatch.json" in tables.launch("dispatch", place=place).source
+    hardware = Hardware("gfx942", "mi325x", 304, ranks=8)
+    assert tables.numbers("dispatch", hardware=hardware) == (64, 9)
+    assert "gfx942_mi300x_IntraNode_ep8_dispatch.json" in tables.launch("dispatch", hardware=hardware).source
 
 
 def test_waves_that_fit_into_the_local_memory(tables):
     tables.write("dispatch", (64, 64, 16), ranks=1)
-    one = Place("gfx942", "mi300x", 304, ranks=1)
+    one = Hardware("gfx942", "mi300x", 304, ranks=1)
     many = jm.MoEConfig(1000, 8, 7168, 2048)
-    assert tables.numbers("dispatch", place=one, cfg=many) == (64, 15)
-    assert tables.numbers("dispatch", place=one) == (64, 16)
+    assert tables.numbers("dispatch", hardware=one, cfg=many) == (64, 15)
+    assert tables.numbers("dispatch", hardware=one) == (64, 16)
 
 
 def test_the_low_latency_kernel_needs_three_waves(tables):
@@ -154,8 +154,8 @@ def test_the_low_latency_kernel_needs_three_waves(tables):
     [(1, 1, "IntraNode"), (1, 10**5, "IntraNode"), (2, 256, "InterNodeV1LL"), (2, 257, "InterNodeV1")],
 )
 def test_the_kernel_that_auto_takes(tables, nodes, num_tokens, kernel):
-    place = Place("gfx942", "mi300x", 304, ranks=8 * nodes, nodes=nodes)
-    found = tuning.resolve(tables.folder, place, CONFIG, num_tokens, "bfloat16")
+    hardware = Hardware("gfx942", "mi300x", 304, ranks=8 * nodes, nodes=nodes)
+    found = tuning.resolve(tables.folder, hardware, CONFIG, num_tokens, "bfloat16")
     assert found.kernel == kernel
     assert str(found).startswith(f"mori_kernel: {kernel} (")
     assert "\n  dispatch: 256 blocks" in str(found) or kernel == "InterNodeV1"
@@ -164,12 +164,12 @@ def test_the_kernel_that_auto_takes(tables, nodes, num_tokens, kernel):
 def test_the_kernel_and_the_numbers_that_the_user_names(tables):
     tables.write("dispatch", (64, 64, 7))
     cfg = jm.MoEConfig(256, 8, 7168, 2048, tuning=jm.Tuning("IntraNode", block_num=33))
-    found = tuning.resolve(tables.folder, PLACE, cfg, 64, "bfloat16")
+    found = tuning.resolve(tables.folder, HARDWARE, cfg, 64, "bfloat16")
     assert found.why == "named by cfg.tuning"
     assert (found.dispatch.block_num, found.dispatch.warp_num_per_block) == (33, 7)
     assert found.dispatch.source.startswith("block_num by cfg.tuning, the rest: gfx942_mi300x")
     whole = jm.MoEConfig(256, 8, 7168, 2048, tuning=jm.Tuning("InterNodeV1", 33, 5, 3))
-    found = tuning.resolve(tables.folder, PLACE, whole, 64, "bfloat16")
+    found = tuning.resolve(tables.folder, HARDWARE, whole, 64, "bfloat16")
     assert (
         str(found.combine)
         == "33 blocks, 3 of them for the network, of 5 waves (block_num, warp_num_per_block, "
@@ -178,11 +178,11 @@ def test_the_kernel_and_the_numbers_that_the_user_names(tables):
 
 
 def test_the_network_leaves_blocks_to_the_machine(tables):
-    place = Place("gfx942", "mi308x", 80, ranks=16, nodes=2)
-    launch = tables.launch("dispatch", place=place)  # MORI's default has 128 of 256 for the network
+    hardware = Hardware("gfx942", "mi308x", 80, ranks=16, nodes=2)
+    launch = tables.launch("dispatch", hardware=hardware)  # MORI's default has 128 of 256 for the network
     assert (launch.block_num, launch.rdma_block_num) == (80, 40)
     tables.write("dispatch", (64, 64, 4, {"rdma_block_num": 42}), kernel="InterNodeV1LL", ranks=16)
-    launch = tables.launch("dispatch", place=Place("gfx942", "mi300x", 304, ranks=16, nodes=2))
+    launch = tables.launch("dispatch", hardware=Hardware("gfx942", "mi300x", 304, ranks=16, nodes=2))
     assert (launch.block_num, launch.rdma_block_num) == (64, 42)
 
 

@@ -2,7 +2,7 @@
 
 Formulas in NumPy alone, of sizes and of where tokens go. Bytes are those of one layer's exchange on each
 rank, out and in apart, inside the node and between nodes. They are what the transports' formats require,
-which ``tests/unit/test_scale.py`` and ``tests/nodes`` hold against bytes that were counted; headers of
+which ``tests/unit/test_bench_plan.py`` and ``tests/nodes`` hold against bytes that were counted; headers of
 networks are not among them.
 """
 

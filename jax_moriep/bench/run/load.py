@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -20,45 +19,8 @@ from jax_moriep.bench.run import load_worker, processes
 from jax_moriep.errors import ConfigError, MoriepError, rule
 from jax_moriep.results import machine
 
-_FILE_BYTES = 1e9
 _GLIBC_DEFAULT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """Freed memory goes back to the system: a checkpoint is loaded once, into pages that a process gets anew."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    parser.add_argument(
-        "--gb", type=float, default=0.2, help="size of the checkpoint, 1e9 bytes (default: 0.2)"
-    )
-    for option, default, text in (
-        ("--processes", 4, "processes, one device each"),
-        ("--rounds", 3, "timed turns"),
-        ("--experts", 32, "E"),
-        ("--hidden", 1024, "H"),
-        ("--intermediate", 512, "I"),
-    ):
-        parser.add_argument(option, type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="where the checkpoint is made, and deleted again (default: a temporary one)",
-    )
-    parser.add_argument("--timeout", type=float, metavar="S", help="end the processes after S seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-
-
-def of_arguments(args: argparse.Namespace) -> Model:
-    """The model whose checkpoint is about as large as asked for."""
-    for name in ("gb", "processes", "rounds", "experts", "hidden", "intermediate"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(rule(f"--{name}", getattr(args, name), "be positive", "pass a positive number"))
-    model = Model(1, args.experts, args.hidden, args.intermediate, 1)
-    layer = args.experts * model.expert_bytes
-    return dataclasses.replace(
-        model,
-        num_layers=max(1, round(args.gb * 1e9 / layer)),
-        layers_per_file=max(1, int(_FILE_BYTES / layer)),
-    )
 
 
 def measure(

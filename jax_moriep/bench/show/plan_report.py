@@ -7,7 +7,7 @@ from typing import Any
 
 
 def as_text(planned: dict[str, Any]) -> str:
-    """What ``of_arguments`` gave, for people."""
+    """What ``kinds.plan.run`` gave, for people."""
     model, machine = planned["model"], planned["machine"]
     lines = [
         f"{model['layers']} MoE layers, {model['config']}",

@@ -16,6 +16,14 @@ so a tile of rows needs one expert's weights and no gather. What follows from th
 - A sum has one program and one order, so that the same bytes in give the same bits out.
 
 On a CPU the same kernels run interpreted, which serves tests: ``unavailable_reason`` says so.
+
+| file | |
+|---|---|
+| `mlp.py` | the MLP: its derivative, and the kernels that each platform gets |
+| `choice.py` | Mosaic's kernels or Triton's, and why |
+| `triton/`, `hopper/` | the kernels; `triton/tuning.py` and constants in `hopper/` say how they are cut |
+| `launch.py`, `tiles.py` | what kernels share: the call of Pallas, and the rows of each tile |
+| `activation.py`, `rowwise.py`, `quantise.py` | activations inside a kernel, and passes over rows |
 """
 
 from __future__ import annotations

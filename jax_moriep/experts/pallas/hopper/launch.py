@@ -47,6 +47,7 @@ def all_tiles(
 
 
 def call(body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
+    """Runs a kernel on all multiprocessors; ``results`` are shapes and dtypes."""
     like = compat.union_varying(*operands)
     kernel = mg.kernel(
         body,

@@ -1,1 +1,9 @@
-"""The experts' kernels in Pallas-Triton: for every GPU of NVIDIA and AMD, every size and every option."""
+"""The experts' kernels in Pallas-Triton: for every GPU of NVIDIA and AMD, every size and every option.
+
+| file | |
+|---|---|
+| `passes.py`, `quantised.py` | the forward and the backward pass; of quantised experts |
+| `products.py` | the products |
+| `biases.py` | what only experts with biases need |
+| `tuning.py`, `devices/` | how the products are cut on a device, and the numbers of each |
+"""

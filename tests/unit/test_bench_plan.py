@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jax_moriep import cli
-from jax_moriep.bench.kinds import plan, plan_arguments, plan_bytes
+from jax_moriep.bench.kinds import plan, plan_bytes
 from jax_moriep.bench.problem import destinations, models, routing, shares
 from jax_moriep.bench.show import plan_report
+from jax_moriep.cli import bench_plan
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError
 from jax_moriep.plan import ExchangeShape
@@ -237,8 +238,9 @@ def test_models_are_those_whose_shares_the_kernels_are_measured_on():
 
 def planned(*argv):
     parser = argparse.ArgumentParser()
-    plan_arguments.add_arguments(parser)
-    return plan.run(plan_arguments.of_arguments(parser.parse_args(list(argv))), print, lambda result: None)
+    bench_plan.add_parser(parser.add_subparsers())
+    asked = bench_plan.asked_of(parser.parse_args(["plan", *argv]))
+    return plan.run(asked, print, lambda result: None)
 
 
 def test_a_plan_by_hand():

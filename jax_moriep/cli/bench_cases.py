@@ -1,4 +1,4 @@
-"""Cases by the command line: the options of each kind, and the case that they describe."""
+"""``jax-moriep bench exchange``, ``experts`` and ``layer``: the kinds that have cases, and their options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from typing import Any
 from jax_moriep.bench.kinds.table import KINDS, new_case
 from jax_moriep.bench.problem import patterns
 from jax_moriep.bench.problem.cases import DTYPES, GPU_PLATFORMS, Case, option
+from jax_moriep.bench.problem.checks import failed_checks
+from jax_moriep.bench.run import runner
+from jax_moriep.bench.show import report
+from jax_moriep.cli import output
+
+_SUMMARIES = {
+    "exchange": "dispatch and combine over several transports, beside a floor of the same bytes",
+    "experts": "the experts' MLP on each rank's rows, beside a dense matmul chain of the same FLOPs",
+    "layer": "the whole layer, over pairs of a transport and experts",
+}
+
+
+def add_parser(kinds: Any) -> None:
+    """Adds a parser for each of them."""
+    for kind, summary in _SUMMARIES.items():
+        parser = kinds.add_parser(kind, help=summary, description=f"Measures {summary}.")
+        add_arguments(parser, kind)
+        parser.add_argument("--platform", help="value for JAX_PLATFORMS, such as cpu")
+        parser.add_argument(
+            "--timeout", type=float, metavar="S", help="end a set of processes after S seconds"
+        )
+        output.add_option(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -58,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def of_arguments(name: str, args: argparse.Namespace) -> Case:
+def case_of(name: str, args: argparse.Namespace) -> Case:
     """The case that parsed options describe.
 
     Raises:
@@ -79,3 +101,12 @@ def of_arguments(name: str, args: argparse.Namespace) -> Case:
         fields["compare"] = ((on_gpus and kind.compared_on_gpus) or kind.compared) + others
     kind.of_options(args, fields)
     return new_case(name, floors=floors, **fields)
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Measures, prints and writes; returns 1 if a value was wrong, else 0."""
+    case = case_of(args.kind, args)
+    result = runner.measure(case, command, timeout=args.timeout, platform_name=args.platform)
+    print(report.as_text(result))
+    output.write(args.json, result)
+    return 1 if failed_checks(result) else 0

@@ -1,23 +1,32 @@
-"""``bench plan`` by the command line: its options, and what they ask for."""
+"""``jax-moriep bench plan``: a model on many ranks, on paper."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from jax_moriep import hf_layers
-from jax_moriep.bench.kinds.plan import Asked
+from jax_moriep.bench.kinds import plan
 from jax_moriep.bench.problem.models import MACHINES, MODELS, Model
+from jax_moriep.bench.show import plan_report
+from jax_moriep.cli import output
 from jax_moriep.config import MoEConfig
 from jax_moriep.errors import ConfigError, rule
 
 _MODEL = "deepseek-v3"
-RANKS = "8,16,32,64,128,256,512,1024,2048,4096"
+_RANKS = "8,16,32,64,128,256,512,1024,2048,4096"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``bench plan``."""
+def add_parser(kinds: Any) -> None:
+    """Adds the parser."""
+    parser = kinds.add_parser(
+        "plan",
+        help="bytes, memory and the least times of a model on many ranks, on paper",
+        description="Computes what each transport would move over which link for a model on many ranks, what "
+        "it would hold, and how long it takes at least; nothing is run.",
+    )
     parser.add_argument("--model", choices=MODELS, help=f"default: {_MODEL}, without --config")
     parser.add_argument("--config", type=Path, metavar="PATH", help="a config.json instead, or its folder")
     for name, of in (("experts", "E"), ("top-k", "K"), ("hidden", "H"), ("intermediate", "I")):
@@ -31,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity-factor", type=float, metavar="X", help="default: none, room for whatever may come"
     )
-    parser.add_argument("--ranks", default=RANKS, metavar="R,...", help="default: %(default)s")
+    parser.add_argument("--ranks", default=_RANKS, metavar="R,...", help="default: %(default)s")
     parser.add_argument("--per-node", type=int, default=8, metavar="P", help="ranks of a node (default: 8)")
     parser.add_argument(
         "--routing",
@@ -45,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inside", type=float, metavar="GB/S", help="of a rank, one way, inside a node")
     parser.add_argument("--between", type=float, metavar="GB/S", help="of a rank, one way, between nodes")
     parser.add_argument("--tflops", type=float, metavar="N", help="at which a rank computes its experts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    output.add_option(parser)
 
 
-def of_arguments(args: argparse.Namespace) -> Asked:
+def asked_of(args: argparse.Namespace) -> plan.Asked:
     """What the arguments ask for.
 
     Raises:
@@ -68,7 +77,7 @@ def of_arguments(args: argparse.Namespace) -> Asked:
     if args.tokens < 1:
         raise ConfigError(rule("tokens", args.tokens, "be at least 1", "pass a positive int"))
     ranks = _ranks(args.ranks, args.per_node)
-    return Asked(_model(args), machine, args.tokens, args.dtype, args.routing, ranks, args.per_node)
+    return plan.Asked(_model(args), machine, args.tokens, args.dtype, args.routing, ranks, args.per_node)
 
 
 def _model(args: argparse.Namespace) -> Model:
@@ -107,3 +116,13 @@ def _ranks(text: str, per_node: int) -> list[int]:
         must = f"be numbers of ranks, of whole nodes of {per_node} where they are more"
         raise ConfigError(rule("ranks", text, must, "correct it, or pass --per-node"))
     return ranks
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Plans, writes and prints; returns 0."""
+
+    def save(planned: dict[str, Any]) -> None:
+        output.write(args.json, {"command": command, **planned})
+
+    print(plan_report.as_text(plan.run(asked_of(args), print, save)))
+    return 0
