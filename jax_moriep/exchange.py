@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_moriep import experts, quant
+from jax_moriep import experts, quant, transports
 from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.operands import check_tokens
@@ -171,7 +171,7 @@ def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, ep_axis: s
     place = Place.of(mesh, ep_axis)
     shape = ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose(cfg.transport, place)
-    opened = IMPLEMENTATIONS[transport].open(place, cfg, shape, jnp.dtype(dtype).name)
+    opened = transports.opened(transport, place, cfg, shape, jnp.dtype(dtype).name)
     return Link(shape, transport, ep_axis, place.platform, place.architecture, opened)
 
 
@@ -217,7 +217,7 @@ def initialize(
     shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose("auto" if cfg is None else cfg.transport, place)
     name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
-    IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
+    transports.opened(transport, place, cfg, shape, name, again=True)
     if cfg is not None:
         runs_experts = with_experts(transport)
         experts.open_for(cfg, place, None if runs_experts is None else runs_experts.BACKEND)
