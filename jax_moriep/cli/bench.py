@@ -16,7 +16,7 @@ from jax_moriep.bench.run import load, runner
 from jax_moriep.bench.show import load_report, plan_report, report
 from jax_moriep.cli import bench_host
 from jax_moriep.config import SCHEMES
-from jax_moriep.errors import ConfigError, rule
+from jax_moriep.results.files import check_file
 
 KINDS = {
     "exchange": "dispatch and combine over several transports, beside a floor of the same bytes",
@@ -157,10 +157,8 @@ def run(args: argparse.Namespace) -> int:
     command = shlex.join(["jax-moriep", *sys.argv[1:]])
     if args.kind == "host":
         return bench_host.run(args, command)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(
-            rule("--json", str(args.json), "lie in an existing folder", "make the folder first")
-        )
+    if args.json is not None:
+        check_file("--json", args.json)
     if args.kind == "plan":
         return _run_plan(args, command)
     if args.kind == "kernels":

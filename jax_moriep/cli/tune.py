@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.errors import ConfigError, rule
+from jax_moriep.results.files import check_file
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,8 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep tune``."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(rule("--out", str(args.out), "lie in an existing folder", "make the folder first"))
+    check_file("--out", args.out)
     # Imported here, because it needs Pallas, which takes its time to import.
     from jax_moriep.bench.kinds import tune
 

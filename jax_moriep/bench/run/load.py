@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def of_arguments(args: argparse.Namespace) -> Model:
     """The model whose checkpoint is about as large as asked for."""
     for name in ("gb", "processes", "rounds", "experts", "hidden", "intermediate"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(rule(f"--{name}", getattr(args, name), "be positive", "pass a positive number"))
+        if not 0 < getattr(args, name) < math.inf:
+            must = "be positive and finite"
+            raise ConfigError(rule(f"--{name}", getattr(args, name), must, "pass a positive number"))
     model = Model(1, args.experts, args.hidden, args.intermediate, 1)
     layer = args.experts * model.expert_bytes
     return dataclasses.replace(
