@@ -107,11 +107,21 @@ def test_a_config_in_words_is_the_same_in_every_process():
         ({"tp_axis": "tp"}, jm.ShardingError, "tp_axis='tp' must be an axis of the mesh"),
         ({"tp_axis": "ep"}, jm.ShardingError, "tp_axis='ep' must differ from ep_axis"),
         ({"token_axes": ("dp",)}, jm.ShardingError, "token_axes='dp' must be an axis of the mesh"),
+        ({"token_axes": 5}, jm.ShardingError, "token_axes=5 must be names of axes or a PartitionSpec"),
+        ({"token_axes": ("ep", "ep")}, jm.ShardingError, "token_axes=('ep', 'ep') must name no axis twice"),
         ({"mesh": None}, jm.ShardingError, "mesh=None must find a mesh in context"),
         ({"params": {"router": 1}}, jm.ConfigError, "params='dict' must be a jm.MoEParams"),
         ({"token_mask": [True] * 8}, jm.ConfigError, "token_mask='list' must be an array; wrap it in jnp"),
         ({"x": PARAMS}, jm.ConfigError, "x='MoEParams' must be an array; call ep_moe(x, params, cfg)"),
         ({"mesh": 8}, jm.ShardingError, "mesh=8 must be a jax.sharding.Mesh or AbstractMesh"),
+        *(
+            (
+                {"params": dataclasses.replace(PARAMS, **{name: [1.0]})},
+                jm.ConfigError,
+                f"params.{name}='list'",
+            )
+            for name in ("router", "w1", "w2", "b1")
+        ),
     ],
 )
 def test_layer(options, error, text):
