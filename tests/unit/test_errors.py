@@ -129,6 +129,30 @@ def test_layer(options, error, text):
         call(**options)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            lambda d, x: jm.dispatch(x, None, None, CFG),
+            "ids='NoneType' must be an array; pass jm.route's arrays",
+        ),
+        (lambda d, x: jm.dispatch(x, d.plan.ids, [[1.0]], CFG), "weights='list' must be an array"),
+        (lambda d, x: jm.dispatch(x, None, None, None), "cfg='NoneType' must be a jm.MoEConfig"),
+        (lambda d, x: jm.combine(None, d.plan), "rows='NoneType' must be an array"),
+        (lambda d, x: jm.combine(d.rows, d), "plan='Dispatched' must be a jm.Plan"),
+    ],
+)
+def test_what_the_exchanges_are_given(wrong, text):
+    def local(x):
+        route = jm.route(x, PARAMS, CFG)
+        wrong(jm.dispatch(x, route.ids, route.weights, CFG), x)
+
+    with pytest.raises(jm.ConfigError, match=re.escape(text)):
+        jax.eval_shape(
+            jax.shard_map(local, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep")), jnp.zeros((8, 16))
+        )
+
+
 def test_tokens_must_be_split_over_the_ranks():
     mesh = mesh_of(names=("dp", "ep"))
     with pytest.raises(jm.ShardingError, match=re.escape("token_axes=('dp',) must contain ep_axis='ep'")):
