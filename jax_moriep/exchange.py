@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_moriep import experts, quant
+from jax_moriep import experts, quant, transports
 from jax_moriep.config import MoEConfig, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
-from jax_moriep.operands import check_tokens
+from jax_moriep.operands import check_array, check_tokens
 from jax_moriep.plan import Dispatched, ExchangeShape, Link, Plan
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.derivatives import first_order, reverse_only
@@ -93,6 +93,8 @@ def combine(rows: jax.Array, plan: Plan, *, axis_name: str = "ep") -> jax.Array:
       ConfigError: rows does not fit the plan.
       ShardingError: the plan was made over another axis.
     """
+    check_type("plan", plan, Plan, "pass the plan of jm.dispatch's result")
+    check_array("rows", rows, "pass dispatch's rows, transformed")
     if axis_name != plan.link.ep_axis:
         raise ShardingError(
             rule(
@@ -171,7 +173,7 @@ def make_link(cfg: MoEConfig, mesh: Any, num_tokens: int, dtype: Any, ep_axis: s
     place = Place.of(mesh, ep_axis)
     shape = ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose(cfg.transport, place)
-    opened = IMPLEMENTATIONS[transport].open(place, cfg, shape, jnp.dtype(dtype).name)
+    opened = transports.opened(transport, place, cfg, shape, jnp.dtype(dtype).name)
     return Link(shape, transport, ep_axis, place.platform, place.architecture, opened)
 
 
@@ -217,7 +219,7 @@ def initialize(
     shape = None if cfg is None or num_tokens is None else ExchangeShape.of(cfg, place.num_ranks, num_tokens)
     transport = choose("auto" if cfg is None else cfg.transport, place)
     name = jnp.dtype(jnp.bfloat16 if dtype is None else dtype).name
-    IMPLEMENTATIONS[transport].open(place, cfg, shape, name, again=True)
+    transports.opened(transport, place, cfg, shape, name, again=True)
     if cfg is not None:
         runs_experts = with_experts(transport)
         experts.open_for(cfg, place, None if runs_experts is None else runs_experts.BACKEND)
@@ -227,9 +229,11 @@ def initialize(
 
 def link_in_shard_map(x: jax.Array, ids: jax.Array, weights: jax.Array, cfg: MoEConfig, ep_axis: str) -> Link:
     """Checks the operands of a dispatch and finds the mesh, the transport and the sizes."""
+    check_type("cfg", cfg, MoEConfig, "pass the layer's config")
     check_tokens(x, cfg, in_rows=True)
     want = (x.shape[0], cfg.top_k)
     for name, array in (("ids", ids), ("weights", weights)):
+        check_array(name, array, "pass jm.route's arrays")
         if array.shape != want:
             raise ConfigError(
                 rule(f"{name}.shape", array.shape, f"be (T, top_k) = {want}", "pass jm.route's arrays")

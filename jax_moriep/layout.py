@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -54,10 +55,15 @@ class Layout:
             names = (token_axes,)
         elif spec is not None:
             names = axes_of(spec)
-        else:
+        elif isinstance(token_axes, Iterable):
             names = tuple(token_axes)
+        else:
+            must, cure = "be names of axes or a PartitionSpec", "name one, or several in a tuple"
+            raise ShardingError(rule("token_axes", token_axes, must, cure))
         for axis in names:
             check_axis(mesh, axis, "token_axes")
+        if len(set(names)) < len(names):
+            raise ShardingError(rule("token_axes", names, "name no axis twice", "drop one"))
         if ep_axis not in names:
             raise ShardingError(
                 rule("token_axes", names, f"contain ep_axis={ep_axis!r}", "tokens are split over the ranks")

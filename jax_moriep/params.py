@@ -16,6 +16,7 @@ from jax_moriep import schemes
 from jax_moriep.config import LAYOUTS, PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
 from jax_moriep.layout import Layout, axes_of
+from jax_moriep.operands import check_array
 from jax_moriep.plan import experts_per_rank
 
 
@@ -185,6 +186,9 @@ def check_params(params: MoEParams, cfg: MoEConfig, num_ranks: int) -> None:
         raise ConfigError(
             rule("params.layout", params.layout, f"be one of {LAYOUTS}", "take what jm.prepare_params gives")
         )
+    for name in WEIGHT_NAMES:
+        if getattr(params, name) is not None:
+            check_array(f"params.{name}", getattr(params, name), "pass the weights themselves")
     padded = num_ranks * experts_per_rank(cfg.num_experts, num_ranks)
     quantised = params.w1 is not None and schemes.is_codes(params.w1.dtype)
     schemes.check_weights(params, cfg)

@@ -86,8 +86,8 @@ def capacity(cfg: MoEConfig, num_ranks: int, num_tokens: int, num_local_experts:
     ``capacity_factor=None`` nothing can overflow. At least one block, so that no buffer is empty.
     """
     rows = num_ranks * num_tokens * min(cfg.top_k, num_local_experts)
-    if cfg.capacity_factor is not None:
-        rows = min(rows, math.ceil(cfg.capacity_factor * num_tokens * cfg.top_k))
+    if cfg.capacity_factor is not None and (some := cfg.capacity_factor * num_tokens * cfg.top_k) < rows:
+        rows = math.ceil(some)  # there, where a large factor makes no infinite number of it
     padded = rows + min(num_local_experts, rows) * (block - 1)
     return max(block, padded // block * block)
 

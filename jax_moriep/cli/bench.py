@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from jax_moriep.cli import bench_cases, bench_host, bench_kernels, bench_load, bench_plan, output
+from jax_moriep.results.files import check_file
 
 _OTHERS = {"host": bench_host, "load": bench_load, "plan": bench_plan, "kernels": bench_kernels}
 
@@ -28,6 +29,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep bench``; returns 1 if a value was wrong, else 0."""
-    if args.kind != "host":
-        output.check_folder("--json", args.json)
+    if args.kind != "host" and args.json is not None:
+        check_file("--json", args.json)
     return _OTHERS.get(args.kind, bench_cases).run(args, output.command_line())

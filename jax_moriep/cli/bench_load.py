@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def model_of(args: argparse.Namespace) -> Model:
       ConfigError: a number is not positive.
     """
     for name in ("gb", "processes", "rounds", "experts", "hidden", "intermediate"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(rule(f"--{name}", getattr(args, name), "be positive", "pass a positive number"))
+        if not 0 < getattr(args, name) < math.inf:
+            must = "be positive and finite"
+            raise ConfigError(rule(f"--{name}", getattr(args, name), must, "pass a positive number"))
     model = Model(1, args.experts, args.hidden, args.intermediate, 1)
     layer = args.experts * model.expert_bytes
     return dataclasses.replace(

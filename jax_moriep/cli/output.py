@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.errors import ConfigError, rule
-
 
 def command_line() -> str:
     """The command line that a result came of."""
@@ -20,20 +18,6 @@ def command_line() -> str:
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json``."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-
-
-def check_folder(option: str, path: Path | None) -> None:
-    """Before anything is measured: what is to be written has a place.
-
-    Args:
-      option: that named the file.
-      path: of the file; None if none is wanted.
-
-    Raises:
-      ConfigError: its folder does not exist.
-    """
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(rule(option, str(path), "lie in an existing folder", "make the folder first"))
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

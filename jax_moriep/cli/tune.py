@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moriep.cli import output
+from jax_moriep.results.files import check_file
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep tune``."""
-    output.check_folder("--out", args.out)
+    check_file("--out", args.out)
     # Imported here, because it needs Pallas, which takes its time to import.
     from jax_moriep.bench.kinds import tune
 

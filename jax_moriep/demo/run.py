@@ -16,6 +16,7 @@ from jax_moriep.demo.report import Progress, Results
 from jax_moriep.demo.settings import EVENT_MARK, Settings
 from jax_moriep.errors import ConfigError, MoriepError, rule
 from jax_moriep.processes.launch import launch
+from jax_moriep.results.files import check_file
 
 _MARKER = "made-by-jax-moriep-demo"
 """A file in the checkpoint folder that says that the demo may clear it."""
@@ -38,8 +39,9 @@ def run(settings: Settings, command: str, picture: Path, losses: Path | None) ->
       ConfigError: a file or folder cannot be used.
       MoriepError: what the processes import is not installed.
     """
-    if losses is not None and not losses.absolute().parent.is_dir():
-        raise ConfigError(rule("--json", str(losses), "lie in an existing folder", "make the folder first"))
+    for option, path in (("--out", picture), ("--json", losses)):
+        if path is not None:
+            check_file(option, path)
     _check_installed()
     _prepare_checkpoints(Path(settings.checkpoint_dir), settings.resume)
     began = time.perf_counter()
@@ -69,9 +71,10 @@ def run(settings: Settings, command: str, picture: Path, losses: Path | None) ->
         progress.failed("".join(talk))
         return ended.returncode
     seconds = time.perf_counter() - began
-    progress.finish(seconds, _draw(progress.results, picture))
+    # Before the picture, whose format matplotlib may not know.
     if losses is not None:
         curves.write(progress.results, seconds, command, losses)
+    progress.finish(seconds, _draw(progress.results, picture))
     return 0
 
 

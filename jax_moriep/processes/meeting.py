@@ -20,7 +20,7 @@ from jax_moriep.processes.nodes import Nodes
 from jax_moriep.processes.party import Party
 from jax_moriep.processes.process import Event
 from jax_moriep.processes.wait import say
-from jax_moriep.processes.wire import Wire
+from jax_moriep.processes.wire import NONSENSE, Wire
 
 _FORMAT = "jax-moriep launch 2"
 _RETRY_SECONDS = 0.5
@@ -157,7 +157,7 @@ def _greetings(
                         node, _ = int(said["node"]), said["format"]
                     except BlockingIOError:
                         continue  # the rest of it is still to come
-                    except (OSError, ValueError, KeyError, TypeError):
+                    except NONSENSE:
                         ignore(wire)
                         continue
                     take_out(wire)
@@ -219,7 +219,7 @@ def _join(nodes: Nodes, start: Start) -> tuple[Wire, int]:
             said = wire.receive()
             if "refused" not in said:
                 return wire, int(said["service_port"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except NONSENSE as error:
             # Node 0's launcher was ended, or was none: it may come again.
             seen = error
             wire.close()

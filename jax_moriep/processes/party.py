@@ -14,7 +14,7 @@ from typing import Any
 from jax_moriep.processes.nodes import Nodes
 from jax_moriep.processes.process import Event
 from jax_moriep.processes.wait import TIMEOUT_CODE, describe
-from jax_moriep.processes.wire import Wire
+from jax_moriep.processes.wire import NONSENSE, Wire
 
 _OWN_FAULT = 1
 
@@ -75,7 +75,7 @@ class Party:
         while not over:
             try:
                 over = self._heard(node, wire.receive())
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except NONSENSE as error:
                 if not self._over.is_set():
                     self._report(node, self._lost(node, wire, error))
                 return

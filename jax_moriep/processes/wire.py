@@ -8,6 +8,8 @@ import socket
 import threading
 from typing import Any
 
+NONSENSE = (OSError, ValueError, KeyError, TypeError, OverflowError)
+"""What is raised where a line, or what is taken out of it, is not what a launcher says, or none comes."""
 _LONGEST_LINE = 1 << 22
 """A script's arguments are in one, and the kernel lets them have two million bytes."""
 
@@ -50,7 +52,10 @@ class Wire:
                 raise ConnectionError("closed")
             self._rest += read
         line, self._rest = self._rest.split(b"\n", 1)
-        said = json.loads(line)
+        try:
+            said = json.loads(line)
+        except RecursionError as error:
+            raise ValueError("too many brackets") from error
         if not isinstance(said, dict):
             raise ValueError("no object of JSON")
         return said

@@ -3,5 +3,6 @@
 | file | |
 |---|---|
 | `machine.py` | where numbers were made |
+| `files.py` | whether a file can be written, asked before it is measured |
 | `figures.py` | how files of results are read and drawn |
 """

@@ -44,8 +44,11 @@ def save(figure: Any, out: Path) -> None:
     Raises:
       ConfigError: the file cannot be written.
     """
+    cure = "name a file in an existing folder that ends in .png, .pdf or .svg"
+    if not out.suffix:
+        # matplotlib would add one, and nobody would say so.
+        raise ConfigError(rule("--out", str(out), "have an ending that tells the format", cure))
     try:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as e:
-        cure = "name a file in an existing folder that ends in .png, .pdf or .svg"
         raise ConfigError(rule("--out", str(out), "be writable as a picture", f"{cure} ({e})")) from e

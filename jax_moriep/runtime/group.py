@@ -40,9 +40,8 @@ def open_groups(groups: Groups, backend: str, *, again: bool = False, far: bool 
 
     Raises:
       LibraryError: the native library is missing or does not fit.
-      TransportError: a group could not be opened or connected, or an environment variable breaks its rule.
+      TransportError: a group could not be opened or connected.
     """
-    settings.check()
     targets.register(backend)
     native = native_api.loaded(backend)
     with _lock:

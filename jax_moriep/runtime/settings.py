@@ -7,7 +7,6 @@ doctor`` shows what is in force, and ``docs/settings.md`` is compared with this 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,10 @@ from jax_moriep.errors import TransportError, rule
 
 Value = TypeVar("Value")
 _PREFIX = "JAX_MORIEP_"
+_MOST = 2**20
+"""Of whole numbers; the same in C++."""
+_MOST_SECONDS = 1e9
+"""What threads and sockets can wait ends somewhere; this is thirty years, as in C++."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +72,19 @@ def _seconds(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if 0 < value < math.inf else None
+    return value if 0 < value <= _MOST_SECONDS else None
 
 
-def _whole_number(most: float = math.inf) -> Callable[[str], int | None]:
-    return lambda text: int(text) if text.isdecimal() and 1 <= int(text) <= most else None
+def _whole_number(text: str) -> int | None:
+    # C++ reads ASCII digits alone, and int() refuses very many.
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST))):
+        return None
+    return int(text) if 1 <= int(text) <= _MOST else None
+
+
+def _name(text: str) -> str | None:
+    # What is no text, as bytes of another encoding, cannot be told to other processes.
+    return text if text.isprintable() else None
 
 
 def _switch(text: str) -> bool | None:
@@ -93,7 +104,7 @@ TIMEOUT: Setting[float] = Setting(
     "JAX_MORIEP_TIMEOUT",
     "300",
     "seconds that a rank waits for another one before that is an error",
-    "a positive number of seconds",
+    "a positive number of seconds, at most 1e9",
     _seconds,
     300.0,
 )
@@ -126,7 +137,7 @@ ARENA_MB: Setting[int] = Setting(
     "1024",
     "MiB of device memory for a GPU rank's arena; the same in all processes",
     "a whole number of MiB from 1 to 1048576",
-    _whole_number(2**20),
+    _whole_number,
     1024,
 )
 """C++ reads it (``csrc/gpu/c_api.cc``), and has the same rule."""
@@ -134,16 +145,16 @@ RANKS_PER_NODE: Setting[int | None] = Setting(
     "JAX_MORIEP_RANKS_PER_NODE",
     "as many as a machine has",
     "the most ranks that form a node of two_level; the same in all processes",
-    "a whole number of at least 1",
-    _whole_number(),
+    "a whole number from 1 to 1048576",
+    _whole_number,
     None,
 )
 NODE: Setting[str | None] = Setting(
     "JAX_MORIEP_NODE",
     "the kernel's boot id and the PID namespace",
     "name of the machine that the process is on: processes with one name share memory, others do not",
-    "a name",
-    str,
+    "a name of printable characters",
+    _name,
     None,
     empty_is_unset=True,
 )
@@ -171,8 +182,8 @@ MORI_HEAP_MB: Setting[int | None] = Setting(
     "JAX_MORIEP_MORI_HEAP_MB",
     "twice the first layer's need",
     "MiB of MORI's symmetric heap, fixed when the group opens",
-    "a positive whole number of MiB",
-    _whole_number(),
+    "a whole number of MiB from 1 to 1048576",
+    _whole_number,
     None,
 )
 ROCM_PATH = _path(

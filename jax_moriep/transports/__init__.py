@@ -141,6 +141,26 @@ IMPLEMENTATIONS: dict[str, Transport] = {
 """In the order in which "auto" tries them."""
 
 
+def opened(
+    name: str,
+    place: Place,
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None,
+    dtype: str,
+    *,
+    again: bool = False,
+) -> Opened:
+    """Opens a transport, see ``Transport.open``, where all settings keep their rules.
+
+    Also those that steer nothing here: the same job may run over another transport, or on GPUs, next.
+
+    Raises:
+      TransportError: an environment variable breaks its rule, or the transport cannot be opened.
+    """
+    settings.check()
+    return IMPLEMENTATIONS[name].open(place, cfg, shape, dtype, again=again)
+
+
 def reasons(place: Place) -> dict[str, str | None]:
     """For each transport why it cannot run at a place, or None if it can."""
     return {name: transport.unavailable_reason(place) for name, transport in IMPLEMENTATIONS.items()}

@@ -66,13 +66,13 @@ def open(  # noqa: A001 - the contract's name
       LibraryError: the native library is missing or does not fit.
       TransportError: a node's group could not be opened, or with ``again`` not connected.
     """
-    del dtype
     size = place.ranks_per_node
     name = native.open_groups(place, size, again=again)
     if cfg is None or shape is None:
         return Opened(name)
     num_nodes = place.num_ranks // size
-    config = f"{num_nodes} nodes of {size} ranks, {cfg.describe()}"
+    # With the dtype, which the digest needs: float16 and bfloat16 have as many bytes.
+    config = f"{num_nodes} nodes of {size} ranks, {dtype}, {cfg.describe()}"
     inside = _inside(shape, num_nodes)
     return Opened(
         name,

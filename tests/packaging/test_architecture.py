@@ -39,7 +39,7 @@ ROOMS = {
     "results": set(),
     "demo": {"processes", "results"},
     "bench": {"processes", "results", "demo"},
-    "cli": {"processes", "doctor", "demo", "bench"},
+    "cli": {"processes", "doctor", "results", "demo", "bench"},
     "__main__": {"cli"},
 }
 # All that `processes` needs of the package.

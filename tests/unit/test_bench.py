@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -531,6 +532,27 @@ def test_plot_refuses_other_files(text, tmp_path, capsys):
 def test_plot_says_where_it_cannot_write(tmp_path):
     with pytest.raises(ConfigError, match=r"--out='.*' must be writable as a picture; name a file"):
         picture.draw([result_of(new_case("experts", ranks=2, processes=2))], tmp_path / "no" / "x.png")
+
+
+@pytest.mark.parametrize("name", ["", "picture"])
+def test_plot_wants_an_ending(name):
+    with pytest.raises(
+        ConfigError, match=r"--out='.*' must have an ending that tells the format; name a file"
+    ):
+        picture.draw([result_of(new_case("experts", ranks=2, processes=2))], Path(name))
+
+
+@pytest.mark.parametrize("kind", ["plan", "load", "layer", "kernels"])
+def test_the_bench_refuses_a_folder_as_its_file_before_it_measures(kind, tmp_path, capsys):
+    assert cli.main(["bench", kind, "--json", str(tmp_path)]) == 1
+    must = "must be a file, and is a folder; name a file in it"
+    assert capsys.readouterr().err == f"jax-moriep bench: --json={str(tmp_path)!r} {must}\n"
+
+
+@pytest.mark.parametrize("gb", ["nan", "inf", "0"])
+def test_bench_load_refuses_a_size_that_is_none(gb, capsys):
+    assert cli.main(["bench", "load", "--gb", gb]) == 1
+    assert f"--gb={float(gb)} must be positive and finite" in capsys.readouterr().err
 
 
 def test_plot_says_how_to_get_matplotlib(tmp_path, monkeypatch):

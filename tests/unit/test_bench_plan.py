@@ -341,6 +341,13 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         routing.routing(str(tmp_path / "few.npy"), MoEConfig(256, 8, 16, 8))
 
 
+@pytest.mark.parametrize("start", [b"", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04"])
+def test_a_file_that_was_cut_short_is_refused(start, tmp_path):
+    (tmp_path / "of.npy").write_bytes(start)
+    with pytest.raises(ConfigError, match=r"routing='.*of\.npy' must be uniform, zipf, or a file of NumPy"):
+        routing.routing(str(tmp_path / "of.npy"), MoEConfig(8, 2, 16, 8))
+
+
 @pytest.mark.parametrize("routes", [np.zeros((0, 2), int), np.full((9, 2), 8), np.zeros(8, int)])
 def test_routes_that_lead_nowhere_are_refused(tmp_path, routes):
     """No tokens, another model's experts, counts of nothing."""

@@ -45,6 +45,12 @@ def test_other_files_are_none(text, tmp_path):
     assert curves.read(path) is None
 
 
-def test_the_demo_refuses_a_folder_that_is_not_there_before_it_trains(tmp_path, capsys):
-    assert cli.main(["demo", "--json", str(tmp_path / "no" / "x.json")]) == 1
-    assert "make the folder first" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--json", "--out"])
+@pytest.mark.parametrize(
+    ("file", "cure"), [("no/x.png", "make the folder first"), (".", "name a file in it")]
+)
+def test_the_demo_refuses_what_cannot_be_written_before_it_trains(option, file, cure, tmp_path, capsys):
+    assert cli.main(["demo", option, str(tmp_path / file)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"jax-moriep demo: {option}=")
+    assert cure in said

@@ -107,16 +107,50 @@ def test_a_config_in_words_is_the_same_in_every_process():
         ({"tp_axis": "tp"}, jm.ShardingError, "tp_axis='tp' must be an axis of the mesh"),
         ({"tp_axis": "ep"}, jm.ShardingError, "tp_axis='ep' must differ from ep_axis"),
         ({"token_axes": ("dp",)}, jm.ShardingError, "token_axes='dp' must be an axis of the mesh"),
+        ({"token_axes": 5}, jm.ShardingError, "token_axes=5 must be names of axes or a PartitionSpec"),
+        ({"token_axes": ("ep", "ep")}, jm.ShardingError, "token_axes=('ep', 'ep') must name no axis twice"),
         ({"mesh": None}, jm.ShardingError, "mesh=None must find a mesh in context"),
         ({"params": {"router": 1}}, jm.ConfigError, "params='dict' must be a jm.MoEParams"),
         ({"token_mask": [True] * 8}, jm.ConfigError, "token_mask='list' must be an array; wrap it in jnp"),
         ({"x": PARAMS}, jm.ConfigError, "x='MoEParams' must be an array; call ep_moe(x, params, cfg)"),
         ({"mesh": 8}, jm.ShardingError, "mesh=8 must be a jax.sharding.Mesh or AbstractMesh"),
+        *(
+            (
+                {"params": dataclasses.replace(PARAMS, **{name: [1.0]})},
+                jm.ConfigError,
+                f"params.{name}='list'",
+            )
+            for name in ("router", "w1", "w2", "b1")
+        ),
     ],
 )
 def test_layer(options, error, text):
     with pytest.raises(error, match=re.escape(text)):
         call(**options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            lambda d, x: jm.dispatch(x, None, None, CFG),
+            "ids='NoneType' must be an array; pass jm.route's arrays",
+        ),
+        (lambda d, x: jm.dispatch(x, d.plan.ids, [[1.0]], CFG), "weights='list' must be an array"),
+        (lambda d, x: jm.dispatch(x, None, None, None), "cfg='NoneType' must be a jm.MoEConfig"),
+        (lambda d, x: jm.combine(None, d.plan), "rows='NoneType' must be an array"),
+        (lambda d, x: jm.combine(d.rows, d), "plan='Dispatched' must be a jm.Plan"),
+    ],
+)
+def test_what_the_exchanges_are_given(wrong, text):
+    def local(x):
+        route = jm.route(x, PARAMS, CFG)
+        wrong(jm.dispatch(x, route.ids, route.weights, CFG), x)
+
+    with pytest.raises(jm.ConfigError, match=re.escape(text)):
+        jax.eval_shape(
+            jax.shard_map(local, mesh=mesh_of(), in_specs=P("ep"), out_specs=P("ep")), jnp.zeros((8, 16))
+        )
 
 
 def test_tokens_must_be_split_over_the_ranks():

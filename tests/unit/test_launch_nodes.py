@@ -263,11 +263,14 @@ def test_a_node_that_does_not_come_is_named(address):
     assert "did not come" in str(second) or "no launcher of node 0" in str(second)
 
 
-def test_a_stranger_is_ignored(address, capfd):
+@pytest.mark.parametrize(
+    "said", [b"GET / HTTP/1.1\r\n\r\n", b"[" * 100_000 + b"\n", b'{"node": 1e999, "format": ""}\n']
+)
+def test_a_stranger_is_ignored(address, said, capfd):
     with ThreadPoolExecutor() as pool:
         futures = pool.submit(meet_all, address, [(1, 1)], 2)
         with connected(address) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.sendall(said)
             assert stranger.recv(1) == b""
         events = queue.SimpleQueue()
         second = meeting.meet(Nodes(2, 1, address), start(), 0, events)

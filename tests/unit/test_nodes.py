@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep import cli, transports
+from jax_moriep.exchange import make_link
 from jax_moriep.runtime import nodes
 from jax_moriep.runtime.place import Place
+from jax_moriep.transports import two_level
 
 SETTING = "JAX_MORIEP_RANKS_PER_NODE"
 CFG = jm.MoEConfig(16, 4, 256, 64, transport="two_level")
@@ -44,13 +46,19 @@ def test_the_size_of_nodes(groups, most, size):
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", ""])
 def test_a_bad_setting_is_refused(monkeypatch, value, capsys):
     monkeypatch.setenv(SETTING, value)
-    text = f"{SETTING}={value!r} must be a whole number of at least 1; unset it or fix it"
+    text = f"{SETTING}={value!r} must be a whole number from 1 to 1048576; unset it or fix it"
     assert transports.reasons(Place.of(mesh(2), "ep"))["two_level"] == text
     with pytest.raises(jm.TransportError, match="cannot run here"):
         jm.initialize(mesh(2), cfg=CFG)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cli.main(["doctor"])
     assert f"  no  two_level: {text}\n" in capsys.readouterr().out
+
+
+def test_nodes_of_two_dtypes_have_two_digests():
+    """float16 and bfloat16 have as many bytes, so nothing else that goes between nodes tells them apart."""
+    digests = {two_level._digest(make_link(CFG, mesh(2), 4, name, "ep")) for name in ("float16", "bfloat16")}
+    assert len(digests) == 2
 
 
 def test_explain_tells_the_nodes(monkeypatch):

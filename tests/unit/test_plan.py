@@ -47,6 +47,8 @@ def test_capacity_factor_reserves_balanced_rows_whatever_the_alignment():
     exact = plan.ExchangeShape.of(jm.MoEConfig(8, 2, 8, 8, block=16), 4, 64)
     generous = plan.ExchangeShape.of(jm.MoEConfig(8, 2, 8, 8, block=16, capacity_factor=100.0), 4, 64)
     assert generous.capacity == exact.capacity
+    endless = plan.ExchangeShape.of(jm.MoEConfig(8, 2, 8, 8, block=16, capacity_factor=1e308), 4, 64)
+    assert endless.capacity == exact.capacity
 
 
 def test_there_is_always_a_block():

@@ -12,12 +12,12 @@ from jax_moriep.runtime import settings
 
 ROOT = Path(__file__).parents[2]
 BAD = {
-    "JAX_MORIEP_TIMEOUT": ("", "soon", "0", "-1", "inf", "nan"),
+    "JAX_MORIEP_TIMEOUT": ("", "soon", "0", "-1", "inf", "nan", "1e300"),
     "JAX_MORIEP_WATCHDOG": ("", "off", "2"),
     "JAX_MORIEP_KEEP_MEMORY": ("", "yes"),
     "JAX_MORIEP_NATIVE_DISPATCH": ("", "push", "PULL"),
     "JAX_MORIEP_ARENA_MB": ("", "0", "-1", "1.5", "1G", "1048577"),
-    "JAX_MORIEP_RANKS_PER_NODE": ("", "0", "two", "-1"),
+    "JAX_MORIEP_RANKS_PER_NODE": ("", "0", "two", "-1", "\N{ARABIC-INDIC DIGIT THREE}", "1048577"),
     "JAX_MORIEP_MORI_HEAP_MB": ("", "0", "1G"),
 }
 GOOD = {
@@ -68,11 +68,23 @@ def test_defaults_that_are_values_are_those_in_force():
             assert setting.parse(setting.default) == setting.unset, setting.name
 
 
+def test_more_digits_than_python_reads_break_the_rule():
+    with pytest.raises(jm.TransportError, match=r"RANKS_PER_NODE='9+\.\.\. must be a whole number"):
+        settings.RANKS_PER_NODE.value({"JAX_MORIEP_RANKS_PER_NODE": "9" * 5000})
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\n", "\0"])
+def test_a_name_that_processes_cannot_tell_each_other_breaks_the_rule(text):
+    with pytest.raises(jm.TransportError, match="NODE='.*' must be a name of printable characters"):
+        settings.NODE.value({"JAX_MORIEP_NODE": text})
+
+
+@pytest.mark.parametrize("transport", ["native", "collective", "reference"])
 @pytest.mark.parametrize("name", BAD)
-def test_every_exchange_of_native_checks_them_all(name, monkeypatch):
-    """Also on CPUs, where some of them steer nothing: the same job may go to GPUs next."""
+def test_every_exchange_checks_them_all(name, transport, monkeypatch):
+    """Also where some of them steer nothing: the same job may go to GPUs next."""
     monkeypatch.setenv(name, BAD[name][-1])
-    cfg = jm.MoEConfig(8, 2, 16, 16, transport="native")
+    cfg = jm.MoEConfig(8, 2, 16, 16, transport=transport)
     with pytest.raises(jm.TransportError, match=f"{name}='.*' must be .*; unset it or fix it"):
         jm.initialize(jax.make_mesh((8,), ("ep",)), cfg=cfg)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -49,8 +50,10 @@ def _counted(ids: np.ndarray, cfg: MoEConfig, ranks: int, per_node: int) -> Dest
 
 def _measured(path: str, cfg: MoEConfig) -> np.ndarray:
     try:
-        found = np.load(path)
-    except (OSError, ValueError) as error:
+        # Opened here, for np.load leaves open what it cannot read.
+        with open(path, "rb") as file:
+            found = np.load(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         must = f"be uniform, zipf, or a file of NumPy ({error})"
         raise ConfigError(rule("routing", path, must, "correct it")) from None
     shapes = f"[{cfg.num_experts}] or [N, {cfg.top_k}]"
