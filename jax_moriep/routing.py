@@ -305,8 +305,13 @@ def in_rows(route: Route) -> Route:
     """A route that a caller gave, of any leading dimensions, as ``choose`` makes it of tokens in rows."""
 
     def as_rows(array: jax.Array) -> jax.Array:
-        integer = jnp.issubdtype(array.dtype, jnp.integer)
-        return array.reshape(-1, array.shape[-1]).astype(jnp.int32 if integer else jnp.float32)
+        array = array.reshape(-1, array.shape[-1])
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            return array.astype(jnp.float32)
+        if array.dtype.itemsize > 4:
+            # What int32 cannot hold is no expert's id, and must not become one.
+            array = jnp.where((array >= 0) & (array <= jnp.iinfo(jnp.int32).max), array, -1)
+        return array.astype(jnp.int32)
 
     return jax.tree.map(as_rows, route)
 

@@ -111,3 +111,20 @@ def test_what_is_no_route_for_x_is_refused(change, text):
     x, _, params, route = problem(4)
     with pytest.raises(jm.ConfigError, match=text):
         jm.ep_moe(x, params, CFG, mesh=mesh_of(2), route=change(route))
+
+
+def test_ids_of_64_bits_are_no_others_than_they_say():
+    """What is left of 2**32 + 1 in 32 bits is expert 1."""
+    x, _, params, route = problem(8)
+    mesh = mesh_of(2)
+    nowhere = dataclasses.replace(route, ids=jnp.full_like(route.ids, -1))
+    want, _ = jm.ep_moe(x, params, CFG, mesh=mesh, route=nowhere)
+    with jax.enable_x64(True):
+        for far in (2**32 + 1, 1 - 2**32):
+            ids = jnp.full(route.ids.shape, far, jnp.int64)
+            y, stats = jm.ep_moe(x, params, CFG, mesh=mesh, route=dataclasses.replace(route, ids=ids))
+            np.testing.assert_array_equal(y, want)
+            assert int(stats.expert_counts.sum()) == 0
+        same = dataclasses.replace(route, ids=route.ids.astype(jnp.int64))
+        y, _ = jm.ep_moe(x, params, CFG, mesh=mesh, route=same)
+    np.testing.assert_array_equal(y, jm.ep_moe(x, params, CFG, mesh=mesh, route=route)[0])
