@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import shlex
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -406,6 +408,7 @@ def test_the_command_writes_what_was_measured(scheme, wrong, code, tmp_path, mon
     out = tmp_path / "x.json"
     more = [] if scheme is None else ["--quant", scheme]
     argv = ["bench", "kernels", "--shares", "mixtral-8x7b", "--baselines", "none", "--json", str(out), *more]
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
     assert main(argv) == code
     (asked,) = asked_of
     assert asked.names == ["mixtral-8x7b"]
@@ -414,7 +417,7 @@ def test_the_command_writes_what_was_measured(scheme, wrong, code, tmp_path, mon
     else:
         assert asked.scheme == scheme
     written = json.loads(out.read_text())
-    assert written["command"].startswith("jax-moriep ")
+    assert written["command"] == shlex.join(["jax-moriep", *argv])
     assert written["wrong"] == wrong
     assert capsys.readouterr().out.splitlines()[-2:] == [f"wrong: {wrong or 'nothing'}", "failed: nothing"]
 
