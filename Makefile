@@ -109,7 +109,7 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -c "import jax; print('newest jax:', jax.__version__)"
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
 	cd build/newest && ../../.venv-newest/bin/pytest -n $(JOBS) --dist worksteal \
-	  -k "not reference and not two_level and not token_major and not (test_order and collective)" $(NEWEST_TESTS)
+	  -k "not reference and not two_level and not (test_order and collective)" $(NEWEST_TESTS)
 endif
 
 # ep_moe inside MaxText on eight devices of a CPU. MaxText and what it imports are 1.6 GB, so CI leaves this out.
