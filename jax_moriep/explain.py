@@ -101,11 +101,6 @@ def explain(
     if shape is not None:
         names = [name for name, why in transport_reasons.items() if why is None]
         told = {name: transports.describe(name, place, cfg, shape, jnp.dtype(dtype).name) for name in names}
-    layers = {
-        name: experts.describe(name, place, cfg, shape, jnp.dtype(dtype).name)
-        for name, why in experts_reasons.items()
-        if why is None
-    }
     transport = transports.chosen(cfg.transport, transport_reasons)
     implementation = _chosen_experts(cfg.experts, experts_reasons)
     one_call = (
@@ -120,7 +115,7 @@ def explain(
         experts_reasons=experts_reasons,
         shape=shape,
         transport_details={name: text for name, text in told.items() if text is not None},
-        experts_details={name: text for name, text in layers.items() if text is not None},
+        experts_details=experts.details(place, experts_reasons, cfg, shape, jnp.dtype(dtype).name),
         one_call=one_call,
     )
 

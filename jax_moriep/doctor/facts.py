@@ -64,7 +64,9 @@ def examine() -> dict[str, Any]:
         "libraries": _libraries(),
         "transports": {p: reasons[p]["transport"] for p in devices},
         "experts": {p: reasons[p]["experts"] for p in devices},
-        "experts_details": {p: _experts_details(place, reasons[p]["experts"]) for p, place in places.items()},
+        "experts_details": {
+            p: experts.details(place, reasons[p]["experts"], None) for p, place in places.items()
+        },
         "chosen": chosen,
         "native_dispatch": {p: _native_dispatch(place) for p, place in places.items() if p == "gpu"},
         "machine": {"memfd": _memfd_reason(), "peer memory": _peer_memory_reason()},
@@ -109,11 +111,6 @@ def _place(platform: str) -> Place:
     """All devices of a platform, with a process for each: the layout in which every transport may run."""
     found = jax.devices(platform)
     return Place(platform, compat.architecture(found[0]), num_ranks=len(found), num_processes=len(found))
-
-
-def _experts_details(place: Place, reasons: dict[str, str | None]) -> dict[str, str]:
-    told = {name: experts.describe(name, place, None) for name, why in reasons.items() if why is None}
-    return {name: text for name, text in told.items() if text is not None}
 
 
 def _native_dispatch(place: Place) -> str:

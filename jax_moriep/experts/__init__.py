@@ -14,6 +14,7 @@ A new implementation is one file with the functions of ``Implementation`` and on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -172,6 +173,18 @@ def describe(
     if place.platform is None or not isinstance(implementation, Describes):
         return None
     return implementation.describe(place, cfg, shape, dtype)
+
+
+def details(
+    place: Place,
+    reasons: Mapping[str, str | None],
+    cfg: MoEConfig | None,
+    shape: ExchangeShape | None = None,
+    dtype: str = "bfloat16",
+) -> dict[str, str]:
+    """What ``describe`` says for each name that has no reason against it; who tells nothing is left out."""
+    told = {name: describe(name, place, cfg, shape, dtype) for name, why in reasons.items() if why is None}
+    return {name: text for name, text in told.items() if text is not None}
 
 
 def _reason(name: str, place: Place, cfg: MoEConfig | None) -> str | None:

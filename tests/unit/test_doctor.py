@@ -62,7 +62,7 @@ def test_which_kernels_run_is_told(found):
     """Mosaic's or Triton's: asked as of a GPU that this machine has not, shown below the experts' line."""
     assert found["experts_details"] == {"cpu": {}}
     reasons = {"aiter": "why not", "triton": None, "blocked": None}
-    told = facts._experts_details(Place("gpu", "gfx942"), reasons)
+    told = experts.details(Place("gpu", "gfx942"), reasons, None)
     assert list(told) == ["triton"]
     assert told["triton"].startswith("products by Pallas-Triton; not by Pallas-Mosaic's kernels: they are")
     shown = found | {"experts_details": {"cpu": {"blocked": told["triton"]}}}
