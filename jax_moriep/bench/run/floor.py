@@ -41,7 +41,7 @@ def run(
 
     Returns:
       A dict with format, command, versions, machine and options; "sets", of which the only one has the cases
-      as ``host.run`` gives them; "kernels", what ``bench kernels`` wrote, each with its "error" if it met one.
+      as ``host.run`` gives them; "kernels", what ``bench kernels`` wrote, with an "error" where it met one.
 
     Raises:
       MoriepError: jax cannot start.

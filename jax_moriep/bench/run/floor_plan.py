@@ -1,4 +1,4 @@
-"""What ``bench floor`` measures: models' layers on one GPU, each beside its floor and what others have made."""
+"""What ``bench floor`` measures: models' layers on one GPU, each beside its floor and others'."""
 
 from __future__ import annotations
 
