@@ -10,7 +10,8 @@ Modules here have parsers and calls: what a subcommand does lies in the package'
 | `demo.py`, `launch.py`, `doctor.py`, `plot.py`, `tune.py` | the subcommand of that name |
 | `bench.py` | the table of its kinds |
 | `bench_cases.py` | its kinds exchange, experts and layer |
-| `bench_host.py`, `bench_floor.py` and so on | the kind of that name |
+| `bench_host.py`, `bench_floor.py`, `bench_kernels.py` | the kind of that name |
+| `bench_load.py`, `bench_plan.py` | likewise |
 | `output.py` | what all that measure share |
 """
 
