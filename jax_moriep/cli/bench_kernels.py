@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_moriep.cli import output
 from jax_moriep.config import SCHEMES
+from jax_moriep.errors import ConfigError, rule
 
 
 def add_parser(kinds: Any) -> None:
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace, command: str) -> int:
 
     names = args.shares or list(shares.SHARES)
     if args.quant is not None:
+        if args.dtype != "bf16":
+            raise ConfigError(rule("dtype", args.dtype, "be bf16 with --quant", "leave out one of them"))
         result = quantised.run(quantised.Asked(args.quant, names, args.rounds), say, save)
     else:
         baselines = args.baselines or (list(BASELINES) if args.dtype == "bf16" else ["none"])

@@ -383,7 +383,7 @@ def test_options_become_a_case_of_decoding():
     assert case.operations == ("T=1", "T=8", "T=32", "T=128")
     assert case.compare == ("native+blocked", "collective+ragged_dot", "native+blocked-fp8_block")
     case = case_of("--phase decode --tokens 3 --layers 2 --platform cuda --ranks 1 --quant int8_token")
-    assert (case.operations, case.tokens, case.layers, case.floors) == (("T=3",), 3, 2, ("copy",))
+    assert (case.operations, case.tokens, case.layers, case.floors) == (("T=3",), 3, 2, ("read",))
     assert case.compare[-3:] == ("plain", "native+triton-int8_token", "collective+triton-int8_token")
     assert case_of("").tokens == 1024
     with pytest.raises(ConfigError, match="quant='fp8_block' must come with --phase decode"):

@@ -97,6 +97,8 @@ def test_a_model_has_no_fewer_experts_than_a_share():
         new_case("layer", ranks=1, processes=1, model_experts=5, **SMALL)
     with pytest.raises(ConfigError, match="hidden=16 must be at least experts=17"):
         new_case("layer", ranks=1, processes=1, model_experts=17, **SMALL)
+    with pytest.raises(ConfigError, match="model_experts=7 must be 0 in decoding"):
+        new_case("decode", ranks=1, processes=1, model_experts=7, **SMALL)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -225,7 +227,7 @@ def entries():
     """What the processes of a run would have found."""
     cases = floor_plan.cases_of(floor_plan.Options())
     deepseek, qwen = cases[:2]
-    by_kind = {case.kind: case for case in cases[2:6]}
+    routed, decoded, _, trained = cases[2:6]
     both, ours = ("forward", "forward+backward"), floor_plan.OURS
     bad = {"operation": both[1], "what": "d_w1 of rank 0", "error": 0.4, "limit": 0.05, "ok": False}
     late = {"name": "torch", "operation": both[0], "error": "ImportError: no torch\nat all"}
@@ -238,9 +240,9 @@ def entries():
     return [
         entry_of(deepseek, layer, wrong=[{"name": "plain_tokamax", **bad}], failed=[late]),
         entry_of(qwen, {**read, (ours, both[0]): (1.5, {}), ("torch", both[0]): (2.4, {})}),
-        entry_of(by_kind["route"], {("route", both[0]): (1e-4, {"how": "weights 1.00e-07"})}),
-        entry_of(by_kind["decode"], {("read", "T=1"): (1e-4, {}), (ours, "T=1"): (1.5e-4, {})}),
-        entry_of(by_kind["train"], {("native", "step"): (0.04, {})}),
+        entry_of(routed, {("route", both[0]): (1e-4, {"how": "weights 1.00e-07"})}),
+        entry_of(decoded, {("read", "T=1"): (1e-4, {}), (ours, "T=1"): (1.5e-4, {})}),
+        entry_of(trained, {("native", "step"): (0.04, {})}),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,18 +119,18 @@ def _tiled(
     return found if sums else found.reshape(x.shape)
 
 
-def _copy_kernel(size: int, count: int, x_ref: jax.Array, out_ref: jax.Array) -> None:
+def _copy_kernel(size: int, count: int, x_ref: Any, out_ref: Any) -> None:
     at, mask = _tile(size, count)
     plgpu.store(out_ref.at[at], plgpu.load(x_ref.at[at], mask=mask), mask=mask)
 
 
-def _sum_kernel(size: int, count: int, x_ref: jax.Array, out_ref: jax.Array) -> None:
+def _sum_kernel(size: int, count: int, x_ref: Any, out_ref: Any) -> None:
     at, mask = _tile(size, count)
     values = plgpu.load(x_ref.at[at], mask=mask, other=None if mask is None else 0)
     out_ref[pl.program_id(0)] = jnp.sum(values.astype(jnp.float32))
 
 
-def _tile(size: int, count: int) -> tuple[pl.Slice, jax.Array | None]:
+def _tile(size: int, count: int) -> tuple[Any, jax.Array | None]:
     first = pl.program_id(0) * size
     mask = None if count % size == 0 else first + jnp.arange(size) < count
     return pl.ds(first, size), mask

@@ -55,7 +55,9 @@ class Layer:
         """y, or with ``backward`` (y, (d_x, gradients of the weights)), of jax's arrays."""
         made = tuple(jnp.from_dlpack(x.contiguous()) for x in self._run(backward))
         self._wait()
-        return (made[0], (made[1], MoEParams(*made[2:]))) if backward else made[0]
+        return (
+            (made[0], (made[1], MoEParams(router=made[2], w1=made[3], w2=made[4]))) if backward else made[0]
+        )
 
     def repeat(self, backward: bool, times: int) -> None:
         """Does it many times, to the end of the last."""

@@ -33,6 +33,7 @@ from jax_moriep.bench.problem.checks import Check
 from jax_moriep.bench.problem.names import PAIRS, PLAIN, QUANTISED, READ, pair_of
 from jax_moriep.bench.problem.world import AXIS, World
 from jax_moriep.config import MoEParams
+from jax_moriep.errors import ConfigError, rule
 from jax_moriep.runtime.place import Place
 
 QUANTISED_TOLERANCE = {"f32": 5e-3, "bf16": 2e-2, "f16": 5e-3}
@@ -174,6 +175,9 @@ class Decode(Kind):
         """See ``Kind``."""
         super().check(case)
         layer.check_router(case)
+        if case.model_experts:
+            cure = "leave out --model-experts or --phase decode"
+            raise ConfigError(rule("model_experts", case.model_experts, "be 0 in decoding", cure))
 
     def sizes(self, case: Case) -> str:
         """See ``Kind``; each operation has its own number of tokens."""

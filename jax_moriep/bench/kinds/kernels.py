@@ -134,13 +134,14 @@ class Bench:
         self._pool = Pool()
         self._wanted: dict[tuple[str, str], concurrent.futures.Future[dict[int, shares.Wanted]]] = {}
         self._runs: dict[tuple[str, str], dict[str, Any]] = {}
+        config: Any = jax.config
         self.result: dict[str, Any] = {
             "format": formats.KERNELS,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "hopper_kernels": compat.has_hopper_kernels(),
             "dtype": dtype,
-            "matmul_precision": str(jax.config.jax_default_matmul_precision),
+            "matmul_precision": str(config.jax_default_matmul_precision),
             "limit": shares.LIMITS[dtype],
             "rounds": rounds,
             "wrong": [],

@@ -67,6 +67,7 @@ class Program:
         """Bytes that XLA gives it beside its operands and results; None where XLA does not say."""
         if self._compiled is None:
             self.compile()
+        assert self._compiled is not None
         analysis = self._compiled.memory_analysis()
         return None if analysis is None else analysis.temp_size_in_bytes
 
