@@ -129,7 +129,8 @@ def dense_copy(name: str, operation: str, case: Case, world: World) -> Call:
 
     def make() -> dict[str, jax.Array]:
         sizes = {"x": (rows, hidden), "act": (rows, inner), "w1": (2 * inner, hidden), "w2": (hidden, inner)}
-        sizes.update(router=(hidden, case.routed_experts), moved=(_rows_that_move(case), hidden))
+        sizes.update(tokens=(case.tokens, hidden), router=(hidden, case.routed_experts))
+        sizes.update(moved=(_rows_that_move(case), hidden))
         if backward:
             sizes.update(d_out=(rows, hidden), d_pre=(rows, 2 * inner))
             sizes.update(d_logits=(case.tokens, case.routed_experts))
@@ -144,7 +145,7 @@ def dense_copy(name: str, operation: str, case: Case, world: World) -> Call:
         return {**made, "factor": jnp.full(1, -1, case.numpy_dtype)}
 
     def work(given: dict[str, jax.Array]) -> list[jax.Array]:
-        tokens, factor = given["x"][: case.tokens], given["factor"]
+        tokens, factor = given["tokens"], given["factor"]
         results = [tokens @ given["router"], given["x"] @ given["w1"].T, given["act"] @ given["w2"].T]
         if backward:
             d_out, d_pre, d_logits = given["d_out"], given["d_pre"], given["d_logits"]

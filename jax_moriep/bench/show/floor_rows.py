@@ -95,7 +95,7 @@ def _layer(entry: dict[str, Any]) -> Iterator[Row]:
             if floor in times:
                 aim = _AIMS_OVER_FLOOR.get((model, floor, operation)) if is_uniform else None
                 yield Row(group, f"{operation} over {said}", times[OURS] / times[floor], aim=aim)
-        for other in times.keys() - {OURS, *_FLOORS}:
+        for other in [name for name in times if name not in (OURS, *_FLOORS)]:
             aim = _AIMS_TIMES_FASTER.get((model, other, operation)) if is_uniform else None
             said = f"{operation}, times faster than {_said(entry, other)}"
             yield Row(group, said, times[other] / times[OURS], aim=aim, at_least=True)
