@@ -39,7 +39,12 @@ def of_rows(data: Data) -> tuple[jax.Array, jax.Array]:
 
 
 def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict[str, Work]:
-    """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``."""
+    """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``.
+
+    Of experts with biases none is run alone.
+    """
+    if data.share.biased:
+        return {}
     rows, factors, sizes, w1, w2 = data.operands
     spec, capacity = data.spec, rows.shape[0]
     chosen = choice.of(spec, rows, ExpertWeights(w1, w2), differentiated=True)
@@ -115,7 +120,7 @@ def mlp(data: Data, backward: bool) -> Work:
     """The whole MLP: its result, and with ``backward`` the gradients."""
     spec = data.spec
 
-    def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+    def forward(rows: Any, factors: Any, sizes: Any, *weights: Any) -> jax.Array:
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(*weights), spec)
 
-    return Work(with_gradients(forward, backward), (data.d_out, *data.operands))
+    return Work(with_gradients(forward, backward), (data.d_out, *data.operands, *data.biases))
