@@ -45,8 +45,8 @@ class ExpertWeights(NamedTuple):
     w2_scale: Any = None
     """f32 or None."""
     first: Any = None
-    """i32[] or None. Of a stack, in which the experts of all layers lie one behind the other: the first one of
-    the layer that runs. The L above are then those of all layers."""
+    """i32[] or None. Of a stack, in which the experts of all layers lie one behind the other: the first one
+    of the layer that runs. The L above are then those of all layers."""
 
     @property
     def frozen(self) -> bool:

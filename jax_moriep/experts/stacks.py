@@ -1,8 +1,8 @@
 """One layer of a stack: weights with a dimension for the layers in front, as a scan over layers has them.
 
 XLA hands a custom call whole arrays. Cut out of a stack, a layer's weights are copied in front of every
-kernel, in both passes; so kernels get the stack and the layer's number, and gradients go to the layer's own weights,
-whose values nobody reads, so that XLA never cuts them out.
+kernel, in both passes; so kernels get the stack and the layer's number, and gradients go to the layer's own
+weights, whose values nobody reads, so that XLA never cuts them out.
 """
 
 from __future__ import annotations

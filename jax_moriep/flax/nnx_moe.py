@@ -126,7 +126,7 @@ class EpMoE(nnx.Module):
           x: [..., H].
           token_mask: bool, x's shape without H.
           layer: under ``nnx.scan`` the number of this layer, as in ``jm.ep_moe``.
-          stack: all layers' weights, ``moe.weights(dtype)`` of the module that is scanned over, with the dtype
+          stack: all layers' weights, ``moe.weights(dtype)`` of the module that is scanned over, in the dtype
             of the experts' products.
 
         Returns:
