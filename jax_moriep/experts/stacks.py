@@ -60,17 +60,15 @@ def _num_layers(argument: str, whole: MoEParams) -> int:
         if value is None and name not in ranks:
             continue
         check_array(where, value, "pass the weights themselves")
-        if value.ndim != ranks.get(name, value.ndim) or value.ndim == 0 or value.shape[0] == 0:
-            must = (
-                f"have {ranks.get(name, 2)} dimensions with layer=, the layers first and at least one of them"
-            )
-            raise ConfigError(
-                rule(f"{where}.shape", tuple(value.shape), must, "stack the layers, or drop layer")
-            )
-        if num_layers not in (None, value.shape[0]):
+        shape = jnp.shape(value)
+        if len(shape) != ranks.get(name, len(shape)) or not shape or shape[0] == 0:
+            must = f"have {ranks.get(name, 2)} dimensions with layer=, the layers first and at least one"
+            cure = "stack the layers' weights, or drop layer"
+            raise ConfigError(rule(f"{where}.shape", shape, must, cure))
+        if num_layers not in (None, shape[0]):
             must = f"begin with {num_layers}, as many layers as the router has"
-            raise ConfigError(rule(f"{where}.shape", tuple(value.shape), must, "stack the same layers"))
-        num_layers = value.shape[0]
+            raise ConfigError(rule(f"{where}.shape", shape, must, "stack the same layers"))
+        num_layers = shape[0]
     assert num_layers is not None
     return num_layers
 
@@ -79,9 +77,10 @@ def _index(layer: Any, num_layers: int) -> jax.Array:
     """i32[] in range: what is traced is clamped, as jax's own slices are."""
     must, cure = f"be an integer in 0..{num_layers - 1}", "count the stack's layers from 0"
     if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
-        if not 0 <= layer < num_layers:
-            raise ConfigError(rule("layer", layer, must, cure))
-        return jnp.asarray(int(layer), jnp.int32)
+        number = int(layer)
+        if not 0 <= number < num_layers:
+            raise ConfigError(rule("layer", number, must, cure))
+        return jnp.asarray(number, jnp.int32)
     dtype = getattr(layer, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or layer.shape != ():
         shown = layer if dtype is None else f"{dtype}{list(layer.shape)}"
