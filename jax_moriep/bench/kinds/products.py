@@ -91,16 +91,16 @@ def of_triton(
     )
 
     def gate_up(s: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.gate_up(spec, tile, interpret, (x, f, s, a, b))
+        return passes.gate_up(spec, tile, interpret, (x, f, s, ExpertWeights(a, b)))
 
     def down(s: Any, h: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.down(spec, tile, interpret, h, (x, f, s, a, b))
+        return passes.down(spec, tile, interpret, h, (x, f, s, ExpertWeights(a, b)))
 
     def d_act(s: Any, d: Any, p: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.d_activations(spec, tile, capacity, interpret, d, (p,), (x, f, s, a, b))
+        return passes.d_activations(spec, tile, capacity, interpret, d, (p,), (x, f, s, ExpertWeights(a, b)))
 
     def d_rows(s: Any, p: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.d_rows(spec, tile, interpret, p, (x, f, s, a, b))
+        return passes.d_rows(spec, tile, interpret, p, (x, f, s, ExpertWeights(a, b)))
 
     def dw(s: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
         return gradient(left, right, run_starts(s, spec.block), s)

@@ -32,7 +32,7 @@ import jax
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts.pallas import choice
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Stack
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 
@@ -60,9 +60,10 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     # Imported on first use: Pallas would be most of what `import jax_moriep` adds to jax's own time.
     from jax_moriep.experts.pallas import mlp
 
-    return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec)
+    return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec, stack)
