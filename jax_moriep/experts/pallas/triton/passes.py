@@ -33,7 +33,7 @@ from jax_moriep.experts.pallas.launch import (
 )
 from jax_moriep.experts.pallas.rowwise import pre_activations, second
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
-from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.triton.products import (
     At,
     Epilogue,
