@@ -1,4 +1,4 @@
-"""The Hopper products, lowered on a machine that has no such GPU: layouts, copies and shapes that Mosaic takes."""
+"""The Hopper products, lowered on a machine without such a GPU: layouts, copies, shapes that Mosaic takes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,12 @@ from jax_moriep.plan import run_starts
 
 L, C = 4, 1024
 # DeepSeek-V3's and gpt-oss's kinds of sizes, and those whose rows are swizzled in 64 and in 32 bytes.
-SIZES = [("bfloat16", 512, 256, 128), ("bfloat16", 576, 320, 64), ("float16", 416, 288, 32), ("bfloat16", 208, 272, 32)]
+SIZES = [
+    ("bfloat16", 512, 256, 128),
+    ("bfloat16", 576, 320, 64),
+    ("float16", 416, 288, 32),
+    ("bfloat16", 208, 272, 32),
+]
 
 
 def lowers(fn, *shapes):
@@ -30,7 +35,11 @@ def test_forward(dtype, hidden, inner, block, biased):
     spec = ExpertSpec("swiglu_clamped", 7.0, 1.702, False, block)
 
     def fn(sizes, factors, rows, w1, w2, b1, b2):
-        tiles, b1, bias = row_tiles(sizes, block, C, ROWS), b1 if biased else None, (factors, b2) if biased else None
+        tiles, b1, bias = (
+            row_tiles(sizes, block, C, ROWS),
+            b1 if biased else None,
+            (factors, b2) if biased else None,
+        )
         act, saved = products.gate_up(rows, w1, factors, tiles, spec, saved_rows=C // 2, act=True, bias=b1)
         return products.product(act, w2, tiles, by_column=False, bias=bias), saved
 

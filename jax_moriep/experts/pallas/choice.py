@@ -100,8 +100,7 @@ def _said(choice: Choice, blocks: str, known: bool) -> str:
         return _by_triton(choice.reason)
     if not known:
         return (
-            f"products by Pallas-Mosaic if block is {blocks}, else by Pallas-Triton; "
-            "num_tokens=T says which"
+            f"products by Pallas-Mosaic if block is {blocks}, else by Pallas-Triton; num_tokens=T says which"
         )
     return "products by Pallas-Mosaic" + (", in tiles for few rows" if choice.few else "")
 

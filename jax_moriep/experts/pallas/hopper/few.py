@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from jax_moriep import schemes
 from jax_moriep.experts.pallas import activation, quantise
 from jax_moriep.experts.pallas.hopper import launch, scaled
-from jax_moriep.experts.pallas.hopper.launch import along_cols, meet, of_rows
+from jax_moriep.experts.pallas.hopper.launch import along_cols, of_rows
 from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
 from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
 from jax_moriep.experts.pallas.hopper.support import FEW_ROWS as ROWS
@@ -185,11 +185,16 @@ def _of_both(lanes: Lanes, largest: jax.Array) -> jax.Array:
     """The larger of what both warpgroups have for each row."""
     places, met = lanes.scratch
     places[lanes.me, :] = largest
-    meet(met)
+    _meet(met)
     other = of_rows(places.at[1 - lanes.me])
     # Nobody writes the next tile's before both have read these.
-    meet(met)
+    _meet(met)
     return jnp.maximum(largest, other)
+
+
+def _meet(met: Any) -> None:
+    mg.barrier_arrive(met)
+    mg.barrier_wait(met)
 
 
 def _in_tiles(row_tile: Any) -> Any:

@@ -133,12 +133,6 @@ def leave(
         pl.when(first < saved_rows)(lambda: lanes.leave(pre))
 
 
-def meet(met: Any) -> None:
-    """Waits for the other warpgroup that multiplies; ``met`` is a barrier of two arrivals."""
-    mg.barrier_arrive(met)
-    mg.barrier_wait(met)
-
-
 def of_rows(ref: Any) -> Any:
     """A value for each row of a warpgroup's sums."""
     return mg.load(ref, layout=mg.Layout.WGMMA.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.hopper import products
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
-from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.spec import ExpertSpec
 from jax_moriep.plan import run_starts
 
@@ -38,9 +38,7 @@ def backward(
     if saved_rows < capacity:
         behind = row_tiles(group_sizes, block, capacity, ROWS, saved_rows)
         b1 = biases[0] if biases else None
-        again = products.gate_up(
-            rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False, bias=b1
-        )
+        again = products.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False, bias=b1)
         pre += tuple(again)
     d_act = products.product(d_out, w2, tiles, by_column=True)
     slices = row_tiles(group_sizes, block, capacity, rowwise.SLICE)

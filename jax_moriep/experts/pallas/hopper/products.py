@@ -73,7 +73,6 @@ def product(
     """
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
     width, wide = _width(cols), _swizzle(depth, cols)
-    half = max(PIECE, width // 2 // PIECE * PIECE)
     blocks = (
         Block(ROWS, _DEPTH, 1, wide=wide),
         Block(_DEPTH, width, 0, wide=wide) if by_column else Block(width, _DEPTH, 1, wide=wide),
@@ -89,7 +88,7 @@ def product(
             def form(part: _Part) -> Work:
                 mine = pl.ds(part.col, part.cols)
 
-                def multiply(_: Any, operands: Any, sums: Any) -> None:
+                def multiply(_: Any, __: Any, operands: Any, sums: Any) -> None:
                     x, w = operands
                     w = w.at[:, mine] if by_column else w.at[mine].transpose((1, 0))
                     mg.wgmma(sums, x.at[pl.ds(part.row, _HALF)], w)
@@ -207,16 +206,17 @@ def gate_up(
             w = tuple(half.at[pl.ds(first, _GATES), :] for first in first_cols for half in halves)
 
             def form(row: Any, first_group: Any, count: int, height: int) -> Work:
-                mine = pl.ds(first_group * (2 * _GATES), count * 2 * _GATES)
+                both = count * 2 * _GATES
+                mine = pl.ds(first_group * (2 * _GATES), both)
 
-                def multiply(_: Any, operands: Any, sums: Any) -> None:
+                def multiply(_: Any, __: Any, operands: Any, sums: Any) -> None:
                     x, w = operands
                     mg.wgmma(sums, x.at[pl.ds(row, _HALF)], w.at[mine].transpose((1, 0)))
 
                 return Work(
                     _steps(depth),
                     (rows_ref.at[at.some(0, height), :], w),
-                    (_HALF, mine.size),
+                    (_HALF, both),
                     multiply,
                     lambda values: outs.leave(lanes, at, row, first_cols[0] + first_group * _GATES, values),
                 )
@@ -227,7 +227,7 @@ def gate_up(
 
         launch.all_tiles(blocks, rows.dtype, table, tiles, -(-cols // width), tile, piece_bytes=wide)
 
-    shapes = [((tiles.capacity, cols), rows.dtype)] if act else []
+    shapes: list[tuple[tuple[int, ...], Any]] = [((tiles.capacity, cols), rows.dtype)] if act else []
     if saved_rows:
         # Columns of gate and of up are two dimensions, so that what is behind the former is not stored.
         shapes.append(((saved_rows, 2, cols), rows.dtype))
@@ -242,7 +242,10 @@ def gate_up(
 
 @dataclasses.dataclass(frozen=True)
 class _GateUp:
-    """What becomes of the sums of ``gate_up``, whose arguments these are; ``refs`` are the bias and the results."""
+    """What becomes of the sums of ``gate_up``, whose arguments these are.
+
+    ``refs`` are the bias, if there is one, and the results.
+    """
 
     tiles: RowTiles
     spec: ExpertSpec
@@ -310,7 +313,7 @@ def weight_gradient(
             start, size = pl.multiple_of(starts_ref[expert], math.gcd(block, _DEPTH)), sizes_ref[expert]
             at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
-            def multiply(k: Any, operands: Any, sums: Any) -> None:
+            def multiply(k: Any, place: Any, operands: Any, sums: Any) -> None:
                 x, y = operands
                 x = x.at[:, own]
                 left_over = size - k * _DEPTH
@@ -320,11 +323,10 @@ def weight_gradient(
                     if both or unclean == "left":
                         _clear(x, left_over)
                     if both or unclean == "right":
-                        # Both warpgroups read all of it, so each clears some and waits for the other.
-                        for n in range(width // _DEPTH):
-                            part = y.at[:, pl.ds(n * _DEPTH, _DEPTH)]
-                            pl.when(lanes.me == n % 2)(functools.partial(_clear, part, left_over))
-                        launch.meet(lanes.scratch[0])
+                        # Both warpgroups read it. The first one, which is ahead, clears it for both.
+                        cleared = lanes.scratch[0].at[place]
+                        pl.when(lanes.me == 0)(functools.partial(_clear, y, left_over, cleared))
+                        pl.when(lanes.me == 1)(lambda: mg.barrier_wait(cleared))
 
                 mg.wgmma(sums, x.transpose((1, 0)), y)
 
@@ -337,19 +339,26 @@ def weight_gradient(
                 lambda values: lanes.leave([(values, out_ref.at[expert].at[at_rows, at_cols].at[own])]),
             )
 
-        turns, met = (num_experts, row_tiles * col_tiles), mg.Barrier(num_arrivals=2)
-        stream.run(blocks, left.dtype, turns, tile, piece_bytes=wide, scratch=(met,))
+        turns = (num_experts, row_tiles * col_tiles)
+        cleared = mg.Barrier(num_arrivals=1, num_barriers=stream.PLACES)
+        stream.run(blocks, left.dtype, turns, tile, piece_bytes=wide, scratch=(cleared,))
 
     shape = ((num_experts, tall, cols), left.dtype)
     return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
 
 
-def _clear(ref: Any, real: Any) -> None:
-    """Zeros in the rows of a square of shared memory from one on."""
-    row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, ref.shape, 0), mg.Layout.WGMMA)
-    values = ref[...]
-    ref[...] = jnp.where(row < lax.broadcast_in_dim(real, row.shape, ()), values, jnp.zeros_like(values))
+def _clear(ref: Any, real: Any, done: Any = None) -> None:
+    """Zeros in the rows of shared memory from one on; then arrives at a barrier, if one is given."""
+    # By squares, of which a warpgroup has the values in few registers beside its sums.
+    for col in range(0, ref.shape[1], _DEPTH):
+        square = ref.at[:, pl.ds(col, _DEPTH)]
+        row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, square.shape, 0), mg.Layout.WGMMA)
+        values = square[...]
+        real_rows = row < lax.broadcast_in_dim(real, row.shape, ())
+        square[...] = jnp.where(real_rows, values, jnp.zeros_like(values))
     mg.commit_smem()
+    if done is not None:
+        mg.barrier_arrive(done)
 
 
 def _steps(depth: int) -> int:

@@ -14,10 +14,10 @@ ROWS = 128
 FEW_ROWS = 64
 """Rows of a tile of the kernels for short runs, which both warpgroups multiply."""
 LEAST_BLOCK = 32
-"""The smallest block of the 16-bit kernels, whose tiles have 128 rows or 64. ``plan.default_block`` makes it a
-quarter of an expert's mean run, so smaller ones say that a run is shorter than a tile mostly."""
+"""The smallest block of the 16-bit kernels, whose tiles have 128 rows or 64. ``plan.default_block`` makes it
+a quarter of an expert's mean run, so a smaller one says that most runs are shorter than a tile."""
 _STRIP = 8
-"""Rows of swizzled shared memory that belong together: tiles begin, and results leave, in multiples of them."""
+"""Rows of swizzled shared memory that belong together: tiles begin, and results leave, in multiples of it."""
 _SIZE = 16
 """H and I are multiples of it: the 16-bit values that the narrowest swizzled rows of the matrix unit hold."""
 FORMAT = jnp.dtype(jnp.float8_e4m3fn)
