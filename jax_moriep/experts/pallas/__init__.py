@@ -23,7 +23,8 @@ On a CPU the same kernels run interpreted, which serves tests: ``unavailable_rea
 | `choice.py` | Mosaic's kernels or Triton's, and why |
 | `triton/`, `hopper/` | the kernels; `triton/tuning.py` and constants in `hopper/` say how they are cut |
 | `launch.py`, `tiles.py` | what kernels share: the call of Pallas, and the rows of each tile |
-| `activation.py`, `rowwise.py`, `quantise.py` | activations inside a kernel, and passes over rows |
+| `activation.py` | activations inside a kernel |
+| `rowwise.py`, `biases.py`, `quantise.py` | passes over rows |
 """
 
 from __future__ import annotations

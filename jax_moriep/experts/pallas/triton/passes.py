@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
@@ -33,7 +34,6 @@ from jax_moriep.experts.pallas.launch import (
 )
 from jax_moriep.experts.pallas.rowwise import pre_activations, second
 from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
-from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.triton.products import (
     At,
     Epilogue,

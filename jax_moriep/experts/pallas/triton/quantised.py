@@ -20,11 +20,11 @@ from jax import lax
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
 from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.launch import Tile, store
 from jax_moriep.experts.pallas.quantise import codes_of
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.pallas.triton import passes
-from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.triton.passes import Tiles
 from jax_moriep.experts.pallas.triton.products import (
     At,
