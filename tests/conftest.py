@@ -36,7 +36,8 @@ import jax  # noqa: E402 - it reads the environment
 from tests import processes  # noqa: E402
 
 if cache := os.environ.get("JAX_MORIEP_TEST_CACHE"):
-    jax.config.update("jax_compilation_cache_dir", f"{cache}/{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    jax.config.update("jax_compilation_cache_dir", f"{cache}/{worker}")
     # Seconds; to read a program takes some hundredth of one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 

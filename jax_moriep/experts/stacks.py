@@ -56,9 +56,9 @@ def _num_layers(argument: str, whole: MoEParams) -> int:
     ranks = {"router": 3, "w1": 4, "w2": 4}
     num_layers = None
     for name in WEIGHT_NAMES:
-        value, where = getattr(whole, name), f"{argument}.{name}"
-        if value is None and name not in ranks:
+        if getattr(whole, name) is None and name not in ranks:
             continue
+        value, where = getattr(whole, name), f"{argument}.{name}"
         check_array(where, value, "pass the weights themselves")
         shape = jnp.shape(value)
         if len(shape) != ranks.get(name, len(shape)) or not shape or shape[0] == 0:
