@@ -1,6 +1,6 @@
 """ep_moe: the whole expert-parallel layer in one call. The line that a token takes:
 
-route (routing.py) -> dispatch (exchange.py, transports/) -> expert_mlp (experts/) -> combine -> y,
+route (routing_step.py) -> dispatch (exchange.py, transports/) -> expert_mlp (experts/) -> combine -> y,
 
 and beside it the statistics (stats.py). ``fused.run`` is all between route and y, as three calls or as one.
 How tokens and weights lie on the mesh is said in layout.py and params.py.
@@ -8,7 +8,6 @@ How tokens and weights lie on the mesh is said in layout.py and params.py.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_moriep import exchange, experts, fused, operands, routing, stats
+from jax_moriep import exchange, experts, fused, operands, routing, routing_step, stats
 from jax_moriep import params as parameters
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats, check_type
 from jax_moriep.experts.stacks import stack_specs
@@ -170,20 +169,18 @@ def _local_moe(
         x = jnp.where(mask[:, None], x, 0)  # whatever a masked token holds reaches neither value nor gradient
 
     with jax.named_scope("moriep.route"):
-        chosen = routing.choose(x, params, cfg) if route is None else routing.in_rows(route)
-        if mask is not None:
-            chosen = dataclasses.replace(chosen, ids=jnp.where(mask[:, None], chosen.ids, -1))
-    counts, sums = stats.counted(chosen, mask, cfg)
+        if route is None:
+            routed = routing_step.run(x, params, cfg, mask, link.platform)
+        else:
+            routed = routing_step.given(routing.in_rows(route), cfg, mask)
 
     # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
     # are added on [T, H] instead of on [C, H].
-    x_here, ids, route_weights = (layout.vary_over_tp(a) for a in (x, chosen.ids, chosen.weights))
+    x_here, ids, route_weights = (layout.vary_over_tp(a) for a in (x, routed.ids, routed.weights))
     params = parameters.tp_part(params, cfg, layout)
-    words = stats.as_words(counts, sums)
-    y, all_words, order = fused.run(
-        link, cfg, fused.Tokens(x_here, ids, route_weights, words, params, order, stack)
-    )
-    measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
+    given = fused.Tokens(x_here, ids, route_weights, routed.words, params, order, stack)
+    y, all_words, order = fused.run(link, cfg, given)
+    measured = stats.collected(all_words, routed.sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
     if cfg.shared_intermediate_size is not None:
         with jax.named_scope("moriep.shared"):
             y = y + experts.shared_mlp(x_here, params, cfg)

@@ -70,8 +70,8 @@ def _sum(chosen: jax.Array) -> jax.Array:
     return chosen.sum(axis=-1, keepdims=True)
 
 
-def _weights(chosen: jax.Array, total: jax.Array, cfg: MoEConfig) -> jax.Array:
-    """The chosen scores, over ``total`` with ``norm_topk``, times ``routed_scaling``."""
+def weights_of(chosen: jax.Array, total: jax.Array, cfg: MoEConfig) -> jax.Array:
+    """Of chosen scores the weights: over ``total`` with ``norm_topk``, times ``routed_scaling``."""
     shares = divide(chosen, total) if cfg.norm_topk else chosen
     return shares * cfg.routed_scaling
 
@@ -105,7 +105,7 @@ def softmax_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig
     scores = jax.nn.softmax(logits, axis=-1)
     ids = _top_ids(scores, cfg.top_k)
     chosen = _chosen(scores, ids)
-    return ids, _weights(chosen, _sum(chosen), cfg), scores
+    return ids, weights_of(chosen, _sum(chosen), cfg), scores
 
 
 def topk_softmax(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -127,7 +127,7 @@ def sigmoid_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig
     scores = jax.nn.sigmoid(logits)
     ids = _top_ids(_biased(scores, score_bias), cfg.top_k)
     chosen = _chosen(scores, ids)
-    return ids, _weights(chosen, _sum(chosen), cfg), scores
+    return ids, weights_of(chosen, _sum(chosen), cfg), scores
 
 
 def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -147,7 +147,7 @@ def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig)
     )
     ids = _top_ids(choice, cfg.top_k)
     chosen = _chosen(scores, ids)
-    return ids, _weights(chosen, _sum(chosen) + 1e-20, cfg), scores
+    return ids, weights_of(chosen, _sum(chosen) + 1e-20, cfg), scores
 
 
 def deepseek_v2(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -161,7 +161,7 @@ def deepseek_v2(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig)
     limited = _keep_best_groups(scores, lambda grouped: grouped.max(axis=-1), 0.0, cfg)
     ids = _top_ids(limited, cfg.top_k)
     chosen = _chosen(limited, ids)
-    return ids, _weights(chosen, _sum(chosen), cfg), scores
+    return ids, weights_of(chosen, _sum(chosen), cfg), scores
 
 
 def gpt_oss(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -192,7 +192,7 @@ def ernie45(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> 
     scores = jax.nn.softmax(logits, axis=-1)
     ids = _top_ids(_biased(scores, score_bias), cfg.top_k)
     chosen = _chosen(scores, ids)
-    return ids, _weights(chosen, jnp.maximum(_sum(chosen), 1e-12), cfg), scores
+    return ids, weights_of(chosen, jnp.maximum(_sum(chosen), 1e-12), cfg), scores
 
 
 ROUTERS: dict[str, Router] = {
@@ -241,6 +241,11 @@ def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
 
 def choose(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
     """``route`` of tokens that have been checked already."""
+    return chosen(*scored(x, params, cfg), cfg)
+
+
+def scored(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> tuple[jax.Array, jax.Array | None]:
+    """The logits f32[..., E] of tokens that have been checked already, and the bias of the choice, f32[E]."""
     experts = cfg.num_experts
     weight = _expert_slice("router", params.router, True, (cfg.hidden_size, experts))
     router_bias = _expert_slice("router_bias", params.router_bias, cfg.router_bias, (experts,))
@@ -250,8 +255,13 @@ def choose(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
         logits = logits + router_bias
     if score_bias is not None:
         score_bias = jax.lax.stop_gradient(score_bias)
+    return logits, score_bias
+
+
+def chosen(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Route:
+    """What ``cfg.router`` makes of logits f32[..., E]."""
     router = cfg.router if callable(cfg.router) else ROUTERS[cfg.router]
-    flat = logits.reshape(-1, experts)
+    flat = logits.reshape(-1, cfg.num_experts)
     ids, weights, scores = _checked_choice(router(flat, score_bias, cfg), flat.shape, cfg)
     lead = logits.shape[:-1]
     return Route(

@@ -17,19 +17,20 @@ from jax_moriep.runtime import compat, group
 
 
 def counted(
-    route: routing.Route, token_mask: jax.Array | None, cfg: MoEConfig
+    ids: jax.Array, route: routing.Route, token_mask: jax.Array | None, cfg: MoEConfig
 ) -> tuple[jax.Array, balance.RouterSums]:
     """Measures this rank's tokens.
 
     Args:
-      route: this rank's routes, masked tokens having id -1.
+      ids: i32[T, K], those of the route, -1 where a token is masked.
+      route: this rank's routes.
       token_mask: bool[T] or None.
       cfg: the layer.
 
     Returns:
       i32[E], the routes to each expert; and what the losses need, as sums over the tokens.
     """
-    ids = route.ids.reshape(-1)
+    ids = ids.reshape(-1)
     valid = (ids >= 0) & (ids < cfg.num_experts)
     counts = jnp.bincount(jnp.where(valid, ids, cfg.num_experts), length=cfg.num_experts + 1)[:-1]
     return counts.astype(jnp.int32), balance.router_sums(route, token_mask)

@@ -126,6 +126,16 @@ class ExpertSpec:
             format=schemes.format_name(architecture),
         )
 
+    def mean_run(self, capacity: int, num_experts: int) -> float:
+        """Rows of an expert, in the mean, where the routing is balanced.
+
+        ``saved_rows`` is twice a balanced routing's rows and a block for each expert. Without it, all of the
+        capacity is taken to be used.
+        """
+        if self.saved_rows is None:
+            return max(0.0, capacity / num_experts - (self.block - 1))
+        return max(0.0, self.saved_rows / num_experts - self.block) / 2
+
     def code_dtype(self, weights: ExpertWeights) -> jnp.dtype:
         """Of the codes of rows and weights: that of the weights, if they are codes."""
         assert self.scheme is not None

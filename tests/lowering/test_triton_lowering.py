@@ -10,11 +10,18 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moriep as jm
 from jax_moriep import schemes
-from jax_moriep.config import SCHEMES
+from jax_moriep.config import GROUPED_ROUTERS, SCHEMES, SCORE_BIAS_ROUTERS
 from jax_moriep.experts import ExpertSpec, ExpertWeights, Stack, pallas
 
 L, C = 4, 1024
 FORWARD = ["moriep_down", "moriep_gate_up"]
+SMALL = ("moriep_route", "moriep_tiles")
+"""What is beside them on CUDA alone, see the tests of it."""
+
+
+def names_in(text):
+    """The names of the kernels of products and of passes over rows in a program."""
+    return sorted(name for name in re.findall(r'name = "(moriep_\w+)"', text) if name not in SMALL)
 
 
 def mesh_of(platform):
@@ -59,7 +66,7 @@ def kernels(platform, dtype, hidden, inner, spec, biases=False, backward=True):
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(sharded).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.dot_general" not in text, "the products are the kernels', on every platform"
-    return sorted(re.findall(r'name = "(moriep_\w+)"', text))
+    return names_in(text)
 
 
 def spec_of(activation="silu", weight_input=False, saved_rows=None, scheme=None, format="e4m3fn"):
@@ -126,7 +133,7 @@ def test_quantised_weights(scheme, platform, format):
             (jax.value_and_grad(loss, (0, 1)), [*backward, *FORWARD]),
         ):
             text = jax.jit(fn).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
-            assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == sorted(wanted)
+            assert names_in(text) == sorted(wanted)
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])
@@ -169,7 +176,31 @@ def test_the_layer(platform):
     layer = jax.jit(lambda x, params: jm.ep_moe(x, params, cfg, mesh=mesh)[0])
     with jax.sharding.use_abstract_mesh(mesh):
         text = layer.trace(x, params).lower(lowering_platforms=(platform,)).as_text()
-    assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == FORWARD
+    assert names_in(text) == FORWARD
+    # A table of tiles for both products, whose tiles have as many rows, and the routing of few tokens.
+    small = [name for name in re.findall(r'name = "(moriep_\w+)"', text) if name in SMALL]
+    assert sorted(small) == (list(SMALL) if platform == "cuda" else [])
+
+
+@pytest.mark.parametrize("router", jm.ROUTERS)
+def test_routing_of_few_tokens(router):
+    """One kernel of a program that is not differentiated; XLA's in one that is, and of many tokens."""
+    mesh = mesh_of("cuda")
+    given = {"score_bias": router in SCORE_BIAS_ROUTERS}
+    if router in GROUPED_ROUTERS:
+        given |= {"num_groups": 4, "top_groups": 2}
+    cfg = jm.MoEConfig(12, 3, 32, 16, router=router, transport="native", experts="triton", **given)
+    params = jax.eval_shape(lambda: jm.init_params(jax.random.key(0), cfg, jnp.bfloat16))
+
+    def loss(x, params, mask):
+        y, stats = jm.ep_moe(x, params, cfg, mesh=mesh, token_mask=mask)
+        return jnp.sum(y.astype(jnp.float32)) + stats.load_balance_loss + stats.z_loss
+
+    for fn, tokens, kernels_wanted in ((loss, 10, 1), (loss, 1200, 0), (jax.grad(loss, 1), 10, 0)):
+        x, mask = jax.ShapeDtypeStruct((tokens, 32), jnp.bfloat16), jax.ShapeDtypeStruct((tokens,), jnp.bool_)
+        with jax.sharding.use_abstract_mesh(mesh):
+            text = jax.jit(fn).trace(x, params, mask).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count('name = "moriep_route"') == kernels_wanted
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])

@@ -28,6 +28,7 @@ LAYERS = [
     ["fused"],
     ["layout"],
     ["resize", "padding", "params", "stats", "weights", "explain"],
+    ["routing_step", "routing_kernel"],
     ["layer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

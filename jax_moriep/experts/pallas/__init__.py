@@ -6,8 +6,8 @@ common sizes on NVIDIA's Hopper (``hopper/``); ``choice`` says which of them a c
 The rows' layout makes the products dense: a run starts at a multiple of ``block`` and belongs to one expert,
 so a tile of rows needs one expert's weights and no gather. What follows from that:
 
-- A table of tiles, made on the device from ``group_sizes``, says which expert and rows a tile has. Programs
-  walk over the tiles in use only, so that time follows the rows and not the capacity; only the zeros of the
+- A table of tiles, made on the device from ``group_sizes`` by a small kernel, says which expert and rows a
+  tile has. Programs walk over the tiles in use only, so that time follows the rows and not the capacity; only the zeros of the
   results are as long as the capacity.
 - Activation, biases, row weights and all masking are epilogues. A value that is padding reaches neither a
   result nor a gradient, whatever it is: masks select, they never multiply.
@@ -22,7 +22,7 @@ On a CPU the same kernels run interpreted, which serves tests: ``unavailable_rea
 | `mlp.py` | the MLP: its derivative, and the kernels that each platform gets |
 | `choice.py` | Mosaic's kernels or Triton's, and why |
 | `triton/`, `hopper/` | the kernels; `triton/tuning.py` and constants in `hopper/` say how they are cut |
-| `launch.py`, `tiles.py` | what kernels share: the call of Pallas, and the rows of each tile |
+| `launch.py`, `tiles.py`, `table.py` | what kernels share: the call of Pallas, and the rows of each tile |
 | `activation.py` | activations inside a kernel |
 | `rowwise.py`, `biases.py`, `quantise.py` | passes over rows |
 """

@@ -82,6 +82,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: Operands, kept: int, *of
     rows, _, group_sizes, weights = operands
     arrays = (*of_pass[:2], operands, *of_pass[2:])
     capacity, itemsize, table = rows.shape[0], rows.dtype.itemsize, tuning.table()
+    mean_run = spec.mean_run(capacity, group_sizes.size)
 
     def by_triton(platform: str) -> Callable[..., Any]:
         kind = compat.device_kind(platform)
@@ -90,7 +91,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: Operands, kept: int, *of
             if spec.scheme is not None and kernel in tuning.FORWARD:
                 mean = capacity / group_sizes.size
                 return tuning.lookup_of_codes(table, kind, kernel, spec.block, mean)
-            return tuning.lookup(table, kind, kernel, spec.block, itemsize)
+            return tuning.lookup(table, kind, kernel, spec.block, itemsize, mean_run)
 
         if spec.scheme is None:
             return functools.partial(getattr(passes, name), spec, tile_of, kept, False)

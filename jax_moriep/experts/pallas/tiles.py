@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_moriep.experts.pallas.table import Cut, table_of
 from jax_moriep.plan import run_starts
 
 GROUP = 16
@@ -131,7 +132,7 @@ def row_tiles(
     block: int,
     capacity: int,
     size: int,
-    first_row: int | jax.Array = 0,
+    first_row: int = 0,
     group: int = GROUP,
     first_expert: jax.Array | None = None,
 ) -> RowTiles:
@@ -151,34 +152,9 @@ def row_tiles(
     Returns:
       The tiles, sorted by row.
     """
-    starts = run_starts(group_sizes, block)
-    aligned = (group_sizes + block - 1) // block * block
-    counts = (aligned + size - 1) // size
-    ends = jnp.cumsum(counts)
     most = capacity // size + (0 if block % size == 0 else min(group_sizes.size, capacity // block))
     most = max(1, most)
-    tile = jnp.arange(most, dtype=jnp.int32)
-    # A comparison with every end: one small fused kernel, where a search would be a loop of several.
-    expert = jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, group_sizes.size - 1)
-    first_of_run, count = (ends - counts)[expert], counts[expert]
-    in_run = tile - first_of_run
-    first = starts[expert] + in_run * size
-    num_groups = jnp.maximum(1, (count + group - 1) // group)
-    # Group n of a run begins at its tile count * n // num_groups, so this is the group of tile in_run.
-    in_group = ((in_run + 1) * num_groups - 1) // jnp.maximum(1, count)
-    lines = (
-        expert if first_expert is None else expert + first_expert,
-        first,
-        (starts + group_sizes)[expert],
-        (starts + aligned)[expert],
-        first_of_run + count * in_group // num_groups,
-        first_of_run + count * (in_group + 1) // num_groups,
-    )
-    # From the runs, which are few: a sum over the tiles is done by one thread, for longer than a product.
-    left_out = jnp.sum(jnp.clip((first_row - starts) // size, 0, counts), dtype=jnp.int32)
-    last = jnp.stack([ends[-1], (starts + aligned)[-1], left_out, *[jnp.zeros_like(left_out)] * 3])
-    table = jnp.concatenate([jnp.stack(lines), last[:, None]], axis=1).astype(jnp.int32)
+    table = table_of(group_sizes, Cut(block, size, first_row, group, most), first_expert)
     return RowTiles(table, size, most, capacity, block, block % size != 0)
 
 

@@ -35,6 +35,10 @@ SMALLEST = "AMD Instinct MI300X"
 # tuned: f32 products use no matrix unit that bf16 would.
 _F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
 
+_DOZENS = 16
+"""Rows of an expert, in the mean, from which on kernels of ``FORWARD`` take the tile "dozens" for "few", if
+the device has one: half of what a tile "few" of the H100's table has, which many runs exceed then."""
+
 _FEWEST = 24
 """Rows of an expert, in the mean, up to which codes meet the tiles of "fewest_codes", which have 16 rows. How
 it was chosen is not recorded."""
@@ -52,8 +56,13 @@ def class_of(block: int) -> str:
     return "few" if block < 16 else "some" if block < 64 else "many"
 
 
-def lookup(table: Table, device_kind: str, kernel: str, block: int, itemsize: int) -> Tile:
+def lookup(
+    table: Table, device_kind: str, kernel: str, block: int, itemsize: int, mean_rows: float = 0
+) -> Tile:
     """The tile of a kernel.
+
+    A run that is longer than the tile has its expert's weights read again, and reading them is what bounds
+    kernels with few rows. So those of ``FORWARD`` may have a tile for runs of dozens of rows.
 
     Args:
       table: see ``Table``.
@@ -61,13 +70,17 @@ def lookup(table: Table, device_kind: str, kernel: str, block: int, itemsize: in
       kernel: a name in ``KERNELS``.
       block: rows per block.
       itemsize: bytes of one value of rows.
+      mean_rows: of an expert, in the mean, where the routing is balanced.
 
     Returns:
       The tile.
     """
     if itemsize > 2:
         return _F32
-    return Tile(**_of_device(table, device_kind)[kernel][class_of(block)])
+    of_kernel, name = _of_device(table, device_kind)[kernel], class_of(block)
+    if name == "few" and kernel in FORWARD and mean_rows >= _DOZENS:
+        name = "dozens" if "dozens" in of_kernel else name
+    return Tile(**of_kernel[name])
 
 
 def _of_device(table: Table, device_kind: str) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
