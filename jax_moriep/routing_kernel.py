@@ -1,8 +1,8 @@
 """The routing of few tokens in one kernel: scores, the choice, weights, and what is measured of them.
 
-A server that decodes has few tokens, and then a layer's time is that of reading its experts' weights, and of
-starting kernels. Of a router and its statistics XLA makes a dozen. On an H200 most took 1 to 4 us, and the one
-that puts the statistics side by side 80 us, with 8 tokens and 128 experts.
+A server that decodes has few tokens, and then a layer's time is that of reading its experts' weights, and
+of starting kernels. Of a router and its statistics XLA makes a dozen. On an H200 most took 1 to 4 us, and the
+one that puts the statistics side by side 80 us, with 8 tokens and 128 experts.
 
 The kernel is the formula of ``routing`` and ``stats`` once more, in what Triton knows: no sort and no gather,
 but masks and reductions over a tile of tokens and all experts. A program that is differentiated runs XLA's.

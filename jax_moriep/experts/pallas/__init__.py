@@ -7,8 +7,8 @@ The rows' layout makes the products dense: a run starts at a multiple of ``block
 so a tile of rows needs one expert's weights and no gather. What follows from that:
 
 - A table of tiles, made on the device from ``group_sizes`` by a small kernel, says which expert and rows a
-  tile has. Programs walk over the tiles in use only, so that time follows the rows and not the capacity; only the zeros of the
-  results are as long as the capacity.
+  tile has. Programs walk over the tiles in use only, so that time follows the rows and not the capacity; only
+  the zeros of the results are as long as the capacity.
 - Activation, biases, row weights and all masking are epilogues. A value that is padding reaches neither a
   result nor a gradient, whatever it is: masks select, they never multiply.
 - Weights are read in the public layout. Pre-activations are kept for ``spec.saved_rows`` rows and computed
