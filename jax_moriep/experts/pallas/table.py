@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def kernel(group_sizes: jax.Array, cut: Cut, *first: jax.Array, interpret: bool)
     size = min(max(16, _VALUES // padded), power_of_two(cut.max_tiles + 1))
     programs = -(-(cut.max_tiles + 1) // size)
 
-    def body(sizes_ref: jax.Array, *refs: jax.Array) -> None:
+    def body(sizes_ref: Any, *refs: Any) -> None:
         *first_refs, table_ref = refs
         all_experts = span(0, padded, experts)
         mask = all_experts.mask
