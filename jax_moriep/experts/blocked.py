@@ -24,11 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts import rounding
 from jax_moriep.experts.activation import gated
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
@@ -87,7 +88,7 @@ def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
     out, saved = _forward(spec, operands, _saved_rows(spec, operands[0].shape[0]))
-    return out, (operands, saved)
+    return out, (operands, checkpoint_name(saved, SAVED_NAME))
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:

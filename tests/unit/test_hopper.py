@@ -17,7 +17,7 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.pallas.hopper import launch, products, stream
+from jax_moriep.experts.pallas.hopper import act_grad, launch, products, stream
 from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
@@ -106,16 +106,57 @@ def test_gate_up(saved_rows):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "unclean"), [("uneven", "left"), ("uneven", "right"), ("none", "right"), ("all to one", "left")]
+    ("sizes", "unclean", "dtype"),
+    [
+        ("uneven", "left", "bfloat16"),
+        ("uneven", "right", "float32"),
+        ("none", "right", "bfloat16"),
+        ("all to one", "left", "float32"),
+    ],
 )
-def test_weight_gradient(sizes, unclean):
+def test_weight_gradient(sizes, unclean, dtype):
     case = Case(sizes)
     left = case.rows(H, np.nan if unclean == "left" else 0)
     right = case.rows(INNER, np.nan if unclean == "right" else 0)
     starts, group_sizes = jnp.asarray(case.starts), jnp.asarray(case.sizes)
-    out = products.weight_gradient(left, right, starts, group_sizes, unclean=unclean)
+    out = products.weight_gradient(left, right, starts, group_sizes, dtype, unclean=unclean)
+    assert out.dtype == dtype
     for expert, at, _ in case.experts():
-        assert_close(out[expert], f64(left[at]).T @ f64(right[at]))
+        want = f64(left[at]).T @ f64(right[at])
+        assert_close(out[expert], want)
+        if dtype == "float32":
+            assert np.linalg.norm(f64(out[expert]) - want) <= 1e-6 * np.linalg.norm(want)
+    assert no_races()
+
+
+@pytest.mark.parametrize("kept", ["all", "some"])
+@pytest.mark.parametrize("inner", [128, 256])
+def test_activation_gradient(inner, kept):
+    case = Case("uneven")
+    d_out, w2, pre = case.rows(H), case.weights(4, H, inner), case.rows(2 * inner)
+    factors = np.where(case.real, case.rng.uniform(0.5, 1, case.capacity), 0).astype(np.float32)
+    pres, saved_rows = (pre,), case.capacity
+    if kept == "some":
+        # Each row is in one of them.
+        saved_rows = ROWS
+        behind = jnp.where(jnp.arange(case.capacity)[:, None] < saved_rows, jnp.nan, pre)
+        pres = (pre[:saved_rows], behind)
+    act, d_pre, shares = act_grad.activation_gradient(
+        d_out, w2, pres, jnp.asarray(factors), case.tiles, SPEC, saved_rows=saved_rows
+    )
+    shares = f64(shares).sum(axis=0)
+    for expert, at, padding in case.experts():
+        d = f64(d_out[at]) @ f64(w2[expert])
+        gate, up = np.split(f64(pre[at]), 2, axis=1)
+        sigmoid, factor = 1 / (1 + np.exp(-gate)), f64(factors)[at, None]
+        value = gate * sigmoid * up
+        assert_close(act[at], value * factor)
+        by_gate = sigmoid * (1 + gate * (1 - sigmoid)) * up
+        assert_close(d_pre[at], np.concatenate([d * by_gate, d * gate * sigmoid], axis=1) * factor)
+        assert_close(shares[at], (d * value).sum(axis=1))
+        assert not f64(act[padding]).any()
+        assert not f64(d_pre[padding]).any()
+        assert not shares[padding].any()
     assert no_races()
 
 

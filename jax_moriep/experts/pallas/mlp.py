@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.pallas.hopper import passes as hopper_passes
@@ -17,7 +18,7 @@ from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.launch import Tile
 from jax_moriep.experts.pallas.triton import passes, tuning
 from jax_moriep.experts.pallas.triton import quantised as quantised_passes
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights
 from jax_moriep.runtime import compat
 
 _Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
@@ -46,7 +47,7 @@ def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
     out, *saved = _on_platform("forward", spec, operands, saved_rows(spec, operands[0].shape[0]))
-    return out, (operands, saved)
+    return out, (operands, checkpoint_name(saved, SAVED_NAME))
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:

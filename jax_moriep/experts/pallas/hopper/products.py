@@ -39,7 +39,7 @@ where 8 is the default of ``Tile.group``; not tuned here."""
 def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: bool) -> jax.Array:
     """See ``triton.products.rows_times_weights``: the product alone, undefined behind the last run."""
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
-    width, height = _width(cols), ROWS // 2
+    width, height = width_of(cols), ROWS // 2
     blocks = (Block(ROWS, _DEPTH, 1), Block(_DEPTH, width, 0) if by_column else Block(width, _DEPTH, 1))
 
     def body(table: Any, rows_ref: Any, weights_ref: Any, out_ref: Any) -> None:
@@ -142,7 +142,13 @@ def gate_up(
 
 
 def weight_gradient(
-    left: jax.Array, right: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, unclean: str
+    left: jax.Array,
+    right: jax.Array,
+    starts: jax.Array,
+    group_sizes: jax.Array,
+    dtype: Any,
+    *,
+    unclean: str,
 ) -> jax.Array:
     """See ``triton.products.weight_gradient``.
 
@@ -151,6 +157,7 @@ def weight_gradient(
       right: [C, N].
       starts: i32[L], the first row of every run.
       group_sizes: i32[L].
+      dtype: of the result; the sums leave the registers as it.
       unclean: "left" or "right", the operand whose padding may hold anything; the other's must be zeros up to
         the next multiple of ``_DEPTH`` rows.
 
@@ -158,7 +165,7 @@ def weight_gradient(
       [L, M, N].
     """
     num_experts, tall, cols = group_sizes.size, left.shape[1], right.shape[1]
-    width = _width(cols)
+    width = width_of(cols)
     row_tiles, col_tiles = tall // ROWS, cols // width
     # Each warpgroup clears what it alone reads, so neither waits for the other.
     by_rows = unclean == "left"
@@ -202,13 +209,13 @@ def weight_gradient(
                 finish,
             )
 
-        stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile)
+        stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile, results=(dtype,))
 
-    shape = ((num_experts, tall, cols), left.dtype)
+    shape = ((num_experts, tall, cols), dtype)
     return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
 
 
-def _width(cols: int) -> int:
+def width_of(cols: int) -> int:
     """Columns of a tile: the most that the matrix unit multiplies at once, or half of it where those do not
     divide the matrix."""
     return 256 if cols % 256 == 0 else 128

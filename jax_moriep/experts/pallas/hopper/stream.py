@@ -78,14 +78,51 @@ class Work:
       sources: the operands; the blocks begin at their first row and column.
       sums: shapes of one warpgroup's sums, f32.
       multiply: multiply(step, blocks, sums) enqueues one product into each of the sums.
-      finish: finish(values of the sums) stores them, by ``Lanes.leave``.
+      finish: finish(values of the sums) stores them, by ``Lanes.leave``; with a tail finish(values, tail).
+      tail: steps behind those of the product, at most ``PLACES``: what ``finish`` finds in shared memory.
+      fetch: fetch(n, places, arrived) copies what step n of the tail brings, as many copies as a step of the
+        product has operands.
     """
 
     steps: Any
     sources: tuple[Any, ...]
     sums: tuple[tuple[int, int], ...]
     multiply: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
-    finish: Callable[[tuple[Any, ...]], None]
+    finish: Callable[..., None]
+    tail: int = 0
+    fetch: Callable[[int, tuple[Any, ...], Any], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """What a warpgroup finds behind the last step of a product.
+
+    Attributes:
+      first: the number of the tail's first step in the program's stream.
+      buffers: the places of each operand's blocks.
+      produced: their barriers, as in ``run``.
+      consumed: likewise.
+    """
+
+    first: Any
+    buffers: tuple[Any, ...]
+    produced: Any
+    consumed: Any
+
+    def blocks(self, n: Any) -> tuple[Any, ...]:
+        """The places of step n."""
+        return tuple(places.at[self._place(n)] for places in self.buffers)
+
+    def wait(self, n: Any) -> None:
+        """Waits until step n has come; each warpgroup waits for each step."""
+        mg.barrier_wait(self.produced.at[self._place(n)])
+
+    def release(self, n: Any) -> None:
+        """Lets the places of step n be filled again."""
+        mg.barrier_arrive(self.consumed.at[self._place(n)])
+
+    def _place(self, n: Any) -> Any:
+        return lax.rem(self.first + n, jnp.int32(PLACES))
 
 
 def _swizzled(dtype: Any, wide: int = 128) -> tuple[Any, ...]:
@@ -220,14 +257,22 @@ def _copy(
     def one(info: Any, carry: Any) -> Any:
         tile = work(lanes, info.index)
 
-        def step(k: Any, done: Any) -> Any:
+        def next_place(done: Any) -> Any:
             place = lax.rem(done, jnp.int32(PLACES))
             pl.when(done >= PLACES)(lambda: mg.barrier_wait(consumed.at[place]))
+            return place
+
+        def step(k: Any, done: Any) -> Any:
+            place = next_place(done)
             for block, source, places in zip(blocks, tile.sources, buffers, strict=True):
                 mg.copy_gmem_to_smem(block.at(source, k), places.at[place], produced.at[place])
             return done + 1
 
-        return lax.fori_loop(0, tile.steps, step, carry)
+        done = lax.fori_loop(0, tile.steps, step, carry)
+        for n in range(tile.tail):
+            place = next_place(done + n)
+            tile.fetch(n, tuple(places.at[place] for places in buffers), produced.at[place])
+        return done + tile.tail
 
     done: Any = mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))(one)
 
@@ -259,8 +304,12 @@ def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, 
             mg.wgmma_wait(0)
             last = lax.rem(carry + tile.steps + (PLACES - 1), jnp.int32(PLACES))
             pl.when(tile.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
-            tile.finish(tuple(total[...] for total in sums))
+            values = tuple(total[...] for total in sums)
+            if tile.tail:
+                tile.finish(values, Tail(carry + tile.steps, buffers, produced, consumed))
+            else:
+                tile.finish(values)
 
         acc = mg.ACC  # pyright: ignore[reportPrivateImportUsage]
         pl.run_scoped(summed, *(acc(shape, jnp.float32) for shape in tile.sums))
-        return carry + tile.steps
+        return carry + tile.steps + tile.tail
