@@ -25,8 +25,8 @@ from jax_moriep.experts.pallas.tiles import OfTile, RowTiles
 from jax_moriep.experts.spec import ExpertSpec
 
 _DEPTH = 64
-"""As in ``products``. So many rows has a block of w2, and so have the pre-activations that fit into its place,
-which are a warpgroup's."""
+"""As in ``products``. A block of w2 has so many rows, and so have the pre-activations that fit into it, those
+of a warpgroup."""
 _TAIL = 4
 """Steps behind those of the product: both warpgroups' gate rows, then their up rows."""
 
