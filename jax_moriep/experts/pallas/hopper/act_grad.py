@@ -156,7 +156,7 @@ def _finish(
     row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, (_DEPTH, PIECE), 0), mg.Layout.WGMMA)
     real = row < lax.broadcast_in_dim(at.stop - mine.start, row.shape, ())
     factor = lax.broadcast_in_dim(factor, row.shape, (0,))
-    share = 0.0
+    share: Any = 0.0
     for col in range(0, at.width, PIECE):
         here = slice(col, col + PIECE)
         gate, up = (jnp.where(real, x[:, here].astype(jnp.float32), 0.0) for x in (gate_place, up_place))
