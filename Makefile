@@ -19,11 +19,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_COMPILE := 0
 # Options of pip that leave the GPUs' libraries out; CUDA's takes minutes where there is an nvcc.
 CPU_ONLY := -C cmake.define.MORIEP_BUILD_CUDA=OFF -C cmake.define.MORIEP_BUILD_ROCM=OFF
+# Programs that tests compiled, for the next run: tests/conftest.py.
+export JAX_MORIEP_TEST_CACHE ?= $(CURDIR)/build/test-cache
 # What is tested is this checkout, whatever the caller's shell would import.
 unexport PYTHONPATH
 
-.PHONY: demo bench test check test-cpp build-cpp test-gpu test-newest test-maxtext rocm-sim test-rocm lint docs build wheel \
-  clean
+.PHONY: demo bench test test-alone test-beside check test-cpp build-cpp test-gpu test-newest test-maxtext rocm-sim \
+  test-rocm lint docs build wheel clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -32,16 +34,22 @@ demo: build
 bench: build
 	$(BIN)/jax-moriep bench $(or $(ARGS),layer)
 
-# These count seconds until a process that is gone is missed, and mostly wait: they share the machine with each
-# other only. The parallel part comes last, so that the output ends with its summary. The tests of a file share
-# what they compile or build; the longest files do not come last, where a worker would be left with one while the
-# others have nothing to do.
+# These count seconds until a process that is gone is missed, and mostly wait: they share the machine with each other
+# and with the tests on the newest jax, which give way to them. The parallel part comes last, so that the output ends
+# with its summary. The tests of a file share what they compile or build; the longest files do not come last, where a
+# worker would be left with one while the others have nothing to do.
 ALONE := tests/multiprocess/test_launch.py tests/multiprocess/test_native.py tests/multiprocess/test_two_level.py
 FIRST := tests/packaging tests/multiprocess tests/unit
 PARALLEL := $(FIRST) $(filter-out $(FIRST) tests/rocm tests/maxtext %__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
-test: build test-cpp test-newest
-	$(BIN)/pytest -n $(JOBS) $(ALONE)
+test: build test-cpp
+	$(MAKE) --no-print-directory -j2 --output-sync=recurse test-alone test-beside
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore %) $(PARALLEL)
+
+test-alone:
+	$(BIN)/pytest -n $(JOBS) $(ALONE)
+
+test-beside:
+	nice -n 10 $(MAKE) --no-print-directory test-newest
 
 # For while you work: style, the arrows between modules, the pages, what is refused and how, routes, plans and
 # parameters, and the native transport's contract. Chosen by their CPU seconds, of which all have some 170.

@@ -74,19 +74,27 @@ def normed(x: jax.Array) -> jax.Array:
 
 # What the exchanges brought is kept for the backward pass; all other arithmetic of the layer is done again.
 @functools.partial(jax.checkpoint, policy=jm.checkpoint_policy())
-def layer(x: jax.Array, weights: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """x [B, S, H] behind a layer, and the number of tokens that each expert got, i32[E]."""
+def layer(
+    stack: jm.MoEParams, x: jax.Array, of_layer: tuple[dict[str, Any], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """x [B, S, H] behind a layer, and the number of tokens that each expert got, i32[E].
+
+    The experts' kernels read the stack of all layers, for XLA would copy a layer's weights for them.
+    """
+    weights, number = of_layer
     q, k, v = jnp.split((normed(x) @ weights["qkv"]).reshape(*x.shape[:-1], 3 * HEADS, -1), 3, axis=-2)
     seen = jax.nn.dot_product_attention(normed(q), normed(k), v, is_causal=True)
     x = x + seen.reshape(x.shape) @ weights["out"]
-    y, stats = jm.ep_moe(normed(x), weights["moe"], CFG, mesh=mesh)
+    y, stats = jm.ep_moe(normed(x), weights["moe"], CFG, mesh=mesh, stack=stack, layer=number)
     return x + y, stats.expert_counts
 
 
 def loss(params: dict[str, Any], windows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean loss in nats on windows i32[B, LENGTH + 1], and the load of the experts i32[LAYERS, E]."""
     position = jnp.sin(jnp.arange(LENGTH)[:, None] * 1000.0 ** -jnp.linspace(0, 1, CFG.hidden_size))
-    x, counts = jax.lax.scan(layer, params["embedding"][windows[:, :-1]] + position, params["layers"])
+    x, layers = params["embedding"][windows[:, :-1]] + position, params["layers"]
+    body = functools.partial(layer, layers["moe"])
+    x, counts = jax.lax.scan(body, x, (layers, jnp.arange(LAYERS)))
     logits = normed(x) @ params["head"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean(), counts
 

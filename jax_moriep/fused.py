@@ -60,6 +60,8 @@ class Tokens(NamedTuple):
     """This rank's experts."""
     order: jax.Array
     """f32[1]."""
+    stack: experts.Stack | None = None
+    """Where experts that are not laid out for one call may be read."""
 
 
 Results = tuple[jax.Array, jax.Array, jax.Array]
@@ -103,7 +105,7 @@ def _three_calls(link: Link, cfg: MoEConfig, given: Tokens) -> Results:
         link, cfg, given.x, given.ids, given.weights, given.words, given.order
     )
     with jax.named_scope("moriep.experts"):
-        rows = experts.expert_mlp(disp, given.params, cfg)
+        rows = experts.of_rows(disp, given.params, cfg, given.stack)
     y, order = exchange.ordered_combine(rows, disp.plan, order)
     return y, all_words, order
 

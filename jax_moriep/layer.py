@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jax_moriep import exchange, experts, fused, operands, routing, stats
 from jax_moriep import params as parameters
 from jax_moriep.config import MoEConfig, MoEParams, MoEStats, check_type
+from jax_moriep.experts.stacks import stack_specs
 from jax_moriep.layout import Layout
 from jax_moriep.plan import Link
 from jax_moriep.runtime import compat
@@ -42,6 +43,8 @@ def ep_moe(
     tp_axis: str | None = None,
     token_mask: jax.Array | None = None,
     route: routing.Route | None = None,
+    layer: int | jax.Array | None = None,
+    stack: MoEParams | None = None,
 ) -> tuple[jax.Array, MoEStats]:
     """One mixture-of-experts layer, its experts spread over the devices along ``ep_axis``.
 
@@ -64,6 +67,20 @@ def ep_moe(
         router, or routes that are replayed. An id that is not in 0..E-1 is routed nowhere. The layer then
         reads neither ``cfg.router`` (but "llama4" still weighs the experts' inputs) nor the router's weights.
         Gradients flow back into its weights, scores and logits.
+      layer: which layer of stacked weights it is, whose arrays have a dimension for the layers in front:
+        ``params`` of all layers, or ``stack``. The experts' kernels read it where it lies, where XLA would
+        copy what ``lax.scan`` gives its body. An int must be in range; a traced one is clamped.
+      stack: the weights of all layers, where ``params`` are those of this one, as a scan over the stack gives
+        them. Their experts' values are then read in the stack at ``layer``, and gradients are those of
+        ``params``, which a scan writes into one stack; with ``layer`` alone JAX adds up gradients of whole
+        stacks, layer by layer::
+
+          def body(x, of_layer):
+              params, i = of_layer
+              y, stats = jm.ep_moe(x, params, cfg, stack=stack, layer=i)
+              return x + y, stats
+
+          x, stats = jax.lax.scan(body, x, (stack, jnp.arange(num_layers)))
 
     Returns:
       y like x, and the statistics of the call.
@@ -75,20 +92,23 @@ def ep_moe(
     """
     mesh = meshes.resolve(mesh)
     layout = Layout.of(mesh, ep_axis, token_axes, tp_axis)
+    params, read = experts.of_layer(params, layer, stack)
     _check(x, params, cfg, layout, token_mask, route)
     x, params, token_mask, route = reverse_only((x, params, token_mask, route), "ep_moe")
-    x, params, token_mask, route = unbatched((x, params, token_mask, route), _VMAP_CURE)
+    x, params, token_mask, route, read = unbatched((x, params, token_mask, route, read), _VMAP_CURE)
 
     lead = x.shape[:-1]
     x, *beside, x_spec = layout.place_tokens(mesh, x, token_mask, route)
+    read = parameters.placed_stack(read, params, cfg, layout, mesh)
     params = parameters.placed(params, cfg, layout, mesh)
     specs = parameters.param_specs(cfg, ep_axis, tp_axis, params=params)
+    of_stack = None if read is None else stack_specs(specs)
     num_tokens = math.prod(x.shape[:-1]) // layout.num_shards
     link = exchange.make_link(cfg, mesh, num_tokens, x.dtype, ep_axis)
 
-    mapped = _mapped(mesh, cfg, link, layout, x_spec, specs)
+    mapped = _mapped(mesh, cfg, link, layout, x_spec, specs, of_stack)
     with chained(layout.chain_key(mesh), lambda: layout.first_order(mesh, params.router)) as chain:
-        given = (x, params, chain.order, tuple(beside))
+        given = (x, params, chain.order, tuple(beside), read)
         if not any(map(compat.is_tracer, jax.tree.leaves(given))):
             mapped = _compiled(mapped)
         y, measured, chain.order = mapped(*given)
@@ -109,18 +129,19 @@ def _mapped(
     layout: Layout,
     x_spec: PartitionSpec,
     param_specs: MoEParams,
+    of_stack: experts.Stack | None,
 ) -> Callable[..., tuple[jax.Array, MoEStats, jax.Array]]:
-    """The layer over the mesh: fn(x, params, order, (mask or None, route or None))."""
+    """The layer over the mesh: fn(x, params, order, (mask or None, route or None), stack or None)."""
 
     def body(
-        x: jax.Array, params: MoEParams, order: jax.Array, beside: Any
+        x: jax.Array, params: MoEParams, order: jax.Array, beside: Any, stack: experts.Stack | None
     ) -> tuple[jax.Array, MoEStats, jax.Array]:
-        return _local_moe(x, params, cfg, link, layout, order, *beside)
+        return _local_moe(x, (params, stack), cfg, link, layout, order, *beside)
 
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(x_spec, param_specs, layout.order_spec, x_spec),
+        in_specs=(x_spec, param_specs, layout.order_spec, x_spec, of_stack),
         out_specs=(x_spec, PartitionSpec(), layout.order_spec),
     )
 
@@ -133,7 +154,7 @@ def _compiled(mapped: Callable[..., Any]) -> Callable[..., Any]:
 
 def _local_moe(
     x: jax.Array,
-    params: MoEParams,
+    weights: tuple[MoEParams, experts.Stack | None],
     cfg: MoEConfig,
     link: Link,
     layout: Layout,
@@ -142,7 +163,7 @@ def _local_moe(
     route: routing.Route | None,
 ) -> tuple[jax.Array, MoEStats, jax.Array]:
     """The layer on one device, inside shard_map."""
-    lead = x.shape[:-1]
+    lead, (params, stack) = x.shape[:-1], weights
     x = x.reshape(-1, x.shape[-1])
     if mask is not None:
         mask = mask.reshape(-1)
@@ -156,10 +177,12 @@ def _local_moe(
 
     # Each tensor-parallel rank dispatches for itself: typed as varying here, the gradients of the tp ranks
     # are added on [T, H] instead of on [C, H].
-    x_here, ids, weights = (layout.vary_over_tp(a) for a in (x, chosen.ids, chosen.weights))
+    x_here, ids, route_weights = (layout.vary_over_tp(a) for a in (x, chosen.ids, chosen.weights))
     params = parameters.tp_part(params, cfg, layout)
     words = stats.as_words(counts, sums)
-    y, all_words, order = fused.run(link, cfg, fused.Tokens(x_here, ids, weights, words, params, order))
+    y, all_words, order = fused.run(
+        link, cfg, fused.Tokens(x_here, ids, route_weights, words, params, order, stack)
+    )
     measured = stats.collected(all_words, sums, cfg, link.shape, layout.ep_axis, layout.token_axes)
     if cfg.shared_intermediate_size is not None:
         with jax.named_scope("moriep.shared"):

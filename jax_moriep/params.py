@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jax_moriep import schemes
 from jax_moriep.config import LAYOUTS, PER_EXPERT, WEIGHT_NAMES, MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, ShardingError, rule
+from jax_moriep.experts.spec import Stack
+from jax_moriep.experts.stacks import in_front, readable, stack_specs
 from jax_moriep.layout import Layout, axes_of
 from jax_moriep.operands import check_array
 from jax_moriep.plan import experts_per_rank
@@ -110,7 +112,8 @@ def param_specs(
       cfg: the layer.
       ep_axis: the expert-parallel mesh axis.
       tp_axis: the tensor-parallel mesh axis, if any.
-      params: the weights that the specs are for, if their experts may be quantised: those have scales too.
+      params: the weights that the specs are for, if their experts may be quantised, which have scales too,
+        or if they are stacked layers, whose first dimension is then not split.
 
     Returns:
       A MoEParams of PartitionSpecs, None where there is no weight.
@@ -139,7 +142,13 @@ def param_specs(
     }
     shapes = param_shapes(cfg, quantised=params is not None and params.w1_scale is not None)
     used: dict[str, Any] = {name: spec if shapes[name] else None for name, spec in specs.items()}
-    return MoEParams(**used, layout="plain" if params is None else params.layout)
+    one = MoEParams(**used, layout="plain" if params is None else params.layout)
+    return one if params is None or _num_leading(params) == 0 else in_front(one)
+
+
+def _num_leading(params: MoEParams) -> int:
+    """How many dimensions weights have in front: one if they are stacked layers."""
+    return len(params.router.shape) - 2
 
 
 def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
@@ -150,7 +159,7 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
     padded for is padded anew.
 
     Args:
-      params: weights of E experts, or of a padded number of experts.
+      params: weights of E experts, or of a padded number of experts; of one layer or of stacked ones.
       num_ranks: R.
 
     Returns:
@@ -165,10 +174,15 @@ def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
         raise ConfigError(rule("num_ranks", num_ranks, "be a positive integer", cure))
     padded = int(num_ranks) * experts_per_rank(params.router.shape[-1], int(num_ranks))
 
+    axis = _num_leading(params)
+
     def pad(w: Any) -> Any:
-        if w is None or w.shape[0] == padded:
+        if w is None or w.shape[axis] == padded:
             return w
-        return jnp.pad(w[:padded], [(0, max(0, padded - w.shape[0]))] + [(0, 0)] * (w.ndim - 1))
+        w = lax.slice_in_dim(w, 0, min(padded, w.shape[axis]), axis=axis)
+        widths = [(0, 0)] * w.ndim
+        widths[axis] = (0, padded - w.shape[axis])
+        return jnp.pad(w, widths)
 
     return dataclasses.replace(params, **{name: pad(getattr(params, name)) for name in PER_EXPERT})
 
@@ -283,19 +297,45 @@ def placed(
         elif value is not getattr(params, name):
             done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
         else:
-            got = jax.typeof(value).sharding.spec
-            if _trim(got, layout) != _trim(spec, layout):
-                raise ShardingError(
-                    rule(
-                        f"params.{name}.sharding",
-                        got,
-                        f"be {spec}",
-                        "place the weights with jax.device_put or jax.sharding.reshard by jm.param_specs",
-                    )
-                )
-            # Free: they differ by axes of one device at most.
-            done[name] = jax.sharding.reshard(value, NamedSharding(mesh, spec))
+            done[name] = _as_specified(f"params.{name}", value, spec, layout, mesh)
     return MoEParams(**done)
+
+
+def placed_stack(
+    stack: Stack | None,
+    params: MoEParams,
+    cfg: MoEConfig,
+    layout: Layout,
+    mesh: jax.sharding.Mesh | AbstractMesh,
+) -> Stack | None:
+    """A stack as a layer takes it, if the layer's experts can be read in it as they lie; else None.
+
+    Raises:
+      ShardingError: on an Explicit mesh it lies otherwise than by ``param_specs``.
+    """
+    whole = layout.tp_axis is None
+    stack = readable(stack, params, num_ranks=layout.num_ranks, whole=whole)
+    if stack is None or not layout.explicit:
+        return stack
+    specs = stack_specs(param_specs(cfg, layout.ep_axis, params=params)).weights
+    placed: dict[str, Any] = {}
+    for name in PER_EXPERT:
+        value, spec = getattr(stack.weights, name), getattr(specs, name)
+        if value is not None:
+            placed[name] = _as_specified(f"stack.{name}", value, spec, layout, mesh)
+    return stack._replace(weights=stack.weights._replace(**placed))
+
+
+def _as_specified(
+    name: str, value: jax.Array, spec: P, layout: Layout, mesh: jax.sharding.Mesh | AbstractMesh
+) -> jax.Array:
+    """An array on an Explicit mesh whose sharding must be the spec, but for axes of one device."""
+    got = jax.typeof(value).sharding.spec
+    if _trim(got, layout) != _trim(spec, layout):
+        cure = "place the weights with jax.device_put or jax.sharding.reshard by jm.param_specs"
+        raise ShardingError(rule(f"{name}.sharding", got, f"be {spec}", cure))
+    # Free: they differ by axes of one device at most.
+    return jax.sharding.reshard(value, NamedSharding(mesh, spec))
 
 
 def _trim(spec: P, layout: Layout) -> tuple[Any, ...]:

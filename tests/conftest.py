@@ -2,6 +2,9 @@
 
 ``JAX_MORIEP_TEST_PLATFORM=cuda pytest tests/gpu tests/contract`` (or ``rocm``) runs the tests that need a GPU
 and the contract suite, on as many GPUs as there are; no other tests fit there.
+
+``JAX_MORIEP_TEST_CACHE`` names a folder that keeps compiled programs from one run to the next, as ``make test``
+has it. A worker has a part of its own, because jax writes its cache's files in place.
 """
 
 import os
@@ -28,6 +31,14 @@ flags += [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_cou
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_MORIEP_TIMEOUT", "60")
 
-from tests import processes  # noqa: E402 - jax reads the environment
+import jax  # noqa: E402 - it reads the environment
+
+from tests import processes  # noqa: E402
+
+if cache := os.environ.get("JAX_MORIEP_TEST_CACHE"):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    jax.config.update("jax_compilation_cache_dir", f"{cache}/{worker}")
+    # Seconds; to read a program takes some hundredth of one.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 processes.join()

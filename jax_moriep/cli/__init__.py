@@ -10,7 +10,8 @@ Modules here have parsers and calls: what a subcommand does lies in the package'
 | `demo.py`, `launch.py`, `doctor.py`, `plot.py`, `tune.py` | the subcommand of that name |
 | `bench.py` | the table of its kinds |
 | `bench_cases.py` | its kinds exchange, experts and layer |
-| `bench_host.py`, `bench_kernels.py`, `bench_load.py`, `bench_plan.py` | the kind of that name |
+| `bench_host.py`, `bench_floor.py`, `bench_kernels.py` | the kind of that name |
+| `bench_load.py`, `bench_plan.py` | likewise |
 | `output.py` | what all that measure share |
 """
 
@@ -46,6 +47,7 @@ EXAMPLES = {
     "bench experts": "jax-moriep bench experts --ranks 1",
     "bench layer": "jax-moriep bench layer --ranks 2",
     "bench host": "jax-moriep bench host --out results",
+    "bench floor": "jax-moriep bench floor --minutes 8",
     "bench kernels": "jax-moriep bench kernels --sizes uniform",
     "bench load": "jax-moriep bench load --gb 1",
     "bench plan": "jax-moriep bench plan --model deepseek-v3 --wire fp8",

@@ -9,10 +9,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jax_moriep.cli import bench_cases, bench_host, bench_kernels, bench_load, bench_plan, output
+from jax_moriep.cli import (
+    bench_cases,
+    bench_floor,
+    bench_host,
+    bench_kernels,
+    bench_load,
+    bench_plan,
+    output,
+)
 from jax_moriep.results.files import check_file
 
-_OTHERS = {"host": bench_host, "load": bench_load, "plan": bench_plan, "kernels": bench_kernels}
+_OTHERS = {
+    "host": bench_host,
+    "floor": bench_floor,
+    "load": bench_load,
+    "plan": bench_plan,
+    "kernels": bench_kernels,
+}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_moriep.cli import output
 from jax_moriep.config import SCHEMES
+from jax_moriep.errors import ConfigError, rule
 
 
 def add_parser(kinds: Any) -> None:
@@ -20,7 +21,10 @@ def add_parser(kinds: Any) -> None:
         epilog="The exit code is 1 if a value of the package was wrong or anything failed.",
     )
     parser.add_argument("--shares", type=_names, help="which models' shares (default: all)")
-    parser.add_argument("--sizes", type=_names, help="uniform, zipf or both (default: both)")
+    parser.add_argument("--sizes", type=_names, help="uniform, random, zipf or several (default: all)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "f32"), default="bf16", help="of rows and weights; others take bf16 alone"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each pair (default: 7)")
     parser.add_argument(
         "--baselines",
@@ -55,15 +59,18 @@ def run(args: argparse.Namespace, command: str) -> int:
 
     names = args.shares or list(shares.SHARES)
     if args.quant is not None:
+        if args.dtype != "bf16":
+            raise ConfigError(rule("dtype", args.dtype, "be bf16 with --quant", "leave out one of them"))
         result = quantised.run(quantised.Asked(args.quant, names, args.rounds), say, save)
     else:
-        baselines = args.baselines or list(BASELINES)
+        baselines = args.baselines or (list(BASELINES) if args.dtype == "bf16" else ["none"])
         asked = kernels.Asked(
             names,
             args.sizes or list(shares.SIZES),
             args.rounds,
             [] if baselines == ["none"] else baselines,
             args.minutes,
+            args.dtype,
         )
         result = kernels.run(asked, say, save)
     print(kernels_report.as_text(result))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_moriep.bench.show import kernels_picture, picture
+from jax_moriep.bench.show import floor_picture, kernels_picture, picture
 from jax_moriep.demo import curves
 from jax_moriep.errors import ConfigError, rule
 
@@ -26,7 +26,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``jax-moriep plot``; returns 0."""
-    for module, command in ((kernels_picture, "bench kernels"), (curves, "demo")):
+    for module, command in (
+        (kernels_picture, "bench kernels"),
+        (floor_picture, "bench floor"),
+        (curves, "demo"),
+    ):
         results = [result for result in map(module.read, args.files) if result is not None]
         if results and len(results) < len(args.files):
             names = [str(path) for path in args.files]

@@ -6,7 +6,7 @@ A new implementation is one file with the functions of ``Implementation`` and on
 | file | |
 |---|---|
 | `reference.py`, `blocked.py`, `aiter.py`, `pallas/` | the implementations; `pallas` is experts="triton" |
-| `spec.py` | what an implementation gets beside the rows |
+| `spec.py`, `stacks.py` | what an implementation gets beside the rows; one layer of a stack |
 | `checks.py`, `frozen.py` | what is refused: of operands, and of gradients |
 | `activation.py`, `rounding.py` | what those in pure JAX share |
 | `shared.py` | the shared expert, which sees every token |
@@ -26,7 +26,8 @@ from jax_moriep.experts import aiter, blocked, pallas, reference
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Rows, TokenExperts
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Rows, Stack, TokenExperts
+from jax_moriep.experts.stacks import of_layer
 from jax_moriep.plan import Dispatched, ExchangeShape, Link
 from jax_moriep.runtime.place import Place
 
@@ -37,9 +38,11 @@ __all__ = [
     "ExpertWeights",
     "Implementation",
     "Rows",
+    "Stack",
     "choose",
     "expert_mlp",
     "mlp_at",
+    "of_layer",
     "reasons",
     "saved_rows",
     "shared_mlp",
@@ -61,9 +64,11 @@ class Implementation(Protocol):
         group_sizes: jax.Array,
         weights: ExpertWeights,
         spec: ExpertSpec,
+        stack: Stack | None = None,
     ) -> jax.Array:
         """See ``blocked.expert_mlp``. Rows outside every run give zeros and get zero gradients, whatever they
-        hold, and their share of ``row_weights`` likewise."""
+        hold, and their share of ``row_weights`` likewise. With a stack, values may be read there, and spare
+        the copy of ``weights``, which are the same; gradients are of ``weights`` in any case."""
         ...
 
 
@@ -230,7 +235,14 @@ def laid_out(params: MoEParams, cfg: MoEConfig, layout: str) -> MoEParams:
     return implementation.lay_out(params, cfg) if isinstance(implementation, LaysOut) else params
 
 
-def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array:
+def expert_mlp(
+    disp: Dispatched,
+    params: MoEParams,
+    cfg: MoEConfig,
+    *,
+    layer: Any = None,
+    stack: MoEParams | None = None,
+) -> jax.Array:
     """Runs each row through its expert, in the implementation that ``cfg.experts`` names.
 
     Row r of expert e gives ``row_weights[r] * (act(rows[r] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``; with
@@ -244,6 +256,8 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
         b2 [L, H]; codes come with w1_scale and w2_scale. I may be a tensor-parallel part of
         ``cfg.intermediate_size``.
       cfg: the layer.
+      layer: as in ``ep_moe``, of params or of ``stack``, the experts of this rank [N, L, ...].
+      stack: as in ``ep_moe``.
 
     Returns:
       [C, H] in the rows' dtype, ready for ``combine``; padding rows are zero. Sums run in f32.
@@ -253,13 +267,25 @@ def expert_mlp(disp: Dispatched, params: MoEParams, cfg: MoEConfig) -> jax.Array
         wants, or a gradient of quantised weights is asked for.
       TransportError: the named implementation cannot run here.
     """
+    params, read = of_layer(params, layer, stack)
+    return of_rows(disp, params, cfg, read)
+
+
+def of_rows(disp: Dispatched, params: MoEParams, cfg: MoEConfig, stack: Stack | None) -> jax.Array:
+    """``expert_mlp`` of one layer's weights, and where they may be read."""
     link = disp.plan.link
     given = Rows(disp.rows, disp.row_weights, disp.group_sizes, disp.block)
-    return mlp_at(_place(link), given, params, cfg, saved_rows=saved_rows(link.shape))
+    return mlp_at(_place(link), given, params, cfg, saved_rows=saved_rows(link.shape), stack=stack)
 
 
 def mlp_at(
-    place: Place, given: Rows, params: MoEParams, cfg: MoEConfig, *, saved_rows: int | None = None
+    place: Place,
+    given: Rows,
+    params: MoEParams,
+    cfg: MoEConfig,
+    *,
+    saved_rows: int | None = None,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """``expert_mlp`` of rows that need not come from an exchange.
 
@@ -269,6 +295,7 @@ def mlp_at(
       params: see ``expert_mlp``.
       cfg: the layer.
       saved_rows: see ``ExpertSpec``.
+      stack: where the experts may be read.
 
     Returns:
       As ``expert_mlp``, which says what is raised too.
@@ -278,7 +305,8 @@ def mlp_at(
     _check_layout(name, params.layout)
     spec = ExpertSpec.of(cfg, block=given.block, architecture=place.architecture, saved_rows=saved_rows)
     weights = _weights(params, cfg, place)
-    return IMPLEMENTATIONS[name].expert_mlp(given.rows, given.row_weights, given.group_sizes, weights, spec)
+    run = IMPLEMENTATIONS[name].expert_mlp
+    return run(given.rows, given.row_weights, given.group_sizes, weights, spec, stack)
 
 
 def saved_rows(shape: ExchangeShape) -> int:

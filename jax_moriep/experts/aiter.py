@@ -30,6 +30,7 @@ from jax_moriep.experts.spec import (
     INPUT_WEIGHT_ROUTERS,
     ExpertSpec,
     ExpertWeights,
+    Stack,
     TokenExperts,
     dequantised,
 )
@@ -112,8 +113,10 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``; rows and results are bfloat16 to the kernels, and the sums' parts too."""
+    del stack  # It lies in the plain layout, which AITER's kernels do not read.
     if not weights.frozen:
         raise ConfigError(
             "experts='aiter' must have quantised w1 and w2, and these are floating; pass the weights through "

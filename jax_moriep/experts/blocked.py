@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts import rounding
 from jax_moriep.experts.activation import gated
-from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Operands, Stack, read_from
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
@@ -38,8 +38,6 @@ from jax_moriep.runtime.place import Place
 _MAX_TILE = 512
 # A smaller tile does not keep a core's matrix loop busy, so a run's last tile is rounded up to this.
 _MIN_TILE = 64
-
-_Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 
 
 def unavailable_reason(place: Place, cfg: MoEConfig | None) -> str | None:
@@ -54,6 +52,7 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """Row r of expert e gives ``row_weights[r] * (act(rows[r] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
 
@@ -72,35 +71,39 @@ def expert_mlp(
       group_sizes: i32[L], real rows of each expert; the aligned runs must fit into C.
       weights: the experts. Floating weights of another dtype than the rows' are cast.
       spec: the static side.
+      stack: where the values of ``weights`` are read instead; gradients are those of ``weights`` still.
 
     Returns:
       [C, H] in the rows' dtype, zero in the rows that are in no run. Sums run in f32.
     """
     leaves, tree = jax.tree.flatten((rows, row_weights, group_sizes, weights))
     # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
-    return _expert_mlp(spec, jax.tree.unflatten(tree, compat.union_varying(*leaves)))
+    return _expert_mlp(spec, jax.tree.unflatten(tree, compat.union_varying(*leaves)), stack)
 
 
+# A stack stays typed as it came: retyped, a scan would keep a copy of it for every layer's backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
-    return _forward(spec, operands, saved_rows=None)[0]
+def _expert_mlp(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> jax.Array:
+    return _forward(spec, read_from(operands, stack), saved_rows=None)[0]
 
 
-def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
-    out, saved = _forward(spec, operands, _saved_rows(spec, operands[0].shape[0]))
-    return out, (operands, checkpoint_name(saved, SAVED_NAME))
+def _expert_mlp_fwd(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> tuple[jax.Array, Any]:
+    read = read_from(operands, stack)
+    out, saved = _forward(spec, read, _saved_rows(spec, operands[0].shape[0]))
+    own = operands[3] if stack is None else None
+    return out, (operands[:3], own, stack, checkpoint_name(saved, SAVED_NAME))
 
 
-def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
-    operands, saved = residuals
-    return (_backward(spec, operands, saved, d_out),)
+def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any, None]:
+    given, own, stack, saved = residuals
+    return _backward(spec, read_from((*given, own), stack), saved, d_out), None
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
 
 
 def _forward(
-    spec: ExpertSpec, operands: _Operands, saved_rows: int | None
+    spec: ExpertSpec, operands: Operands, saved_rows: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The result, and pre-activations: of all C rows, or [saved_rows + the largest tile, 2*I], or None."""
     rows, row_weights, group_sizes, weights = operands
@@ -108,8 +111,8 @@ def _forward(
     sizes = tile_sizes(spec.block, capacity)
 
     def run(carry: Any, xs: Any) -> tuple[Any, None]:
-        start, size, of = xs
-        expert = _Expert.of(spec, rows.dtype, of, size)
+        start, size, index = xs
+        expert = _Expert.of(spec, rows.dtype, _weights_of(index, weights), size)
 
         def tile(at: _Tile, carry: Any) -> Any:
             out, saved = carry
@@ -130,10 +133,26 @@ def _forward(
     if saved_rows is not None:
         kept = capacity if saved_rows == capacity else saved_rows + sizes[0]
         saved = compat.zeros_like_varying((kept, weights.w1.shape[1]), rows.dtype, rows)
-    return lax.scan(run, (out, saved), (run_starts(group_sizes, spec.block), group_sizes, weights))[0]
+    return lax.scan(run, (out, saved), _runs(spec, group_sizes, weights))[0]
 
 
-def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: jax.Array) -> Any:
+def _runs(spec: ExpertSpec, group_sizes: jax.Array, weights: ExpertWeights) -> tuple[jax.Array, ...]:
+    """First row, rows, and place among the weights, of every expert."""
+    index = jnp.arange(group_sizes.size, dtype=jnp.int32)
+    return (
+        run_starts(group_sizes, spec.block),
+        group_sizes,
+        index if weights.first is None else index + weights.first,
+    )
+
+
+def _weights_of(index: jax.Array, weights: ExpertWeights) -> ExpertWeights:
+    """Those of one expert."""
+    arrays = weights._replace(first=None)
+    return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), arrays)
+
+
+def _backward(spec: ExpertSpec, operands: Operands, saved: jax.Array, d_out: jax.Array) -> Any:
     """The cotangents of the operands, None for ``group_sizes``."""
     rows, row_weights, group_sizes, weights = operands
     capacity = rows.shape[0]
@@ -141,10 +160,11 @@ def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: ja
     saved_rows = _saved_rows(spec, capacity)
     # Of codes and their scales there are no gradients.
     trained = ExpertWeights(None, None, weights.b1, weights.b2) if weights.frozen else weights
+    trained = trained._replace(first=None)
 
     def run(carry: Any, xs: Any) -> tuple[Any, Any]:
-        start, size, of, trained = xs
-        expert = _Expert.of(spec, rows.dtype, of, size)
+        start, size, index = xs
+        expert = _Expert.of(spec, rows.dtype, _weights_of(index, weights), size)
 
         def tile(at: _Tile, carry: Any) -> Any:
             (d_rows, d_row_weights), d_weights = carry
@@ -160,15 +180,14 @@ def _backward(spec: ExpertSpec, operands: _Operands, saved: jax.Array, d_out: ja
             written = _write(d_rows, d_row, at.first), _write(d_row_weights, d_weight, at.first)
             return written, d_weights
 
-        zeros = jax.tree.map(lambda w: compat.zeros_like_varying(w.shape, jnp.float32, w), trained)
+        zeros = jax.tree.map(lambda w: compat.zeros_like_varying(w.shape[1:], jnp.float32, rows), trained)
         carry, d_weights = _for_tiles(sizes, start, size, tile, (carry, zeros))
         return carry, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, trained)
 
     d_rows = compat.zeros_like_varying(rows.shape, rows.dtype, rows)
     d_row_weights = compat.zeros_like_varying(row_weights.shape, row_weights.dtype, rows)
-    starts = run_starts(group_sizes, spec.block)
     (d_rows, d_row_weights), d_weights = lax.scan(
-        run, (d_rows, d_row_weights), (starts, group_sizes, weights, trained)
+        run, (d_rows, d_row_weights), _runs(spec, group_sizes, weights)
     )
     return d_rows, d_row_weights, None, d_weights
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts import rounding
 from jax_moriep.experts.activation import gated
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Stack
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
@@ -35,8 +35,10 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
+    del stack  # The layer's own weights are the same.
     f32 = jnp.float32
     leaves, tree = jax.tree.flatten((rows, row_weights, group_sizes, weights))
     operands = jax.tree.unflatten(tree, compat.union_varying(*leaves))

@@ -1,4 +1,4 @@
-"""ExpertWeights and ExpertSpec: what an implementation of the experts gets beside the rows."""
+"""ExpertWeights, Stack and ExpertSpec: what an implementation of the experts gets beside the rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_moriep import schemes
 from jax_moriep.config import MoEConfig
@@ -47,11 +48,45 @@ class ExpertWeights(NamedTuple):
     """f32 or None; both scales or neither."""
     w2_scale: Any = None
     """f32 or None."""
+    first: Any = None
+    """i32[] or None. Of a stack, in which the experts of all layers lie one behind the other: the first one
+    of the layer that runs. The L above are then those of all layers."""
 
     @property
     def frozen(self) -> bool:
         """Whether the weights are codes, which have no gradient."""
         return self.w1_scale is not None
+
+    def alone(self, num_experts: int) -> ExpertWeights:
+        """The weights of one layer: as they are, or cut out of a stack, which is a copy of them."""
+        if self.first is None:
+            return self
+        arrays = self._replace(first=None)
+        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, self.first, num_experts), arrays)
+
+
+class Stack(NamedTuple):
+    """The experts of all layers, of which an implementation may read one layer's where they lie."""
+
+    weights: ExpertWeights
+    """As of one layer, with the layers before the experts: w1 [N, L, 2*I, H]."""
+    layer: Any
+    """i32[], at least 0 and below N."""
+
+    def joined(self) -> ExpertWeights:
+        """All layers' experts one behind the other, as ``ExpertWeights.first`` has them; moves no data."""
+        num_experts = self.weights.w1.shape[1]
+        joined = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), self.weights)
+        return joined._replace(first=self.layer * num_experts)
+
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
+"""Rows, their weights, group sizes and experts, as ``blocked.expert_mlp`` takes them."""
+
+
+def read_from(operands: Operands, stack: Stack | None) -> Operands:
+    """The operands whose values are read: the experts of a stack, if there is one."""
+    return operands if stack is None else (*operands[:3], stack.joined())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jax_moriep import layer
+from jax_moriep import layer as layers
 from jax_moriep.balance import update_score_bias
 from jax_moriep.config import LAYOUTS, QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
@@ -58,12 +58,22 @@ class LinenEpMoE(nn.Module):
     score_bias_rate: float = 1e-3
 
     @nn.compact
-    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+    def __call__(
+        self,
+        x: jax.Array,
+        token_mask: jax.Array | None = None,
+        *,
+        layer: int | jax.Array | None = None,
+        stack: MoEParams | None = None,
+    ) -> tuple[jax.Array, MoEStats]:
         """Applies the layer; see ``jm.ep_moe``.
 
         Args:
           x: [..., H].
           token_mask: bool, x's shape without H.
+          layer: under ``nn.scan`` the number of this layer, as in ``jm.ep_moe``.
+          stack: all layers' weights, those of the scanned variables, the experts' in the dtype of their
+            products.
 
         Returns:
           y like x, in ``dtype``, and the statistics of the call.
@@ -82,7 +92,7 @@ class LinenEpMoE(nn.Module):
             held["score_bias"] = bias.value
 
         x = x if self.dtype is None else x.astype(self.dtype)
-        y, stats = layer.ep_moe(
+        y, stats = layers.ep_moe(
             x,
             shared.cast_experts(MoEParams(**held, layout=layout), x.dtype),
             self.cfg,
@@ -91,6 +101,8 @@ class LinenEpMoE(nn.Module):
             tp_axis=self.tp_axis,
             token_axes=self.token_axes,
             token_mask=token_mask,
+            layer=layer,
+            stack=stack,
         )
         if bias is not None and self.is_mutable_collection("score_bias") and not self.is_initializing():
             bias.value = update_score_bias(bias.value, stats.expert_counts, self.score_bias_rate)

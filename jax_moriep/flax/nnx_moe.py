@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_moriep import layer
+from jax_moriep import layer as layers
 from jax_moriep.balance import update_score_bias
 from jax_moriep.config import QUANTISED, WEIGHT_NAMES, MoEConfig, MoEParams, MoEStats
 from jax_moriep.errors import ConfigError, rule
@@ -112,18 +112,28 @@ class EpMoE(nnx.Module):
                 value = kind(value, out_sharding=getattr(specs, name), mesh=mesh)
             setattr(self, name, value)
 
-    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+    def __call__(
+        self,
+        x: jax.Array,
+        token_mask: jax.Array | None = None,
+        *,
+        layer: int | jax.Array | None = None,
+        stack: MoEParams | None = None,
+    ) -> tuple[jax.Array, MoEStats]:
         """Applies the layer; see ``jm.ep_moe``.
 
         Args:
           x: [..., H].
           token_mask: bool, x's shape without H.
+          layer: under ``nnx.scan`` the number of this layer, as in ``jm.ep_moe``.
+          stack: all layers' weights, ``moe.weights(dtype)`` of the module that is scanned over, in the dtype
+            of the experts' products.
 
         Returns:
           y like x, in ``dtype``, and the statistics of the call.
         """
         x = x if self.dtype is None else x.astype(self.dtype)
-        return layer.ep_moe(
+        return layers.ep_moe(
             x,
             shared.cast_experts(self.weights(), x.dtype),
             self.cfg,
@@ -132,15 +142,18 @@ class EpMoE(nnx.Module):
             tp_axis=self.tp_axis,
             token_axes=self.token_axes,
             token_mask=token_mask,
+            layer=layer,
+            stack=stack,
         )
 
-    def weights(self) -> MoEParams:
-        """The weights as ``jm.ep_moe`` takes them."""
+    def weights(self, dtype: Any = None) -> MoEParams:
+        """The weights as ``jm.ep_moe`` takes them; with ``dtype`` the experts' cast to it, as calls do."""
         held: dict[str, Any] = {}
         for name in WEIGHT_NAMES:
             variable = getattr(self, name)
             held[name] = None if variable is None else variable[...]
-        return MoEParams(**held, layout=self.layout)
+        weights = MoEParams(**held, layout=self.layout)
+        return weights if dtype is None else shared.cast_experts(weights, dtype)
 
     def update_score_bias(self, expert_counts: jax.Array, rate: float) -> None:
         """Moves ``score_bias`` against the load, by ``jm.update_score_bias``; call it once per training step.

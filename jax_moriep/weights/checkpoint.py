@@ -72,7 +72,8 @@ def load(
     Example:
       >>> cfg = jm.MoEConfig.from_hf(folder)
       >>> params = jm.weights.load(folder, cfg, mesh=mesh)
-      >>> y, stats = jax.lax.scan(lambda x, p: jm.ep_moe(x, p, cfg, mesh=mesh), x, params)
+      >>> layers = jnp.arange(len(params.router))
+      >>> y, stats = jax.lax.scan(lambda x, i: jm.ep_moe(x, params, cfg, mesh=mesh, layer=i), x, layers)
     """
     described = None if cfg is not None and family is not None else hf_config.describe(folder)
     if cfg is None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import jax_moriep as jm
 from jax_moriep import schemes
 from jax_moriep.config import SCHEMES
-from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
+from jax_moriep.experts import ExpertSpec, ExpertWeights, Stack, pallas
 
 L, C = 4, 1024
 FORWARD = ["moriep_down", "moriep_gate_up"]
@@ -127,6 +127,36 @@ def test_quantised_weights(scheme, platform, format):
         ):
             text = jax.jit(fn).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
             assert sorted(re.findall(r'name = "(moriep_\w+)"', text)) == sorted(wanted)
+
+
+@pytest.mark.parametrize("platform", ["rocm", "cuda"])
+def test_a_layer_of_a_stack(platform):
+    """Every kernel that multiplies with weights gets those of all layers, in both passes of a scan."""
+    layers, hidden, inner, spec = 3, 200, 104, spec_of(saved_rows=256)
+    shapes = (layers, L, 2 * inner, hidden), (layers, L, hidden, inner)
+    weights = ExpertWeights(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
+    rows = jax.ShapeDtypeStruct((C, hidden), jnp.bfloat16)
+    given = rows, jax.ShapeDtypeStruct((C,), jnp.float32), jax.ShapeDtypeStruct((L,), jnp.int32), weights
+
+    def loss(rows, row_weights, sizes, weights):
+        @jax.checkpoint
+        def body(rows, of_layer):
+            own, layer = of_layer
+            stack = Stack(jax.lax.stop_gradient(weights), layer)
+            return pallas.expert_mlp(rows, row_weights, sizes, own, spec, stack), None
+
+        return jnp.sum(jax.lax.scan(body, rows, (weights, jnp.arange(layers)))[0].astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+        step = jax.jit(jax.grad(loss, (0, 3))).trace(*given)
+        text = step.lower(lowering_platforms=(platform,)).as_text()
+    reads = {"gate_up": shapes[0], "down": shapes[1], "d_act": shapes[1], "d_rows": shapes[0]}
+    for name, (_, _, tall, wide) in reads.items():
+        calls = [line for line in text.splitlines() if f'name = "moriep_{name}"' in line]
+        assert calls
+        for call in calls:
+            assert f"tensor<{layers * L}x{tall}x{wide}xbf16>" in call
+            assert f"tensor<{L}x{tall}x{wide}xbf16>" not in call
 
 
 @pytest.mark.parametrize("platform", ["rocm", "cuda"])

@@ -43,11 +43,29 @@ def quantisation() -> dict[str, Any]:
     return {}
 
 
+def sharp_bits() -> dict[str, Any]:
+    """Two layers of a stack, and the second one as a scan's body has it."""
+    cfg = jm.MoEConfig(8, 2, HIDDEN, 32)
+    params = jax.vmap(lambda key: jm.init_params(key, cfg))(jax.random.split(jax.random.key(0), 2))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
+    own = jax.tree.map(lambda w: w[1], params)
+    return {
+        "jm": jm,
+        "x": jnp.ones((8, HIDDEN)),
+        "i": 1,
+        "cfg": cfg,
+        "mesh": mesh,
+        "params": params,
+        "own": own,
+    }
+
+
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "docs/mori.md": mori,
     "docs/multi_node.md": several_machines,
     "docs/quantisation.md": quantisation,
+    "docs/sharp_bits.md": sharp_bits,
     "docs/weights.md": weights,
 }
 

@@ -2,7 +2,9 @@
 
 import os
 import pickle
-from collections.abc import Callable
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +36,88 @@ def ffi_scale(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulated.compile_library(source, output, "-isystem", jax.ffi.include_dir())
 
 
+_DONE = "done\n"
+
+
+class _Child:
+    """A process on simulated devices that calls one function after the other."""
+
+    def __init__(self, folder: Path, devices: int, environment: dict[str, str]):
+        self._given, self._result = folder / "given.pickle", folder / "result.pickle"
+        self._stderr = folder / "stderr"
+        command = (simulated.PYTHON, "-m", "tests.rocm.on_device")
+        with self._stderr.open("w") as stderr:
+            self._process = simulated.start(
+                *command, devices=devices, stdin=True, stderr=stderr, **environment
+            )
+
+    def call(self, function: Callable, arguments: Any, deadline: float) -> tuple[Any, str]:
+        """What the function gave, and what was written to stderr meanwhile."""
+        said = self._stderr.stat().st_size
+        self._given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{self._given} {self._result}\n")
+        timer = threading.Timer(deadline, self._process.kill)
+        timer.start()
+        answer = ""
+        for line in self._process.stdout:
+            answer = line
+            if line == _DONE:
+                break
+        timer.cancel()
+        with self._stderr.open() as stderr:
+            stderr.seek(said)
+            text = stderr.read()
+        if answer != _DONE:
+            code = self._process.wait()
+            pytest.fail(f"exit {code} within {deadline} s of {function.__qualname__}\n{answer}{text}")
+        return pickle.loads(self._result.read_bytes()), text
+
+    def end(self) -> None:
+        """Lets it end by itself, so that what it holds is given back."""
+        try:
+            self._process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+
 class OnRocm:
     """Calls a function of a test module on simulated devices and gives its arrays as NumPy's.
 
-    A call takes a process of its own, because jax chooses its platform once, and because a kernel that fails
-    takes its device along. Keywords beyond `devices` and `deadline` (seconds) set the process's environment.
+    jax chooses its platform once, so the calls are done in other processes. Those of a test file that want
+    the same devices and environment share one, for it takes seconds to start; after a call that failed, which
+    may have taken its device along, the next one gets a new process. Keywords beyond `devices` and
+    `deadline` (seconds) set the process's environment.
     """
 
-    def __init__(self, folder: Path):
-        self._given, self._result = folder / "given.pickle", folder / "result.pickle"
+    def __init__(self, folders: Callable[[], Path]):
+        self._folders = folders
+        self._children: dict[Any, _Child] = {}
         self.said = ""  # what the last call wrote to stderr
 
     def __call__(self, function: Callable, *arguments: Any, devices=1, deadline=120.0, **more: str) -> Any:
-        self._given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
-        command = (simulated.PYTHON, "-m", "tests.rocm.on_device", self._given, self._result)
-        more = {"PYTHONPATH": simulated.JAX_PATH} | more
-        _, self.said = simulated.run(*command, devices=devices, deadline=deadline, **more)
-        return pickle.loads(self._result.read_bytes())
+        environment = {"PYTHONPATH": simulated.JAX_PATH} | more
+        key = (devices, *sorted(environment.items()))
+        child = self._children.get(key)
+        if child is None or child.ended:
+            child = self._children[key] = _Child(self._folders(), devices, environment)
+        result, self.said = child.call(function, arguments, deadline)
+        return result
+
+    def end(self) -> None:
+        """Ends all processes."""
+        for child in self._children.values():
+            child.end()
 
 
-@pytest.fixture
-def on_rocm(tmp_path: Path) -> OnRocm:
-    return OnRocm(tmp_path)
+@pytest.fixture(scope="module")
+def on_rocm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRocm]:
+    calls = OnRocm(lambda: tmp_path_factory.mktemp("calls"))
+    yield calls
+    calls.end()

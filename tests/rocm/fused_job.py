@@ -28,7 +28,7 @@ from tests.rocm.mori_job import failure_of
 
 HIDDEN, INNER, EXPERTS, TOP_K = 512, 256, 10, 3
 TOKENS = 12  # of a rank
-REPLAYS = 12
+REPLAYS = 6
 KILLED_WITHIN = 18  # seconds, three limits of the exchange
 # As in test_aiter_experts.py; a token's sum over experts and ranks is rounded more often.
 ROUNDING = 0.008

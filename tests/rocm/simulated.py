@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -46,7 +47,13 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     }
 
 
-def start(*command: object, devices: int = 1, stdin: bool = False, **more: str) -> subprocess.Popen:
+def start(
+    *command: object,
+    devices: int = 1,
+    stdin: bool = False,
+    stderr: IO[str] | int = subprocess.PIPE,
+    **more: str,
+) -> subprocess.Popen:
     return subprocess.Popen(
         [str(part) for part in command],
         env=environment(devices, **more),
@@ -55,7 +62,7 @@ def start(*command: object, devices: int = 1, stdin: bool = False, **more: str) 
         bufsize=1,
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
     )
 
 

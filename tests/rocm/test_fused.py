@@ -19,8 +19,9 @@ IN_STEP = {"ROCM_SIM_TURN": "1"}
 @pytest.mark.parametrize(
     ("num_ranks", "schemes", "cases", "environment"),
     [
-        (1, PER_ROW, ("every_wire", "replays"), RECORDED | ADVERSARIAL),
-        (2, PER_ROW, ("every_wire", "replays", "gradients"), RECORDED | ADVERSARIAL),
+        (1, PER_ROW, ("every_wire",), RECORDED | ADVERSARIAL),
+        (2, ("fp8_token",), ("every_wire", "replays", "gradients"), RECORDED | ADVERSARIAL),
+        (2, ("int8_token",), ("uneven", "replays", "gradients"), RECORDED | ADVERSARIAL),
         (2, ("fp8_block",), ("every_wire", "replays", "gradients", "what_runs"), RECORDED | IN_STEP),
         (4, ("fp8_token",), ("every_wire",), UNRECORDED | ADVERSARIAL),
         (8, tuple(kernels.KERNELS), ("uneven",), RECORDED | IN_STEP),

@@ -104,13 +104,13 @@ def test_which_kernels_the_experts_run_is_told(monkeypatch):
     monkeypatch.setattr(compat, "has_hopper_kernels", lambda: True)
     monkeypatch.setattr(Place, "of", lambda mesh, axis_name: Place("gpu", "sm_90", 8))
     cfg = jm.MoEConfig(*SIZES)
-    assert "products by Pallas-Mosaic if block is a multiple of 128" in str(jm.explain(cfg, LOWERED))
+    assert "products by Pallas-Mosaic if block is at least 32" in str(jm.explain(cfg, LOWERED))
     told = jm.explain(cfg, LOWERED, num_tokens=8192)
     assert lines_below(told, "triton") == ["products by Pallas-Mosaic"]
     assert told.experts_details == {"triton": "products by Pallas-Mosaic"}
     why = "products by Pallas-Triton; not by Pallas-Mosaic's kernels: "
     assert lines_below(jm.explain(cfg, LOWERED, num_tokens=8), "triton") == [
-        f"{why}block=8 is no multiple of 128"
+        f"{why}block=8 must be a multiple of 8 and at least 32"
     ]
     in_f32 = jm.explain(cfg, LOWERED, num_tokens=8192, dtype="float32")
     assert lines_below(in_f32, "triton") == [f"{why}rows are float32, and must be bfloat16 or float16"]

@@ -202,7 +202,8 @@ def test_nnx_score_bias_is_no_parameter_and_moves_against_the_load():
         EpMoE(PLAIN, mesh=mesh, rngs=nnx.Rngs(0)).update_score_bias(jnp.asarray(counts), 0.25)
 
 
-def test_nnx_layers_scan_and_remat():
+@pytest.mark.parametrize("reads_stack", [False, True])
+def test_nnx_layers_scan_and_remat(reads_stack):
     """Three layers as one scanned, rematerialised block, against the same layers in a Python loop."""
     mesh = mesh_of()
     x = tokens(mesh)
@@ -216,12 +217,16 @@ def test_nnx_layers_scan_and_remat():
     assert nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layers)))["w1"] == P(None, "ep", None, None)
 
     def scanned(layers):
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, transform_metadata={nnx.PARTITION_NAME: None})
-        @nnx.remat
-        def body(x, moe):
-            return x + moe(x)[0]
+        of_all = layers.weights(x.dtype) if reads_stack else None
 
-        return jnp.sum(body(x, layers) ** 2)
+        @nnx.scan(
+            in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, transform_metadata={nnx.PARTITION_NAME: None}
+        )
+        @nnx.remat
+        def body(x, moe, i):
+            return x + moe(x, layer=i if reads_stack else None, stack=of_all)[0]
+
+        return jnp.sum(body(x, layers, jnp.arange(3)) ** 2)
 
     def looped(layers):
         graph, state = nnx.split(layers)

@@ -1,11 +1,12 @@
 """The Hopper kernels, interpreted: warpgroups, barriers and copies as Pallas simulates them on a CPU."""
 
+import experts_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moriep.experts import ExpertSpec
+from jax_moriep.experts import ExpertSpec, ExpertWeights
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
@@ -17,12 +18,17 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.pallas.hopper import act_grad, launch, products, stream
+from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.hopper import act_grad, launch, passes, products, stream
 from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
-SPEC = ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
-SIZES = {"uneven": (130, 5, 0, 128), "none": (0, 0, 0, 0), "all to one": (0, 300, 0, 0)}
+SIZES = {
+    "uneven": (130, 5, 0, 128),
+    "none": (0, 0, 0, 0),
+    "all to one": (0, 300, 0, 0),
+    "odd": (1, 63, 65, 127),
+}
 # One product, rounded to bf16.
 TOLERANCE = 3e-3
 
@@ -39,26 +45,40 @@ def _interpreted(monkeypatch):
 class Case:
     """Rows of four experts; what lies in no run is NaN."""
 
-    def __init__(self, name):
+    def __init__(self, name, block=BLOCK):
+        self.block = block
         self.sizes = np.array(SIZES[name], np.int32)
-        aligned = -(-self.sizes // BLOCK) * BLOCK
-        self.capacity = int(aligned.sum()) + BLOCK
-        self.starts = np.asarray(run_starts(jnp.asarray(self.sizes), BLOCK))
-        self.real = np.asarray(real_rows(jnp.asarray(self.sizes), BLOCK, self.capacity))
-        self.tiles = row_tiles(jnp.asarray(self.sizes), BLOCK, self.capacity, ROWS)
+        aligned = -(-self.sizes // block) * block
+        self.capacity = int(aligned.sum()) + block
+        self.starts = np.asarray(run_starts(jnp.asarray(self.sizes), block))
+        self.real = np.asarray(real_rows(jnp.asarray(self.sizes), block, self.capacity))
+        self.tiles = row_tiles(jnp.asarray(self.sizes), block, self.capacity, ROWS)
         self.rng = np.random.default_rng(0)
 
     def rows(self, width, padding=np.nan):
         values = self.rng.normal(size=(self.capacity, width))
-        return jnp.asarray(np.where(self.real[:, None], values, padding), jnp.bfloat16)
+        if padding == "zeros in blocks":
+            behind = np.arange(self.capacity)[:, None] >= self.experts_end()
+            values = np.where(behind, np.nan, np.where(self.real[:, None], values, 0))
+        else:
+            values = np.where(self.real[:, None], values, padding)
+        return jnp.asarray(values, jnp.bfloat16)
 
     def weights(self, *shape):
         return jnp.asarray(self.rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
 
+    def factors(self):
+        return np.where(self.real, self.rng.uniform(0.5, 1, self.capacity), 0).astype(np.float32)
+
     def experts(self):
         """Number, rows and padding of each."""
         for expert, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
-            yield expert, slice(start, start + size), slice(start + size, start + -(-size // BLOCK) * BLOCK)
+            end = start + -(-size // self.block) * self.block
+            yield expert, slice(start, start + size), slice(start + size, end)
+
+    def experts_end(self):
+        """The end of the last run's blocks."""
+        return max(padding.stop for _, _, padding in self.experts())
 
 
 def assert_close(got, want):
@@ -74,10 +94,22 @@ def no_races():
     return not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize(("sizes", "by_column"), [("uneven", False), ("uneven", True), ("none", False)])
-def test_product(sizes, by_column):
-    case = Case(sizes)
-    rows, weights = case.rows(H), case.weights(4, *((H, INNER) if by_column else (INNER, H)))
+# Sizes that no tile divides; by 32 and by 16 alone, that the matrix unit reads in narrower rows.
+@pytest.mark.parametrize(
+    ("sizes", "by_column", "block", "depth", "cols"),
+    [
+        ("uneven", False, 128, H, INNER),
+        ("uneven", True, 128, H, INNER),
+        ("none", False, 128, H, INNER),
+        ("odd", False, 128, H, 192),
+        ("odd", True, 64, 192, 320),
+        ("odd", False, 32, 208, 272),
+        ("odd", True, 16, 160, 144),
+    ],
+)
+def test_product(sizes, by_column, block, depth, cols):
+    case = Case(sizes, block)
+    rows, weights = case.rows(depth), case.weights(4, *((depth, cols) if by_column else (cols, depth)))
     out = products.product(rows, weights, case.tiles, by_column=by_column)
     for expert, at, _ in case.experts():
         w = f64(weights[expert])
@@ -85,20 +117,47 @@ def test_product(sizes, by_column):
     assert no_races()
 
 
-@pytest.mark.parametrize("saved_rows", [0, 128])
-def test_gate_up(saved_rows):
-    case = Case("uneven")
-    rows, w1 = case.rows(H), case.weights(4, 2 * INNER, H)
-    factors = np.where(case.real, case.rng.uniform(0.5, 1, case.capacity), 0).astype(np.float32)
+@pytest.mark.parametrize(("block", "cols"), [(128, 128), (64, 320), (16, 208)])
+def test_product_with_a_bias(block, cols):
+    """Padding of runs is zeros: it has factors of 0, and rows that are zeros."""
+    case = Case("odd", block)
+    rows, weights, bias = (
+        case.rows(INNER, "zeros in blocks"),
+        case.weights(4, cols, INNER),
+        case.weights(4, cols),
+    )
+    factors = case.factors()
+    out = products.product(rows, weights, case.tiles, by_column=False, bias=(jnp.asarray(factors), bias))
+    for expert, at, padding in case.experts():
+        assert_close(out[at], f64(rows[at]) @ f64(weights[expert]).T + factors[at, None] * f64(bias[expert]))
+        assert not f64(out[padding]).any()
+    assert no_races()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "saved_rows", "block", "hidden", "inner", "biased"),
+    [
+        ("uneven", 0, 128, H, INNER, False),
+        ("uneven", 128, 128, H, INNER, False),
+        ("odd", None, 64, 192, 192, True),
+        ("odd", 128, 32, 208, 176, False),
+        ("odd", None, 16, 64, 320, True),
+    ],
+)
+def test_gate_up(sizes, saved_rows, block, hidden, inner, biased):
+    case = Case(sizes, block)
+    rows, w1, factors = case.rows(hidden), case.weights(4, 2 * inner, hidden), case.factors()
+    bias = case.weights(4, 2 * inner) if biased else None
+    saved_rows = case.capacity if saved_rows is None else saved_rows
+    spec = ExpertSpec("silu", 7.0, 1.702, False, block)
     act, *saved = products.gate_up(
-        rows, w1, jnp.asarray(factors), case.tiles, SPEC, saved_rows=saved_rows, act=True
+        rows, w1, jnp.asarray(factors), case.tiles, spec, saved_rows=saved_rows, act=True, bias=bias
     )
     assert len(saved) == (saved_rows > 0)
-    for expert, at, padding in case.experts():
-        pre = f64(rows[at]) @ f64(w1[expert]).T
+    for expert, at, _ in case.experts():
+        pre = f64(rows[at]) @ f64(w1[expert]).T + (f64(bias[expert]) if biased else 0)
         gate, up = np.split(pre, 2, axis=1)
         assert_close(act[at], gate / (1 + np.exp(-gate)) * up * factors[at, None])
-        assert not f64(act[padding]).any()
         if saved:
             last = min(at.stop, saved_rows)
             assert_close(saved[0][at.start : last], pre[: max(0, last - at.start)])
@@ -106,20 +165,24 @@ def test_gate_up(saved_rows):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "unclean", "dtype"),
+    ("sizes", "unclean", "block", "tall", "cols", "dtype"),
     [
-        ("uneven", "left", "bfloat16"),
-        ("uneven", "right", "float32"),
-        ("none", "right", "bfloat16"),
-        ("all to one", "left", "float32"),
+        ("uneven", "left", 128, H, INNER, "bfloat16"),
+        ("uneven", "right", 128, H, INNER, "float32"),
+        ("none", "right", 128, H, INNER, "bfloat16"),
+        ("all to one", "left", 128, H, INNER, "float32"),
+        ("odd", "left", 64, 192, 192, "bfloat16"),
+        ("odd", "right", 16, 208, 272, "bfloat16"),
+        ("odd", "left", 32, 160, 320, "float32"),
     ],
 )
-def test_weight_gradient(sizes, unclean, dtype):
-    case = Case(sizes)
-    left = case.rows(H, np.nan if unclean == "left" else 0)
-    right = case.rows(INNER, np.nan if unclean == "right" else 0)
+def test_weight_gradient(sizes, unclean, block, tall, cols, dtype):
+    case = Case(sizes, block)
+    clean = "zeros in blocks"
+    left = case.rows(tall, np.nan if unclean == "left" else clean)
+    right = case.rows(cols, np.nan if unclean == "right" else clean)
     starts, group_sizes = jnp.asarray(case.starts), jnp.asarray(case.sizes)
-    out = products.weight_gradient(left, right, starts, group_sizes, dtype, unclean=unclean)
+    out = products.weight_gradient(left, right, starts, group_sizes, block, dtype, unclean=unclean)
     assert out.dtype == dtype
     for expert, at, _ in case.experts():
         want = f64(left[at]).T @ f64(right[at])
@@ -132,9 +195,9 @@ def test_weight_gradient(sizes, unclean, dtype):
 @pytest.mark.parametrize("kept", ["all", "some"])
 @pytest.mark.parametrize("inner", [128, 256])
 def test_activation_gradient(inner, kept):
-    case = Case("uneven")
+    case, spec = Case("uneven"), ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
     d_out, w2, pre = case.rows(H), case.weights(4, H, inner), case.rows(2 * inner)
-    factors = np.where(case.real, case.rng.uniform(0.5, 1, case.capacity), 0).astype(np.float32)
+    factors = case.factors()
     pres, saved_rows = (pre,), case.capacity
     if kept == "some":
         # Each row is in one of them.
@@ -142,7 +205,7 @@ def test_activation_gradient(inner, kept):
         behind = jnp.where(jnp.arange(case.capacity)[:, None] < saved_rows, jnp.nan, pre)
         pres = (pre[:saved_rows], behind)
     act, d_pre, shares = act_grad.activation_gradient(
-        d_out, w2, pres, jnp.asarray(factors), case.tiles, SPEC, saved_rows=saved_rows
+        d_out, w2, pres, jnp.asarray(factors), case.tiles, spec, saved_rows=saved_rows
     )
     shares = f64(shares).sum(axis=0)
     for expert, at, padding in case.experts():
@@ -160,10 +223,59 @@ def test_activation_gradient(inner, kept):
     assert no_races()
 
 
+def by_xla(monkeypatch, module, name):
+    """Interprets a Triton kernel as such, and not as one of Mosaic's."""
+    real = getattr(module, name)
+
+    def run(*args, interpret, **kwargs):
+        with mg.force_gpu_interpret_mode(None):  # pyright: ignore[reportAttributeAccessIssue]
+            return real(*args, interpret=not interpret, **kwargs)
+
+    monkeypatch.setattr(module, name, run)
+
+
+# The derivative of the activation is in the product before it in the last case, whose weights are cast.
+@pytest.mark.parametrize(
+    ("block", "hidden", "inner", "dtype", "layers"),
+    [(128, 64, 48, "bfloat16", 1), (32, 64, 48, "float32", 2), (128, 128, 128, "float32", 2)],
+)
+def test_both_passes(block, hidden, inner, dtype, layers, monkeypatch):
+    """Values and all gradients of experts with biases; pre-activations of some rows are computed again."""
+    for name in ("activation_gradient", "zeroed_behind"):
+        by_xla(monkeypatch, rowwise, name)
+    for name in ("row_sums", "rows_times_bias"):
+        by_xla(monkeypatch, passes, name)
+    case = Case("odd", block)
+    spec = ExpertSpec("silu", 7.0, 1.702, False, block)
+    rows, d_out = case.rows(hidden), case.rows(hidden)
+    weights = jnp.asarray(np.where(case.real, case.factors(), np.nan), jnp.float32)
+    shapes = ((2 * inner, hidden), (hidden, inner), (2 * inner,), (hidden,))
+    stack = [case.weights(4 * layers, *shape).astype(dtype) for shape in shapes]
+    params = [w[-4:] for w in stack]
+    first = jnp.int32(4 * (layers - 1)) if layers > 1 else None
+    experts = ExpertWeights(*stack, first=first)  # pyright: ignore[reportArgumentType]
+    operands = (rows, weights, jnp.asarray(case.sizes), experts)
+    out, saved = passes.forward(spec, 128, operands)
+    gradients = passes.backward(spec, 128, d_out, saved, operands)
+    assert all(g.dtype == dtype for g in gradients[2:])
+    real = [np.where(case.real.reshape(-1, *[1] * (a.ndim - 1)), f64(a), 0) for a in (rows, weights, d_out)]
+    wanted = experts_oracle.experts(
+        *real[:2], case.sizes, params, real[2],
+        activation=spec.activation, weight_input=False, block=block,
+    )  # fmt: skip
+    # Activations, and what is derived from them, are rounded to bf16 on the way.
+    errors = [
+        np.linalg.norm(f64(got) - want) / np.linalg.norm(want)
+        for got, want in zip((out, *gradients), wanted, strict=True)
+    ]
+    assert max(errors) <= 1e-2, errors
+    assert no_races()
+
+
 def test_any_number_of_places(monkeypatch):
     """The stream goes on from tile to tile, though a tile's four steps are no multiple of the places."""
     monkeypatch.setattr(stream, "PLACES", 3)
-    test_product("uneven", False)
+    test_product("uneven", False, BLOCK, H, INNER)
 
 
 def test_a_missing_wait_is_an_error(monkeypatch):

@@ -257,7 +257,7 @@ def test_both_passes(races, scheme, frozen, saved_rows):
     operands = (low[0], jnp.asarray(q, jnp.float32), jnp.asarray(SIZES), given)
     assert unsuited(spec, low[0], given) is None
     out, saved, *kept = quantised.forward(spec, saved_rows, True, operands)
-    assert tuple((x.shape, x.dtype) for x in kept) == quantised.kept(spec, given)
+    assert tuple((x.shape, x.dtype) for x in kept) == quantised.kept(spec, given, L)
     assert bool(kept) == (scheme == "fp8_block" and not frozen)
     got = (out, *quantised.backward(spec, saved_rows, True, low[1], saved, operands, *kept))
     clean = [np.nan_to_num(a) for a in (x, q, d_out)]

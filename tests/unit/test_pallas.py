@@ -208,12 +208,18 @@ def make_call(**changes):
     ("change", "why"),
     [
         ({}, None),
-        ({"block": 64}, "block=64 is no multiple of 128"),
+        ({"block": 64}, None),
+        ({"block": 32}, None),
+        ({"block": 16}, "block=16 must be a multiple of 8 and at least 32"),
+        ({"block": 36}, "block=36 must be a multiple of 8 and at least 32"),
         ({"weight_input": True}, "inputs are weighted"),
         ({"dtype": "float32"}, "rows are float32, and must be bfloat16 or float16"),
         ({"weights": "float32"}, "w1, w2 and rows are float32, float32 and bfloat16"),
-        ({"biases": True}, "biases"),
-        ({"hidden": 192}, "H=192 and I=128 must be multiples of 128"),
+        ({"biases": True}, None),
+        ({"biases": True, "scheme": "fp8_block"}, "the experts have biases beside quantised weights"),
+        ({"hidden": 208}, None),
+        ({"hidden": 200}, "H=200 and I=128 must be multiples of 16"),
+        ({"hidden": 192, "scheme": "fp8_block"}, "H=192 and I=128 must be multiples of 128"),
         ({"scheme": "fp8_block"}, None),
         ({"scheme": "fp8_token", "weights": "float32"}, None),
         ({"scheme": "fp8_block", "frozen": True}, None),
@@ -263,15 +269,18 @@ def told(monkeypatch, place=H100, num_tokens=4096, dtype="bfloat16", **changes):
 def test_explanations_of_kernels_on_hopper(monkeypatch):
     by_triton = "products by Pallas-Triton; not by Pallas-Mosaic's kernels: "
     assert told(monkeypatch) == "products by Pallas-Mosaic"
-    assert told(monkeypatch, num_tokens=8) == by_triton + "block=8 is no multiple of 128"
+    assert told(monkeypatch, num_tokens=8) == by_triton + "block=8 must be a multiple of 8 and at least 32"
     assert told(monkeypatch, dtype="float32").startswith(by_triton + "rows are float32")
-    assert told(monkeypatch, expert_bias=True) == by_triton + "the experts have biases"
+    assert told(monkeypatch, expert_bias=True) == "products by Pallas-Mosaic"
+    quantised = told(monkeypatch, expert_bias=True, expert_quant="fp8_block")
+    assert quantised == by_triton + "the experts have biases beside quantised weights"
     assert told(monkeypatch, router="llama4").startswith(by_triton + "the experts' inputs are weighted")
     assert told(monkeypatch, router="llama4", expert_quant="fp8_block") == "products by Pallas-Mosaic"
     unknown = told(monkeypatch, num_tokens=None)
+    assert unknown.startswith("products by Pallas-Mosaic if block is at least 32, else")
+    unknown = told(monkeypatch, num_tokens=None, expert_quant="fp8_block")
     assert unknown.startswith("products by Pallas-Mosaic if block is a multiple of 128, else")
     assert told(monkeypatch, num_tokens=None, block=128) == "products by Pallas-Mosaic"
-    assert told(monkeypatch, num_tokens=None, expert_bias=True) == by_triton + "the experts have biases"
 
 
 def test_explanations_of_kernels_for_few_quantised_rows(monkeypatch):

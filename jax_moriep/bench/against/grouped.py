@@ -54,10 +54,10 @@ def mlp(product: Product) -> Callable[..., jax.Array]:
 
 
 def with_gradients(forward: Callable[..., jax.Array], backward: bool) -> Callable[..., tuple[jax.Array, ...]]:
-    """fn(d_out, rows, factors, sizes, w1, w2): what ``forward`` gives, with ``backward`` its gradients."""
+    """fn(d_out, rows, factors, sizes, *weights): what ``forward`` gives, with ``backward`` its gradients."""
 
-    def both(d_out: Any, rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda r, f, a, b: forward(r, f, sizes, a, b), rows, factors, w1, w2)
+    def both(d_out: Any, rows: Any, factors: Any, sizes: Any, *weights: Any) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda r, f, *ws: forward(r, f, sizes, *ws), rows, factors, *weights)
         return out, *pull(d_out)
 
     return both if backward else lambda d_out, *operands: (forward(*operands),)

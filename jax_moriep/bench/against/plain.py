@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_moriep.bench.problem.cases import Case
+from jax_moriep.bench.problem.names import TOKAMAX
 from jax_moriep.config import MoEParams
 
 # Contracts the last dimension of both sides: the weights are used as they lie, [E, out, in].
@@ -18,8 +20,12 @@ _BY_EXPERT = lax.RaggedDotDimensionNumbers(
 
 
 def layer(name: str, case: Case) -> Callable[[jax.Array, MoEParams], jax.Array]:
-    """fn(x [T, H], weights) -> y [T, H] of "plain" or "plain_hopper", in which jax's kernels multiply."""
-    product = _ragged_dot if name == "plain" else _hopper
+    """fn(x [T, H], weights) -> y [T, H] of "plain", or with jax's kernels for Hopper, or with tokamax's.
+
+    Raises:
+      ImportError: tokamax is not installed.
+    """
+    product = {"plain": _ragged_dot, "plain_hopper": _hopper, TOKAMAX: _tokamax}[name]
 
     def fn(x: jax.Array, weights: MoEParams) -> jax.Array:
         logits = (x @ weights.router).astype(jnp.float32)
@@ -36,6 +42,12 @@ def layer(name: str, case: Case) -> Callable[[jax.Array, MoEParams], jax.Array]:
     return fn
 
 
+def swapped(weights: MoEParams) -> MoEParams:
+    """Experts' weights or their gradients [E, in, out], as tokamax has them, of the usual ones; and back."""
+    turned = [jnp.swapaxes(w, 1, 2) for w in (weights.w1, weights.w2)]
+    return dataclasses.replace(weights, w1=turned[0], w2=turned[1])
+
+
 def _ragged_dot(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot_general(rows, weights, sizes, _BY_EXPERT)
 
@@ -47,3 +59,10 @@ def _hopper(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
 
     tiles = hopper.HOPPER_MANY[0], hopper.HOPPER_DW[0]
     return hopper.hopper_product(*hopper.hopper_dots(), *tiles)(rows, weights, sizes)
+
+
+def _tokamax(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    """With the tiles of its own table for large products; of ``swapped`` weights."""
+    from jax_moriep.bench.against import tokamax
+
+    return tokamax.tokamax_product(tokamax.TOKAMAX_MANY, tokamax.TOKAMAX_DW)(rows, weights, sizes)

@@ -16,23 +16,23 @@ from jax_moriep.runtime import compat
 
 # What the package's own table of tuned sizes has for an H100 and nearly all large products: rows of a tile,
 # steps in flight, whether programs stay, the dimension that changes fastest, and the width of its tiles.
-_TOKAMAX_MANY = (128, 4, True, 1, 8)
+TOKAMAX_MANY = (128, 4, True, 1, 8)
 _TOKAMAX_FEW = (64, 4, False, 1, 8)
-_TOKAMAX_DW = (128, 2, False, 0, 1)
+TOKAMAX_DW = (128, 2, False, 0, 1)
 
 
 def tokamax(name: str, data: Data, compact: Compact, pool: Pool) -> Ready:
     """tokamax's Mosaic kernel with its own derivative, and with weights [L, in, out], as it wants them."""
     if not compat.has_hopper_kernels():
         raise Unavailable("it needs a Hopper GPU and jax 0.11")
-    rows = _TOKAMAX_FEW if data.share.decode else _TOKAMAX_MANY
+    rows = _TOKAMAX_FEW if data.share.decode else TOKAMAX_MANY
     try:
-        product = tokamax_product(rows, _TOKAMAX_DW)
+        product = tokamax_product(rows, TOKAMAX_DW)
     except ImportError as error:
         raise Unavailable(str(error)) from error
     *others, w1, w2 = operands_of(data, compact)
     swapped = tuple(jax.jit(lambda x: jnp.swapaxes(x, 1, 2))(w) for w in (w1, w2))
-    settings = {"rows": rows, "dw": _TOKAMAX_DW}
+    settings = {"rows": rows, "dw": TOKAMAX_DW}
     return of_jax((name, "tokamax"), product, (*others, *swapped), pool, settings, swapped=True)
 
 

@@ -22,12 +22,7 @@ class Mlp:
           ImportError: torch is not installed, or has no grouped matmul.
         """
         self._torch: Any = importlib.import_module("torch")
-        functional = importlib.import_module("torch.nn.functional")
-        self._product: Any = getattr(functional, "grouped_mm", None) or getattr(
-            self._torch, "_grouped_mm", None
-        )
-        if self._product is None:
-            raise ImportError(f"torch {self._torch.__version__} has no grouped_mm")
+        self._product = grouped_product(self._torch)
         d_out, rows, factors, sizes, w1, w2 = operands
         ends = jnp.cumsum(sizes).astype(jnp.int32)
         arrays = jax.block_until_ready((d_out, rows, factors[:, None], ends, w1, w2))
@@ -36,7 +31,7 @@ class Mlp:
         self._d_out, self._rows, self._factors, self._ends, self._w1, self._w2 = map(
             self._torch.from_dlpack, arrays
         )
-        self._activate, self._activate_back = _between_products(self._torch)
+        self._activate, self._activate_back = between_products(self._torch)
         self.settings = {"torch": self._torch.__version__, "between_products": "eager"}
         if self._rows.is_cuda:
             self._compile()
@@ -99,7 +94,20 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _between_products(torch: Any) -> tuple[Any, Any]:
+def grouped_product(torch: Any) -> Any:
+    """torch's grouped matmul.
+
+    Raises:
+      ImportError: there is none.
+    """
+    functional = importlib.import_module("torch.nn.functional")
+    product = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if product is None:
+        raise ImportError(f"torch {torch.__version__} has no grouped_mm")
+    return product
+
+
+def between_products(torch: Any) -> tuple[Any, Any]:
     """What follows the first product, and its way back; f32 inside."""
 
     def forward(pre: Any, factors: Any) -> Any:

@@ -21,17 +21,19 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import params, prepare, schemes
+from jax_moriep.bench.against import floors
 from jax_moriep.bench.kinds import layer
 from jax_moriep.bench.kinds.experts import TOLERANCE
 from jax_moriep.bench.kinds.kind import Kind
-from jax_moriep.bench.measure.calls import Entry, local_call, mesh_call
+from jax_moriep.bench.measure.calls import Entry, mesh_call
 from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import decode_oracle, formula, layer_oracle, oracle, patterns
 from jax_moriep.bench.problem.cases import DECODED_LAYERS, DECODED_TOKENS, Case
 from jax_moriep.bench.problem.checks import Check
-from jax_moriep.bench.problem.names import PAIRS, PLAIN, QUANTISED, pair_of
+from jax_moriep.bench.problem.names import PAIRS, PLAIN, QUANTISED, READ, pair_of
 from jax_moriep.bench.problem.world import AXIS, World
 from jax_moriep.config import MoEParams
+from jax_moriep.errors import ConfigError, rule
 from jax_moriep.runtime.place import Place
 
 QUANTISED_TOLERANCE = {"f32": 5e-3, "bf16": 2e-2, "f16": 5e-3}
@@ -132,21 +134,6 @@ def _weights(case: Case, world: World, number: int) -> MoEParams:
     return jax.block_until_ready(made())
 
 
-def _copy(operation: str, case: Case, world: World, ids: list[np.ndarray]) -> Call:
-    """An elementwise pass that reads and writes as many bytes as the used experts' weights, not quantised."""
-    used = sum(np.unique(of_layer).size for of_layer in ids) / case.layers
-    elements = int(used * 3 * case.hidden * case.intermediate) // 2
-
-    def make() -> tuple[jax.Array, jax.Array]:
-        return jnp.ones(elements, case.numpy_dtype), jnp.full(1, -1, case.numpy_dtype)
-
-    def copy(x: jax.Array, factor: jax.Array) -> jax.Array:
-        return x * factor
-
-    placed = functools.cache(lambda: world.make(make, P(AXIS)))
-    return local_call(Entry("copy", operation, case, world), copy, jax.eval_shape(make), placed)
-
-
 def _check(
     name: str,
     operation: str,
@@ -188,6 +175,9 @@ class Decode(Kind):
         """See ``Kind``."""
         super().check(case)
         layer.check_router(case)
+        if case.model_experts:
+            cure = "leave out --model-experts or --phase decode"
+            raise ConfigError(rule("model_experts", case.model_experts, "be 0 in decoding", cure))
 
     def sizes(self, case: Case) -> str:
         """See ``Kind``; each operation has its own number of tokens."""
@@ -195,7 +185,7 @@ class Decode(Kind):
 
     def beside(self, ranks: int, on_gpus: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """See ``Kind``."""
-        return (("copy",), PLAIN[:1]) if on_gpus and ranks == 1 else ((), ())
+        return ((READ,), PLAIN[:1]) if on_gpus and ranks == 1 else ((), ())
 
     def of_options(self, args: argparse.Namespace, fields: dict[str, Any]) -> None:
         """See ``Kind``; the options are ``layer``'s."""
@@ -232,8 +222,9 @@ class Decode(Kind):
         made = []
         for operation in case.operations or self.operations:
             of, tokens = _case_of(case, operation), data.tokens[operation]
-            if "copy" in case.floors:
-                made.append(_copy(operation, of, world, tokens.ids))
+            if READ in case.floors:
+                used = sum(np.unique(of_layer).size for of_layer in tokens.ids) / case.layers
+                made.append(floors.read(operation, of, world, used))
             for name in case.compare:
                 scheme = None if name in PLAIN else pair_of(name)[2]
                 weights = weights_of(name)

@@ -123,8 +123,10 @@ class Bench:
         seconds: float = 0.02,
         copy_bytes: int = _COPY_BYTES,
         minutes: float = math.inf,
+        dtype: str = "bf16",
     ) -> None:
         """``seconds`` is how long a program takes at each turn; see ``run`` for the others."""
+        self._dtype = dtype
         self._rounds, self._say, self._save, self._seconds = rounds, say, save, seconds
         self._until = time.perf_counter() + 60 * minutes
         self._copy_bytes = copy_bytes
@@ -132,13 +134,15 @@ class Bench:
         self._pool = Pool()
         self._wanted: dict[tuple[str, str], concurrent.futures.Future[dict[int, shares.Wanted]]] = {}
         self._runs: dict[tuple[str, str], dict[str, Any]] = {}
+        config: Any = jax.config
         self.result: dict[str, Any] = {
             "format": formats.KERNELS,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "hopper_kernels": compat.has_hopper_kernels(),
-            "dtype": "bf16",
-            "limit": shares.LIMIT,
+            "dtype": dtype,
+            "matmul_precision": str(config.jax_default_matmul_precision),
+            "limit": shares.LIMITS[dtype],
             "rounds": rounds,
             "wrong": [],
             "inaccurate": [],
@@ -177,7 +181,8 @@ class Bench:
 
     def _case(self, name: str, kind: str) -> _Case:
         share = SHARES[name]
-        data = Data.of(share, shares.group_sizes(share, kind), capacity=shares.capacity_of(share))
+        sizes = shares.group_sizes(share, kind)
+        data = Data.of(share, sizes, capacity=shares.capacity_of(share), dtype=self._dtype)
         if (name, kind) not in self._runs:
             self._runs[name, kind] = described(name, kind, data)
             self.result["runs"].append(self._runs[name, kind])
@@ -190,12 +195,13 @@ class Bench:
     def _references(self, name: str, data: Data, act: jax.Array, pre: jax.Array) -> dict[str, _Program]:
         if data.share.decode:
             seconds = 2 * self._copy_bytes / BYTES_PER_S
-            copy = self._start("any", "copy", dense.copy(self._copy_bytes), seconds, alone=True)
+            work, self.result["copy"] = dense.copy(self._copy_bytes)
+            copy = self._start("any", "copy", work, seconds, alone=True)
             return dict.fromkeys([*FORWARD, "forward"], copy)
         matmuls = dense.dense(data, act, pre)
         works = {**matmuls, **{p: dense.chain([matmuls[k] for k in kernels_of(p)]) for p in PASSES}}
         return {
-            label: self._start(name, f"dense {label}", work, estimate(data.share, label), alone=True)
+            label: self._start(name, f"dense {label}", work, estimate(data, label), alone=True)
             for label, work in works.items()
         }
 
@@ -215,7 +221,7 @@ class Bench:
         passes = {p: products.mlp(data, backward) for p, backward in PASSES.items() if p in case.references}
         works = products.kernels(data, case.act, case.pre, not self._on_gpu)
         started = {
-            label: self._start(name, label, work, estimate(data.share, label))
+            label: self._start(name, label, work, estimate(data, label))
             for label, work in {**works, **passes}.items()
             if label in case.references
         }
@@ -249,7 +255,7 @@ class Bench:
         """Some other implementations, by turns with the package's and the reference."""
         compact = case.data.compact()
         own = {
-            p: self._start(case.name, p, products.mlp(case.data, backward), estimate(case.data.share, p))
+            p: self._start(case.name, p, products.mlp(case.data, backward), estimate(case.data, p))
             for p, backward in PASSES.items()
             if p in case.references and p in passes
         }
@@ -315,7 +321,7 @@ class Bench:
         wanted = self._wanted[case.name, case.kind].result()
         found = shares.errors(case.data, wanted, results, compact=others)
         case.run["errors"][title] = found
-        over = shares.wrong(found)
+        over = shares.wrong(found, self._dtype)
         said = "inaccurate" if others else "wrong"
         self.result[said] += [[case.title, title, what, found[what]] for what in over]
         text = ", ".join(f"{k} {v:.1e}" for k, v in found.items())
@@ -336,9 +342,11 @@ class Asked:
       rounds: turns of each pair; a baseline has three at most.
       baselines: names in ``BASELINES``; they run as ``STEPS`` says.
       minutes: after which no baseline begins.
+      dtype: of rows and weights, a name in ``shares.LIMITS``. Products of f32 have the precision that
+        ``jax.default_matmul_precision`` says, those of the dense matmuls too.
 
     Raises:
-      ConfigError: a name is unknown, or there are no rounds.
+      ConfigError: a name is unknown, there are no rounds, or others are to multiply f32.
     """
 
     names: Sequence[str]
@@ -346,18 +354,23 @@ class Asked:
     rounds: int
     baselines: Sequence[str]
     minutes: float = math.inf
+    dtype: str = "bf16"
 
     def __post_init__(self) -> None:
         for option, value, known in (
             ("shares", self.names, SHARES),
             ("sizes", self.kinds, SIZES),
             ("baselines", self.baselines, BASELINES),
+            ("dtype", [self.dtype], shares.LIMITS),
         ):
             if set(value) - set(known):
                 must = f"be some of {tuple(known)}"
                 raise ConfigError(rule(option, list(value), must, "pick some of these"))
         if self.rounds < 1:
             raise ConfigError(rule("rounds", self.rounds, "be at least 1", "pass a positive number"))
+        if self.baselines and self.dtype != "bf16":
+            must = "be none but with dtype bf16, which is all that others take"
+            raise ConfigError(rule("baselines", list(self.baselines), must, "pass --baselines none"))
 
 
 def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -378,6 +391,6 @@ def run(asked: Asked, say: Callable[[str], None], save: Callable[[dict[str, Any]
     """
     if jax.default_backend() != "gpu":
         raise ConfigError(rule("platform", jax.default_backend(), "be a GPU", "run it on one"))
-    bench = Bench(asked.rounds, say, save, minutes=asked.minutes)
+    bench = Bench(asked.rounds, say, save, minutes=asked.minutes, dtype=asked.dtype)
     bench.measure(asked.names, asked.kinds, asked.baselines)
     return bench.result

@@ -9,13 +9,13 @@ from typing import Any
 from jax_moriep.bench.kinds.products import FORWARD, UNITS, flops
 from jax_moriep.bench.measure.seconds import milliseconds
 from jax_moriep.bench.problem import shares
-from jax_moriep.bench.problem.shares import Data, Share
+from jax_moriep.bench.problem.shares import Data
 
 PASSES = {"forward": False, "forward+backward": True}
 """The passes of the whole MLP, and whether they have gradients."""
 
 # For how often a program repeats its work, and for nothing else.
-_FLOPS_PER_S, BYTES_PER_S = 6e14, 2.5e12
+_FLOPS_PER_S, BYTES_PER_S = {"bf16": 6e14, "f32": 1e14}, 2.5e12
 
 
 def kernels_of(label: str) -> tuple[str, ...]:
@@ -23,11 +23,11 @@ def kernels_of(label: str) -> tuple[str, ...]:
     return {"forward": FORWARD, "forward+backward": tuple(UNITS)}.get(label, (label,))
 
 
-def estimate(share: Share, label: str) -> float:
+def estimate(data: Data, label: str) -> float:
     """Seconds that a kernel or a pass may take."""
-    units = sum(UNITS[name] for name in kernels_of(label))
-    read = 2 * share.experts * share.hidden * share.inner * units / BYTES_PER_S
-    return max(read, flops(share, kernels_of(label)) / _FLOPS_PER_S)
+    share, units = data.share, sum(UNITS[name] for name in kernels_of(label))
+    read = data.d_out.dtype.itemsize * share.experts * share.hidden * share.inner * units / BYTES_PER_S
+    return max(read, flops(share, kernels_of(label)) / _FLOPS_PER_S[data.dtype])
 
 
 def described(name: str, kind: str, data: Data) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def entry(
     found = milliseconds(seconds)
     taken, beside = statistics.median(seconds), statistics.median(reference)
     if share.decode:
-        used = int((data.sizes > 0).sum()) * 2 * share.hidden * share.inner
+        used = int((data.sizes > 0).sum()) * data.d_out.dtype.itemsize * share.hidden * share.inner
         found["copy_tb_per_s"] = 2 * copied / beside / 1e12
         found["weights_tb_per_s"] = sum(UNITS[name] for name in names) * used / taken / 1e12
         found["of_copy"] = found["weights_tb_per_s"] / found["copy_tb_per_s"]

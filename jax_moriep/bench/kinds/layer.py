@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_moriep import exchange, layer, params, routing
-from jax_moriep.bench.against import floors, plain, ragged
+from jax_moriep.bench.against import floors, plain, ragged, torch_layer
 from jax_moriep.bench.kinds.experts import BACKWARD, FORWARD, TOLERANCE
 from jax_moriep.bench.kinds.kind import Kind
 from jax_moriep.bench.measure.calls import Entry, mesh_call
@@ -27,7 +28,7 @@ from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem import formula, layer_oracle, oracle, patterns
 from jax_moriep.bench.problem.cases import DECODED_LAYERS, Case
 from jax_moriep.bench.problem.checks import Check
-from jax_moriep.bench.problem.names import DENSE_COPY, PAIRS, PLAIN, pair_of
+from jax_moriep.bench.problem.names import DENSE_COPY, OTHERS, PAIRS, PLAIN, TOKAMAX, TORCH, pair_of
 from jax_moriep.bench.problem.world import AXIS, World
 from jax_moriep.config import SCHEMES, MoEParams
 from jax_moriep.errors import ConfigError, rule
@@ -55,12 +56,25 @@ def of_name(
     name: str, case: Case, world: World, ids: np.ndarray
 ) -> Callable[[jax.Array, MoEParams], jax.Array]:
     """fn(x [R*T, H], weights) -> y [R*T, H], for tokens with the experts i32[R*T, K]."""
-    if name in PLAIN:
+    if name in OTHERS:
         return plain.layer(name, case)
     transport, experts, scheme = pair_of(name)
     if experts != "ragged_dot":
         cfg = case.config(transport=transport, experts=experts, quant=scheme)
-        return lambda x, weights: layer.ep_moe(x, weights, cfg, mesh=world.mesh)[0]
+
+        def whole(x: jax.Array, weights: MoEParams) -> jax.Array:
+            if case.routed_experts == case.experts:
+                return layer.ep_moe(x, weights, cfg, mesh=world.mesh)[0]
+            of_model = dataclasses.replace(cfg, num_experts=case.routed_experts)
+            route = routing.route(x, weights, of_model)
+            # Data leads to the share alone: of the others' scores the layer needs none.
+            route = dataclasses.replace(
+                route, scores=route.scores[:, : case.experts], logits=route.logits[:, : case.experts]
+            )
+            of_share = dataclasses.replace(weights, router=weights.router[:, : case.experts])
+            return layer.ep_moe(x, of_share, cfg, mesh=world.mesh, route=route)[0]
+
+        return whole
 
     cfg, shape = case.config(transport=transport), case.shape
     fullest = int(np.bincount(ids.ravel() // shape.num_local_experts).max())
@@ -124,7 +138,7 @@ class Layer(Kind):
 
     name = "layer"
     operations = (FORWARD, BACKWARD)
-    comparable = (*PAIRS, *PLAIN)
+    comparable = (*PAIRS, *OTHERS)
     compared = ("native+blocked", "collective+ragged_dot")
     compared_on_gpus = ("native+triton", "collective+triton")
     iterations = (7, 1)
@@ -139,10 +153,19 @@ class Layer(Kind):
 
     def beside(self, ranks: int, on_gpus: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """See ``Kind``."""
-        return ((DENSE_COPY,), PLAIN) if on_gpus and ranks == 1 else ((), ())
+        if not on_gpus or ranks > 1:
+            return (), ()
+        others = [name for name in (TOKAMAX, TORCH) if importlib.util.find_spec(name.removeprefix("plain_"))]
+        return (DENSE_COPY,), (*PLAIN, *others)
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Kind``; a phase is a kind of its own, with options of this one's."""
+        parser.add_argument(
+            "--model-experts",
+            type=int,
+            default=0,
+            help="experts that the router chooses from, where --experts are a share that gets all tokens",
+        )
         parser.add_argument(
             "--phase", choices=("decode",), help="few tokens, forward, through several layers of one program"
         )
@@ -192,7 +215,7 @@ class Layer(Kind):
                 return jnp.where(expert < case.experts, made, 0).astype(case.numpy_dtype)
 
             made = MoEParams(
-                router=jnp.eye(case.hidden, case.experts, dtype=case.numpy_dtype),
+                router=jnp.eye(case.hidden, case.routed_experts, dtype=case.numpy_dtype),
                 w1=weights(formula.W1, 2 * case.intermediate, case.hidden),
                 w2=weights(formula.W2, case.hidden, case.intermediate),
             )
@@ -205,27 +228,66 @@ class Layer(Kind):
     def calls(self, case: Case, world: World, data: Data) -> list[Call]:
         """Every pair, forward and with its gradients."""
         expected = _Expected(case, data)
-        x, weights, d_y = data.placed
-        specs = params.param_specs(case.config(), AXIS)
+        by_torch = functools.cache(lambda: torch_layer.Layer(case.top_k, *data.placed))
+        laid_out = functools.cache(lambda: jax.jit(plain.swapped)(data.placed[1]))
         made = []
         for operation in case.operations or self.operations:
-            if DENSE_COPY in case.floors:
-                made.append(floors.dense_copy(operation, case, world))
+            made += [floors.dense_copy(floor, operation, case, world) for floor in case.floors]
             for name in case.compare:
-                fn = of_name(name, case, world, data.ids)
-
-                def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array, fn: Any = fn) -> Any:
-                    y, pull = jax.vjp(fn, x, weights)
-                    return y, pull(d_y)
-
-                work: Callable[..., Any] = fn if operation == FORWARD else backward
-                inputs = (x, weights) if operation == FORWARD else (x, weights, d_y)
-                in_specs = (P(AXIS), specs, P(AXIS))[: len(inputs)]
-                out_specs = P(AXIS) if operation == FORWARD else (P(AXIS), (P(AXIS), specs))
-                check = functools.partial(expected.check, name, operation, world)
                 entry = Entry(name, operation, case, world)
-                made.append(mesh_call(entry, work, inputs, (in_specs, out_specs), check))
+                check = functools.partial(expected.check, name, operation, world)
+                if name == TORCH:
+                    made.append(_by_torch(entry, by_torch, check))
+                    continue
+                placed = data.placed
+                if name == TOKAMAX:
+                    placed = (placed[0], laid_out(), placed[2])
+                    check = functools.partial(_check_swapped, check)
+                made.append(_by_jax(entry, placed, data.ids, check))
         return made
+
+
+def _by_jax(
+    entry: Entry, placed: tuple[jax.Array, MoEParams, jax.Array], ids: np.ndarray, check: Callable[..., Any]
+) -> Call:
+    case, is_forward = entry.case, entry.operation == FORWARD
+    specs = params.param_specs(case.config(), AXIS)
+
+    # Traced here and not before, for what is not installed is missed then.
+    def forward(x: jax.Array, weights: MoEParams) -> jax.Array:
+        return of_name(entry.name, case, entry.world, ids)(x, weights)
+
+    def backward(x: jax.Array, weights: MoEParams, d_y: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, x, weights)
+        return y, pull(d_y)
+
+    inputs = placed[:2] if is_forward else placed
+    in_specs = (P(AXIS), specs, P(AXIS))[: len(inputs)]
+    out_specs = P(AXIS) if is_forward else (P(AXIS), (P(AXIS), specs))
+    return mesh_call(entry, forward if is_forward else backward, inputs, (in_specs, out_specs), check)
+
+
+def _by_torch(entry: Entry, made: Callable[[], torch_layer.Layer], check: Callable[..., Any]) -> Call:
+    """A call of ``against.torch_layer``; nothing of torch is imported before it runs."""
+    backward, repeats = entry.operation == BACKWARD, entry.case.repeats
+    return Call(
+        entry.name,
+        entry.operation,
+        lambda: made().repeat(backward, repeats),
+        check,
+        repeats,
+        lambda: made().once(backward),
+        how=lambda: made().how,
+        memory=lambda: made().memory(backward),
+    )
+
+
+def _check_swapped(check: Callable[[Any], list[Check]], result: Any) -> list[Check]:
+    """The check of a result whose weights' gradients are swapped, if it has any."""
+    if isinstance(result, tuple):
+        y, (d_x, d_weights) = result
+        result = y, (d_x, plain.swapped(d_weights))
+    return check(result)
 
 
 def check_router(case: Case) -> None:
@@ -234,7 +296,7 @@ def check_router(case: Case) -> None:
     Raises:
       ConfigError: they are.
     """
-    if case.hidden < case.experts:
-        must = f"be at least experts={case.experts}"
+    if case.hidden < case.routed_experts:
+        must = f"be at least experts={case.routed_experts}"
         cure = "the tokens carry their router logits in their first columns; raise --hidden"
         raise ConfigError(rule("hidden", case.hidden, must, cure))

@@ -39,7 +39,12 @@ def of_rows(data: Data) -> tuple[jax.Array, jax.Array]:
 
 
 def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict[str, Work]:
-    """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``."""
+    """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``.
+
+    Of experts with biases none is run alone.
+    """
+    if data.share.biased:
+        return {}
     rows, factors, sizes, w1, w2 = data.operands
     spec, capacity = data.spec, rows.shape[0]
     chosen = choice.of(spec, rows, ExpertWeights(w1, w2), differentiated=True)
@@ -53,7 +58,8 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
             return hopper.gate_up(x, w, f, tiles(s), spec, saved_rows=0, act=True)
 
         def gradient(s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
-            return hopper.weight_gradient(a, b, run_starts(s, spec.block), s, a.dtype, unclean=unclean)
+            starts = run_starts(s, spec.block)
+            return hopper.weight_gradient(a, b, starts, s, spec.block, a.dtype, unclean=unclean)
 
         by_row = functools.partial(product, by_column=False)
         by_column = functools.partial(product, by_column=True)
@@ -86,16 +92,16 @@ def of_triton(
     )
 
     def gate_up(s: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.gate_up(spec, tile, interpret, (x, f, s, a, b))
+        return passes.gate_up(spec, tile, interpret, (x, f, s, ExpertWeights(a, b)))
 
     def down(s: Any, h: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.down(spec, tile, interpret, h, (x, f, s, a, b))
+        return passes.down(spec, tile, interpret, h, (x, f, s, ExpertWeights(a, b)))
 
     def d_act(s: Any, d: Any, p: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.d_activations(spec, tile, capacity, interpret, d, (p,), (x, f, s, a, b))
+        return passes.d_activations(spec, tile, capacity, interpret, d, (p,), (x, f, s, ExpertWeights(a, b)))
 
     def d_rows(s: Any, p: Any, x: Any, f: Any, a: Any, b: Any) -> Any:
-        return passes.d_rows(spec, tile, interpret, p, (x, f, s, a, b))
+        return passes.d_rows(spec, tile, interpret, p, (x, f, s, ExpertWeights(a, b)))
 
     def dw(s: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
         return gradient(left, right, run_starts(s, spec.block), s)
@@ -115,7 +121,7 @@ def mlp(data: Data, backward: bool) -> Work:
     """The whole MLP: its result, and with ``backward`` the gradients."""
     spec = data.spec
 
-    def forward(rows: Any, factors: Any, sizes: Any, w1: Any, w2: Any) -> jax.Array:
-        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(w1, w2), spec)
+    def forward(rows: Any, factors: Any, sizes: Any, *weights: Any) -> jax.Array:
+        return pallas.expert_mlp(rows, factors, sizes, ExpertWeights(*weights), spec)
 
-    return Work(with_gradients(forward, backward), (data.d_out, *data.operands))
+    return Work(with_gradients(forward, backward), (data.d_out, *data.operands, *data.biases))

@@ -111,7 +111,7 @@ class Bench:
         timings = [
             Timing(reference, products.mlp(data, False), reference, num_bytes=2 * used),
             Timing(label, of_codes(data, frozen, scheme), reference, num_bytes=used),
-            Timing("copy", dense.copy(_COPY_BYTES), reference, num_bytes=2 * _COPY_BYTES),
+            Timing("copy", dense.copy(_COPY_BYTES)[0], reference, num_bytes=2 * _COPY_BYTES),
         ]
         errors = {label: lambda got: forward_errors(data, frozen, scheme, got)}
         self._measure(f"{name}, {tokens} tokens", timings, {}, errors)

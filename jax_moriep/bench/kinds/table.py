@@ -10,10 +10,11 @@ from jax_moriep.bench.kinds.experts import Experts
 from jax_moriep.bench.kinds.kind import Kind
 from jax_moriep.bench.kinds.layer import Layer
 from jax_moriep.bench.kinds.link import Link
+from jax_moriep.bench.kinds.route import Route
 from jax_moriep.bench.kinds.train import Train
 from jax_moriep.bench.problem.cases import Case
 
-_ALL: tuple[Kind, ...] = (Exchange(), Experts(), Layer(), Decode(), Link(), Train())
+_ALL: tuple[Kind, ...] = (Exchange(), Experts(), Layer(), Decode(), Link(), Train(), Route())
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 
 

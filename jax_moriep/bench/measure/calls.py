@@ -15,7 +15,7 @@ from jax_moriep.bench.measure.repeat import repeated_over
 from jax_moriep.bench.measure.turns import Call
 from jax_moriep.bench.problem.cases import Case
 from jax_moriep.bench.problem.checks import Check
-from jax_moriep.bench.problem.names import PLAIN
+from jax_moriep.bench.problem.names import OTHERS
 from jax_moriep.bench.problem.world import AXIS, World
 
 
@@ -44,6 +44,7 @@ def local_call(
     check: Callable[[Any], list[Check]] | None = None,
     others: tuple[Program, ...] = (),
     alone: bool = False,
+    how: str = "",
 ) -> Call:
     """A call of a function of one rank's part.
 
@@ -55,6 +56,7 @@ def local_call(
       check: of what ``fn`` gives over the mesh; None if nothing is to be checked.
       others: programs that the operands need.
       alone: see ``Program``.
+      how: see ``Call``.
     """
     mesh, repeats = entry.world.mesh, entry.case.repeats
     many = programs.local(fn, mesh, shapes, AXIS, repeats, alone)
@@ -70,6 +72,7 @@ def local_call(
         repeats,
         once,
         (*others, *needed),
+        lambda: how,
     )
 
 
@@ -91,7 +94,7 @@ def mesh_call(
       check: of what ``work`` gives.
       layers: that it works through; a time is that of one.
     """
-    mesh, repeats, alone = entry.world.mesh, entry.case.repeats, entry.name in PLAIN
+    mesh, repeats, alone = entry.world.mesh, entry.case.repeats, entry.name in OTHERS
     in_specs, out_specs = specs
     once = programs.over(work, mesh, inputs, in_specs, out_specs, alone)
     many, needed = once, (once,)
@@ -107,4 +110,5 @@ def mesh_call(
         repeats * layers,
         None if many is once else functools.partial(once, *inputs),
         needed,
+        memory=once.temporaries,
     )

@@ -63,6 +63,14 @@ class Program:
         """The results, all there."""
         return jax.block_until_ready(self.begin(*operands))
 
+    def temporaries(self) -> int | None:
+        """Bytes that XLA gives it beside its operands and results; None where XLA does not say."""
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        analysis = self._compiled.memory_analysis()
+        return None if analysis is None else analysis.temp_size_in_bytes
+
     def out_shapes(self) -> Any:
         """What the function gives, as shapes."""
         return jax.eval_shape(self._jitted, *self._shapes)

@@ -58,6 +58,7 @@ def _joined(of_process: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": of_process[0]["name"],
         "operation": of_process[0]["operation"],
+        **{key: of_process[0][key] for key in ("how", "memory") if of_process[0].get(key)},
         "p50": percentile(seconds, 50),
         "p90": percentile(seconds, 90),
         "seconds": seconds.tolist(),

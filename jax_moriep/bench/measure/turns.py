@@ -29,6 +29,8 @@ class Call:
       repeats: how often ``run`` does it.
       once: does it once, for ``check``, where ``run`` does it several times and keeps nothing.
       programs: what ``run`` and ``once`` run, to be compiled ahead.
+      how: a line about how it does so, where that was chosen in this run; "" where there is nothing to tell.
+      memory: bytes that it has while it runs, beside its operands and results; None where it cannot tell.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Call:
     repeats: int = 1
     once: Callable[[], Any] | None = None
     programs: tuple[Program, ...] = ()
+    how: Callable[[], str] = str
+    memory: Callable[[], int | None] = lambda: None
 
 
 def interleave(
@@ -76,7 +80,14 @@ def measured(calls: Sequence[Call], iters: int, warmup: int, barrier: Callable[[
     spans, checks = interleave(calls, iters, warmup, barrier)
     return {
         "calls": [
-            {"name": call.name, "operation": call.operation, "repeats": call.repeats, "spans": of_call}
+            {
+                "name": call.name,
+                "operation": call.operation,
+                "repeats": call.repeats,
+                "how": call.how(),
+                "memory": call.memory(),
+                "spans": of_call,
+            }
             for call, of_call in zip(calls, spans, strict=True)
         ],
         "checks": [{**dataclasses.asdict(check), "ok": check.ok} for check in checks],

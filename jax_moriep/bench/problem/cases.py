@@ -50,6 +50,8 @@ class Case:
       operations: which of the kind's operations; () for all.
       floors: some of ``FLOORS``.
       layers: of "decode", how many one program has, times being those of one; of "train", the model's.
+      model_experts: of "layer", how many experts the router chooses from, of which the case's are a share
+        that gets all tokens; 0 for the case's own.
 
     Raises:
       ConfigError: a value breaks its rule; the text names the value, the rule and the cure.
@@ -75,6 +77,7 @@ class Case:
     operations: tuple[str, ...] = ()
     floors: tuple[str, ...] = ()
     layers: int = 1
+    model_experts: int = 0
 
     def __post_init__(self) -> None:
         _check_least(self)
@@ -90,6 +93,11 @@ class Case:
     def row_bytes(self) -> int:
         """Bytes of one token."""
         return self.hidden * self.numpy_dtype.itemsize
+
+    @property
+    def routed_experts(self) -> int:
+        """How many experts the router chooses from."""
+        return self.model_experts or self.experts
 
     @property
     def shape(self) -> ExchangeShape:
@@ -165,6 +173,9 @@ def _check_together(case: Case) -> None:
     for name in case.floors:
         if name not in FLOORS:
             raise ConfigError(rule("floors", name, f"be some of {FLOORS}", "pick some of these"))
+    if case.model_experts and case.model_experts < case.experts:
+        must = f"be at least experts={case.experts}"
+        raise ConfigError(rule("model_experts", case.model_experts, must, "raise --model-experts"))
     alone = [name for name in (*case.compare, *case.floors) if name in ALONE]
     if alone and case.ranks > 1:
         must = f"be 1 for {', '.join(alone)}"

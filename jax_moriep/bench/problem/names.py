@@ -22,13 +22,23 @@ QUANTISED = tuple(
 
 PLAIN = ("plain", "plain_hopper")
 """Layers written without this package, for one rank."""
+TOKAMAX = "plain_tokamax"
+"""One by tokamax's grouped product."""
+TORCH = "torch"
+"""One by torch, and not in jax at all."""
+OTHERS = (*PLAIN, TOKAMAX, TORCH)
+"""All layers that others' products are in."""
 DENSE_COPY = "dense+copy"
 """Floor under the layer of one rank: dense products of its FLOPs, and copies of the bytes that must move."""
-FLOORS = ("memcpy", "nccl", "copy", DENSE_COPY)
+DENSE_COPY_READ = "dense+copy+read"
+"""The same and all experts' weights read, where the products read those of one: what bounds short runs."""
+READ = "read"
+"""Floor under decoding: a sum over as many bytes as the used experts' weights have."""
+FLOORS = ("memcpy", "nccl", "copy", READ, DENSE_COPY, DENSE_COPY_READ)
 """What no implementation can be faster than, or hardly."""
 SEND_TO_NEXT = "ppermute"
 """The measure of the links."""
-ALONE = (*PLAIN, "copy", DENSE_COPY)
+ALONE = (*OTHERS, "copy", READ, DENSE_COPY, DENSE_COPY_READ)
 """What is there for one rank only."""
 
 
@@ -56,4 +66,4 @@ def pair_of(name: str) -> tuple[str, str, str | None]:
 
 def is_baseline(name: str) -> bool:
     """Whether a name is of something that others have made: its errors are not the package's."""
-    return name in (*PLAIN, *FLOORS, SEND_TO_NEXT)
+    return name in (*OTHERS, *FLOORS, SEND_TO_NEXT)

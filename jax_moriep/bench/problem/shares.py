@@ -11,23 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moriep.bench.problem import oracle
+from jax_moriep.bench.problem.cases import DTYPES
+from jax_moriep.config import MoEConfig
 from jax_moriep.experts import ExpertSpec
 from jax_moriep.plan import default_block
 
-LIMIT = 2e-2
-"""Largest relative error, in the Euclidean norm, of a bf16 result."""
+LIMITS = {"bf16": 2e-2, "f32": 5e-3}
+"""Largest relative error, in the Euclidean norm, of a result; of f32 by products that round to ten bits."""
 EXACT = ("padding", "non_finite")
 """Errors that must be zero."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rank holds: L experts, H, I, and how many rows it receives."""
+    """What one rank holds: L experts, H, I, and how many rows it receives.
+
+    Attributes:
+      experts: L.
+      hidden: H.
+      inner: I.
+      rows: it receives.
+      activation: a name in ``config.ACTIVATIONS``, whose limit and slope are the config's own.
+      biased: the experts have biases.
+    """
 
     experts: int
     hidden: int
     inner: int
     rows: int
+    activation: str = "silu"
+    biased: bool = False
 
     @property
     def decode(self) -> bool:
@@ -45,15 +58,30 @@ SHARES = {
     "mixtral-8x7b": Share(8, 4096, 14336, 16384),
     "qwen3-30b-a3b-ep8": Share(16, 2048, 768, 32768),
     "deepseek-v3-ep8-decode": Share(32, 7168, 2048, 1024),
+    "deepseek-v3-ep8-t1024": Share(32, 7168, 2048, 8192),
+    "qwen3-30b-a3b": Share(128, 2048, 768, 32768),
+    "gpt-oss-120b-ep4": Share(32, 2880, 2880, 32768, "swiglu_clamped", biased=True),
 }
-SIZES = ("uniform", "zipf")
+"""Of gpt-oss T=8192 tokens choose four each of 128 experts, on each of four ranks."""
+SIZES = ("uniform", "random", "zipf")
 
 
 def group_sizes(share: Share, kind: str) -> np.ndarray:
-    """Rows of each expert: equally many, or falling as 1 / rank**0.8 in a shuffled order."""
+    """Rows of each expert.
+
+    Args:
+      share: the share.
+      kind: "uniform", equally many; "random", what a router with random logits gives: every row is any
+        expert's with the same chance; "zipf", falling as 1 / rank**0.8 in a shuffled order.
+
+    Returns:
+      i32[L].
+    """
     if kind == "uniform":
         return np.full(share.experts, share.rows // share.experts, np.int32)
     rng = np.random.default_rng(0)
+    if kind == "random":
+        return rng.multinomial(share.rows, np.full(share.experts, 1 / share.experts)).astype(np.int32)
     chance = (np.arange(share.experts) + 1.0) ** -0.8
     return rng.multinomial(share.rows, rng.permutation(chance / chance.sum())).astype(np.int32)
 
@@ -86,23 +114,38 @@ class Compact:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Operands of one measurement, on the device."""
+    """Operands of one measurement, on the device.
+
+    Attributes:
+      share: what they are of.
+      spec: the static side of the experts' call.
+      sizes: i32[L], rows of each expert.
+      operands: rows [C, H], row weights f32[C], the sizes, w1 [L, 2*I, H] and w2 [L, H, I].
+      d_out: [C, H], the gradient of the result.
+      biases: b1 [L, 2*I] and b2 [L, H], where the share has them.
+    """
 
     share: Share
     spec: ExpertSpec
     sizes: np.ndarray
     operands: tuple[jax.Array, ...]
     d_out: jax.Array
+    biases: tuple[jax.Array, ...] = ()
 
     @classmethod
     def of(
-        cls, share: Share, sizes: np.ndarray, block: int | None = None, capacity: int | None = None
+        cls,
+        share: Share,
+        sizes: np.ndarray,
+        block: int | None = None,
+        capacity: int | None = None,
+        dtype: str = "bf16",
     ) -> Data:
-        """Random operands; every row that is no expert's is NaN."""
+        """Random operands of a dtype in ``LIMITS``; every row that is no expert's is NaN."""
         block = block or share.block
         capacity = capacity or padded_rows(sizes, block) + block
-        keys = jax.random.split(jax.random.key(0), 6)
-        normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+        keys = jax.random.split(jax.random.key(0), 7)
+        normal = functools.partial(jax.random.normal, dtype=DTYPES[dtype])
         real = real_rows(sizes, block, capacity)
         poisoned = jax.jit(lambda x: jnp.where(jnp.asarray(real)[:, None], x, jnp.nan), donate_argnums=0)
         weights = (
@@ -111,8 +154,18 @@ class Data:
         )
         factors = jnp.where(jnp.asarray(real), jax.random.uniform(keys[2], (capacity,), minval=0.1), jnp.nan)
         rows, d_out = (poisoned(normal(key, (capacity, share.hidden))) for key in keys[3:5])
-        spec = ExpertSpec("silu", 7.0, 1.702, False, block)
-        return cls(share, spec, sizes, (rows, factors, jnp.asarray(sizes), *weights), d_out)
+        biases = ()
+        if share.biased:
+            of_both = ((share.experts, 2 * share.inner), (share.experts, share.hidden))
+            biases = tuple(normal(key, of) * 0.5 for key, of in zip(keys[5:], of_both, strict=True))
+        cfg = MoEConfig(share.experts, 1, share.hidden, share.inner, activation=share.activation)
+        spec = ExpertSpec.of(cfg, block=block, architecture="")
+        return cls(share, spec, sizes, (rows, factors, jnp.asarray(sizes), *weights), d_out, biases)
+
+    @property
+    def dtype(self) -> str:
+        """Its name in ``LIMITS``."""
+        return next(name for name in LIMITS if DTYPES[name] == self.d_out.dtype)
 
     @property
     def starts(self) -> np.ndarray:
@@ -142,7 +195,8 @@ class Wanted:
       rows: which rows of its run.
       cols: which of its I columns.
       of_rows: out, d_rows and d_row_weights of those rows.
-      of_cols: dw1 and dw2 of those columns, over all rows: [2*cols, H] and [H, cols].
+      of_cols: dw1 and dw2 of those columns, over all rows: [2*cols, H] and [H, cols]; with biases also
+        db1 [2*cols] and db2 [H].
     """
 
     rows: np.ndarray
@@ -157,6 +211,8 @@ def checked_experts(data: Data, most_rows: int = 64, most_cols: int = 32) -> dic
     A model's whole expert in float64 takes the host up to a minute.
     """
     rows, factors, _, w1, w2 = data.operands
+    spec = data.spec
+    between = oracle.between(spec.activation, spec.activation_limit, spec.activation_alpha)
     used = [int(e) for e in np.argsort(data.sizes, kind="stable") if data.sizes[e] > 0]
     wanted = {}
     for expert in {used[0], used[-1]}:
@@ -164,15 +220,16 @@ def checked_experts(data: Data, most_rows: int = 64, most_cols: int = 32) -> dic
         at = slice(start, start + size)
         x, up, down = (np.asarray(a) for a in (rows[at], w1[expert], w2[expert]))
         weight, d_y = (np.asarray(a[at], np.float64) for a in (factors, data.d_out))
+        b1, b2 = (np.asarray(b[expert]) for b in data.biases) if data.biases else (None, None)
         some = _spread(size, most_rows)
-        whole = oracle.mlp(x[some], up, down, weight[some, None] * d_y[some])
+        whole = oracle.mlp(x[some], up, down, weight[some, None] * d_y[some], b1, b2, between=between)
         d_weight = (whole.y * d_y[some]).sum(axis=1)
         cols = _spread(data.share.inner, most_cols)
         both = np.concatenate([cols, data.share.inner + cols])
-        narrow = oracle.mlp(x, up[both], down[:, cols], weight[:, None] * d_y)
-        wanted[expert] = Wanted(
-            some, cols, (weight[some, None] * whole.y, whole.d_x, d_weight), (narrow.d_w1, narrow.d_w2)
-        )
+        narrow_b1 = None if b1 is None else b1[both]
+        narrow = oracle.mlp(x, up[both], down[:, cols], weight[:, None] * d_y, narrow_b1, b2, between=between)
+        of_cols = (narrow.d_w1, narrow.d_w2, *((narrow.d_b1, narrow.d_b2) if data.biases else ()))
+        wanted[expert] = Wanted(some, cols, (weight[some, None] * whole.y, whole.d_x, d_weight), of_cols)
     return wanted
 
 
@@ -189,7 +246,7 @@ def errors(
     Args:
       data: what it was computed from.
       wanted: what it must be.
-      results: out, and d_rows, d_row_weights, dw1, dw2.
+      results: out, and d_rows, d_row_weights, dw1, dw2, with biases db1 and db2.
       compact: the results have no padding.
 
     Returns:
@@ -205,7 +262,7 @@ def errors(
         both = np.concatenate([want.cols, data.share.inner + want.cols])
         at_rows = (starts[expert] + want.rows).astype(np.int32)
         got = _parts(tuple(results), jnp.int32(expert), at_rows, both, want.cols)
-        names = ("out", "d_rows", "d_row_weights", "dw1", "dw2")
+        names = ("out", "d_rows", "d_row_weights", "dw1", "dw2", "db1", "db2")
         for name, a, b in zip(names, got, (*want.of_rows, *want.of_cols), strict=False):
             error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
             # np.maximum keeps a NaN, which max would lose.
@@ -213,9 +270,9 @@ def errors(
     return found
 
 
-def wrong(found: dict[str, float]) -> list[str]:
-    """The names of errors that are too large; NaN is."""
-    return [name for name, error in found.items() if not error <= (0 if name in EXACT else LIMIT)]
+def wrong(found: dict[str, float], dtype: str = "bf16") -> list[str]:
+    """The names of errors that are too large for results of a dtype; NaN is."""
+    return [name for name, error in found.items() if not error <= (0 if name in EXACT else LIMITS[dtype])]
 
 
 @jax.jit
@@ -238,4 +295,6 @@ def _parts(
 ) -> tuple[jax.Array, ...]:
     of_rows = [x[rows] for x in results[:3]]
     of_cols = [] if len(results) < 5 else [results[3][expert][both], results[4][expert][:, cols]]
+    if len(results) > 5:
+        of_cols += [results[5][expert][both], results[6][expert]]
     return (*of_rows, *of_cols)

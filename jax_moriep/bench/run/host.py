@@ -86,13 +86,13 @@ def run(options: Options, command: str, out: Path, say: Callable[[str], None]) -
             say(f"{ranks} ranks: not run, for there is no time left or nothing to do")
         else:
             say(f"{ranks} ranks: {len(cases)} cases, at most {share + _GRACE_SECONDS:.0f} s")
-            of_set = _run_set(ranks, cases, share, options, devices, say, save)
+            of_set = run_cases(ranks, cases, share, options, devices, say, save)
         save(of_set)
         result["sets"].append(of_set)
     return result, path
 
 
-def _run_set(
+def run_cases(
     ranks: int,
     cases: list[Case],
     seconds: float,
@@ -101,7 +101,20 @@ def _run_set(
     say: Callable[[str], None],
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Runs the cases; when the processes end too early, new ones go on behind the case that ended them."""
+    """Runs cases on one set of processes; when these end too early, new ones go on behind the case at fault.
+
+    Args:
+      ranks: of all cases.
+      cases: what to run.
+      seconds: after which no case begins.
+      options: their ``case_seconds`` and ``platform`` count.
+      devices: of the host.
+      say: takes lines that tell how it goes.
+      save: takes the set as far as it is.
+
+    Returns:
+      The set as a result has it.
+    """
     began = time.monotonic()
     until = began + seconds
     threads = max(1, len(os.sched_getaffinity(0)) // cases[0].processes)

@@ -23,7 +23,8 @@ On a CPU the same kernels run interpreted, which serves tests: ``unavailable_rea
 | `choice.py` | Mosaic's kernels or Triton's, and why |
 | `triton/`, `hopper/` | the kernels; `triton/tuning.py` and constants in `hopper/` say how they are cut |
 | `launch.py`, `tiles.py` | what kernels share: the call of Pallas, and the rows of each tile |
-| `activation.py`, `rowwise.py`, `quantise.py` | activations inside a kernel, and passes over rows |
+| `activation.py` | activations inside a kernel |
+| `rowwise.py`, `biases.py`, `quantise.py` | passes over rows |
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import jax
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts.pallas import choice
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Stack
 from jax_moriep.plan import ExchangeShape
 from jax_moriep.runtime.place import Place
 
@@ -60,9 +61,10 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     # Imported on first use: Pallas would be most of what `import jax_moriep` adds to jax's own time.
     from jax_moriep.experts.pallas import mlp
 
-    return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec)
+    return mlp.expert_mlp(rows, row_weights, group_sizes, weights, spec, stack)

@@ -86,7 +86,8 @@ def describe(place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, d
     for frozen in (False, True) if cfg.expert_quant else (False,):
         call = _call(place, cfg, shape, dtype, frozen=frozen)
         for differentiated in (True, False):
-            lines[frozen, differentiated] = _said(of(*call, differentiated=differentiated), known)
+            chosen = of(*call, differentiated=differentiated)
+            lines[frozen, differentiated] = _said(chosen, support.suited_blocks(call[0]), known)
     if len(set(lines.values())) == 1:
         return lines[False, True]
     whose = {False: "of floating weights", True: "of quantised weights"}
@@ -94,13 +95,12 @@ def describe(place: Place, cfg: MoEConfig | None, shape: ExchangeShape | None, d
     return "\n".join(f"{whose[frozen]}, {when[d]}: {line}" for (frozen, d), line in lines.items())
 
 
-def _said(choice: Choice, known: bool) -> str:
+def _said(choice: Choice, blocks: str, known: bool) -> str:
     if choice.reason is not None:
         return _by_triton(choice.reason)
     if not known:
         return (
-            f"products by Pallas-Mosaic if block is a multiple of {support.ROWS}, else by Pallas-Triton; "
-            "num_tokens=T says which"
+            f"products by Pallas-Mosaic if block is {blocks}, else by Pallas-Triton; num_tokens=T says which"
         )
     return "products by Pallas-Mosaic" + (", in tiles for few rows" if choice.few else "")
 

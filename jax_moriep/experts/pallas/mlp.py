@@ -18,10 +18,8 @@ from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.launch import Tile
 from jax_moriep.experts.pallas.triton import passes, tuning
 from jax_moriep.experts.pallas.triton import quantised as quantised_passes
-from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Operands, Stack, read_from
 from jax_moriep.runtime import compat
-
-_Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 
 
 def expert_mlp(
@@ -30,28 +28,35 @@ def expert_mlp(
     group_sizes: jax.Array,
     weights: ExpertWeights,
     spec: ExpertSpec,
+    stack: Stack | None = None,
 ) -> jax.Array:
     """See ``blocked.expert_mlp``."""
     leaves, tree = jax.tree.flatten((rows, row_weights, group_sizes, weights))
     # Outside the custom VJP, so that JAX's transpose of the cast adds the psum that a shared operand needs.
     operands = jax.tree.unflatten(tree, compat.union_varying(*leaves))
     if spec.scheme is not None and spec.weight_input:
-        return quantised_passes.with_weighted_input(_expert_mlp, spec, operands)
-    return _expert_mlp(spec, operands)
+        run = functools.partial(_expert_mlp, stack=stack)
+        return quantised_passes.with_weighted_input(run, spec, operands)
+    return _expert_mlp(spec, operands, stack)
 
 
+# A stack is read and has no cotangent: that is of the one layer's weights, whose values nobody reads then.
+# It stays typed as it came: retyped, a scan would keep a copy of it for every layer's backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_mlp(spec: ExpertSpec, operands: _Operands) -> jax.Array:
-    return _on_platform("forward", spec, operands, 0)[0]
+def _expert_mlp(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> jax.Array:
+    return _on_platform("forward", spec, read_from(operands, stack), 0)[0]
 
 
-def _expert_mlp_fwd(spec: ExpertSpec, operands: _Operands) -> tuple[jax.Array, Any]:
-    out, *saved = _on_platform("forward", spec, operands, saved_rows(spec, operands[0].shape[0]))
-    return out, (operands, checkpoint_name(saved, SAVED_NAME))
+def _expert_mlp_fwd(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> tuple[jax.Array, Any]:
+    kept = saved_rows(spec, operands[0].shape[0])
+    out, *saved = _on_platform("forward", spec, read_from(operands, stack), kept)
+    own = operands[3] if stack is None else None
+    return out, (operands[:3], own, stack, checkpoint_name(saved, SAVED_NAME))
 
 
-def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any]:
-    operands, saved = residuals
+def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any, None]:
+    given, own, stack, saved = residuals
+    operands = read_from((*given, own), stack)
     kept = saved_rows(spec, d_out.shape[0])
     d_rows, d_row_weights, *others = _on_platform("backward", spec, operands, kept, d_out, *saved)
     weights: ExpertWeights = operands[3]
@@ -59,7 +64,8 @@ def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple
     trained = [] if weights.frozen else ["w1", "w2"]
     trained += [] if weights.b1 is None else ["b1", "b2"]
     nothing = ExpertWeights(None, None)
-    return ((d_rows, d_row_weights, None, nothing._replace(**dict(zip(trained, others, strict=True)))),)
+    d_weights = nothing._replace(**dict(zip(trained, others, strict=True)))
+    return (d_rows, d_row_weights, None, d_weights), None
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
@@ -72,14 +78,10 @@ def saved_rows(spec: ExpertSpec, capacity: int) -> int:
     return min(-(-max(1, spec.saved_rows) // ROWS) * ROWS, capacity)
 
 
-def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *of_pass: jax.Array) -> Any:
+def _on_platform(name: str, spec: ExpertSpec, operands: Operands, kept: int, *of_pass: jax.Array) -> Any:
     """Runs a pass as the platform wants it for which the program is lowered, wherever it is traced."""
-    rows, row_weights, group_sizes, weights = operands
-    if spec.scheme is None:
-        biases = () if weights.b1 is None else (weights.b1, weights.b2)
-        arrays = (*of_pass, rows, row_weights, group_sizes, weights.w1, weights.w2, *biases)
-    else:
-        arrays = (*of_pass[:2], operands, *of_pass[2:])
+    rows, _, group_sizes, weights = operands
+    arrays = (*of_pass[:2], operands, *of_pass[2:])
     capacity, itemsize, table = rows.shape[0], rows.dtype.itemsize, tuning.table()
 
     def by_triton(platform: str) -> Callable[..., Any]:
@@ -113,7 +115,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: _Operands, kept: int, *o
     if chosen.mosaic and compat.has_hopper_kernels():
         on_cuda = by_hopper
         if spec.scheme is not None and kept:
-            others = hopper_quantised.kept(spec, weights)
+            others = hopper_quantised.kept(spec, weights, group_sizes.size)
             interpreted, on_rocm = (_without(others, name, fn) for fn in (interpreted, on_rocm))
     results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on_rocm, default=on_cuda)
     # jax 0.10.2 forgets over which mesh axes a kernel's results vary.

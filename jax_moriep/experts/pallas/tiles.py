@@ -133,6 +133,7 @@ def row_tiles(
     size: int,
     first_row: int | jax.Array = 0,
     group: int = GROUP,
+    first_expert: jax.Array | None = None,
 ) -> RowTiles:
     """Cuts every run into tiles, and the tiles of a run into groups of equal size.
 
@@ -145,6 +146,7 @@ def row_tiles(
       size: rows per tile.
       first_row: tiles that end at or before this row are left out.
       group: the most tiles of a group.
+      first_expert: i32[], what the table adds to each expert (``ExpertWeights.first``).
 
     Returns:
       The tiles, sorted by row.
@@ -166,7 +168,7 @@ def row_tiles(
     # Group n of a run begins at its tile count * n // num_groups, so this is the group of tile in_run.
     in_group = ((in_run + 1) * num_groups - 1) // jnp.maximum(1, count)
     lines = (
-        expert,
+        expert if first_expert is None else expert + first_expert,
         first,
         (starts + group_sizes)[expert],
         (starts + aligned)[expert],

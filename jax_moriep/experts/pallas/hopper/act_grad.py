@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas import activation
 from jax_moriep.experts.pallas.hopper import launch
-from jax_moriep.experts.pallas.hopper.products import width_of
 from jax_moriep.experts.pallas.hopper.stream import PIECE, Block, Lanes, Tail, Work
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import OfTile, RowTiles
@@ -51,6 +50,20 @@ class _Tile:
         return pl.ds(half * self.inner + self.first_col + col, size)
 
 
+def suits(tiles: RowTiles, weights: jax.Array) -> bool:
+    """Whether the kernel here can run.
+
+    It stores whole tiles of rows and columns and takes each of its pre-activations' halves as a whole block:
+    no tile may reach behind its run's blocks, and no step or tile of columns behind the matrix.
+
+    Args:
+      tiles: the tiles of rows.
+      weights: w2, [L, H, I].
+    """
+    rows_are_whole = not tiles.overrun and tiles.capacity % ROWS == 0
+    return rows_are_whole and all(size % ROWS == 0 for size in weights.shape[1:])
+
+
 def activation_gradient(
     d_out: jax.Array,
     weights: jax.Array,
@@ -78,7 +91,7 @@ def activation_gradient(
       of runs, and shares of that of the row weights, f32[n, C], to be summed.
     """
     capacity, depth, inner = tiles.capacity, d_out.shape[1], weights.shape[2]
-    width = width_of(inner)
+    width = 256 if inner % 256 == 0 else 128
     blocks = (Block(ROWS, _DEPTH, 1), Block(_DEPTH, width, 0))
 
     def body(table: Any, d_out_ref: Any, weights_ref: Any, factors_ref: Any, *refs: Any) -> None:
@@ -88,9 +101,9 @@ def activation_gradient(
             expert, at_rows = launch.rows_of_tile(table, row_tile)
             at = _Tile(at_rows.start, OfTile(table, row_tile).stop, col_tile * width, width, inner)
 
-            def multiply(_: Any, operands: Any, sums: Any) -> None:
+            def multiply(_: Any, __: Any, operands: Any, sums: Any) -> None:
                 x, w = operands
-                mg.wgmma(sums[0], x.at[pl.ds(lanes.me * _DEPTH, _DEPTH)], w)
+                mg.wgmma(sums, x.at[pl.ds(lanes.me * _DEPTH, _DEPTH)], w)
 
             def fetch(n: int, places: tuple[Any, ...], arrived: Any) -> None:
                 if len(pre) == 1:
@@ -100,19 +113,15 @@ def activation_gradient(
                     pl.when(kept)(lambda: _fetch(at, n, pre_refs[0], places[1], arrived))
                     pl.when(jnp.logical_not(kept))(lambda: _fetch(at, n, pre_refs[1], places[1], arrived))
 
-            def finish(sums: Any, tail: Tail) -> None:
+            def finish(sums: jax.Array, tail: Tail) -> None:
                 mine = at.rows(lanes.me)
-                factor = mg.load(  # pyright: ignore[reportCallIssue]
-                    factors_ref.at[mine], layout=mg.Layout.WGMMA.reduce(1), optimized=False
-                )
-                shares_ref[col_tile, mine] = _finish(
-                    at, lanes, spec, sums[0], factor, tail, act_ref, d_pre_ref
-                )
+                factor = launch.of_rows(factors_ref.at[mine])
+                shares_ref[col_tile, mine] = _finish(at, lanes, spec, sums, factor, tail, act_ref, d_pre_ref)
 
             return Work(
                 depth // _DEPTH,
                 (d_out_ref.at[at_rows, :], weights_ref.at[expert].at[:, pl.ds(at.first_col, width)]),
-                ((_DEPTH, width),),
+                (_DEPTH, width),
                 multiply,
                 finish,
                 tail=_TAIL,

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from jax_moriep import schemes
 from jax_moriep.experts.pallas import activation, quantise
 from jax_moriep.experts.pallas.hopper import launch, scaled
-from jax_moriep.experts.pallas.hopper.fp8 import along_cols, of_rows
+from jax_moriep.experts.pallas.hopper.launch import along_cols, of_rows
 from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
 from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
 from jax_moriep.experts.pallas.hopper.support import FEW_ROWS as ROWS

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as mg
 from jax_moriep import schemes
 from jax_moriep.experts.pallas import activation, quantise
 from jax_moriep.experts.pallas.hopper import launch, scaled
+from jax_moriep.experts.pallas.hopper.launch import along_cols, of_rows
 from jax_moriep.experts.pallas.hopper.scaled import DEPTH, Work
 from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line
 from jax_moriep.experts.pallas.hopper.support import ROWS
@@ -211,14 +212,3 @@ def _coded(
     inverse = lax.broadcast_in_dim(jnp.where(used, inverse, 0.0), h.shape, (0,))
     h = quantise.scaled(h, inverse)
     return h, jnp.where(used, scale * factor, 0.0)
-
-
-def of_rows(ref: Any) -> Any:
-    """A value for each row of a warpgroup's sums."""
-    return mg.load(ref, layout=mg.Layout.WGMMA.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]
-
-
-def along_cols(ref: Any, shape: tuple[int, ...]) -> Any:
-    """A value for each column, for all rows."""
-    values = mg.load(ref, layout=mg.Layout.WGMMA.reduce(0), optimized=False)  # pyright: ignore[reportCallIssue]
-    return lax.broadcast_in_dim(values, shape, (1,))

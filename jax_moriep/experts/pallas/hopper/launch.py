@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas.hopper import stream
-from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Line, Work
+from jax_moriep.experts.pallas.hopper.stream import PIECE, Block, Lanes, Line, Work
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import OfTile, RowTiles, position_in_runs
 from jax_moriep.runtime import compat
@@ -24,6 +27,45 @@ def rows_of_tile(table: Any, row_tile: Any) -> tuple[Any, Any]:
     tile = OfTile(table, row_tile)
     first = pl.multiple_of(tile.first, ROWS)
     return tile.expert, pl.ds(first, ROWS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileRows:
+    """The rows of a tile, inside a kernel.
+
+    Attributes:
+      expert: whose they are.
+      first: the first one.
+      real: how many rows its run has from there on.
+      used: likewise the run's blocks; rows behind them are another run's.
+      strip: rows that are stored together, all of them of one run; None: no tile has any behind its run.
+    """
+
+    expert: Any
+    first: Any
+    real: Any
+    used: Any
+    strip: int | None
+
+    @classmethod
+    def of(cls, table: Any, row_tile: Any, tiles: RowTiles) -> TileRows:
+        """What the table says of a tile."""
+        tile = tiles.of_tile(table, row_tile)
+        strip = math.gcd(tiles.block, PIECE)
+        first = pl.multiple_of(tile.first, strip)
+        strip = None if strip == PIECE else strip
+        return cls(tile.expert, first, tile.stop - first, tile.end - first, strip)
+
+    def some(self, row: Any, count: int) -> Any:
+        """So many of them from one on, of an array of all rows."""
+        return pl.ds(self.first + row, count)
+
+    def leave(self, lanes: Lanes, row: Any, parts: list[tuple[Any, Any]]) -> None:
+        """``Lanes.leave`` of parts that begin at a row of the tile, up to the end of the run's blocks."""
+        if self.strip is None:
+            lanes.leave(parts)
+        else:
+            lanes.leave(parts, self.used - row, self.strip)
 
 
 def all_tiles(
@@ -103,3 +145,14 @@ def leave(
     else:
         lanes.leave(parts)
         pl.when(first < saved_rows)(lambda: lanes.leave(pre))
+
+
+def of_rows(ref: Any) -> Any:
+    """A value for each row of a warpgroup's sums."""
+    return mg.load(ref, layout=mg.Layout.WGMMA.reduce(1), optimized=False)  # pyright: ignore[reportCallIssue]
+
+
+def along_cols(ref: Any, shape: tuple[int, ...]) -> Any:
+    """A value for each column, for all rows."""
+    values = mg.load(ref, layout=mg.Layout.WGMMA.reduce(0), optimized=False)  # pyright: ignore[reportCallIssue]
+    return lax.broadcast_in_dim(values, shape, (1,))

@@ -2,59 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.hopper import act_grad, products
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
 
 
-def forward(spec: ExpertSpec, saved_rows: int, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """See ``triton.passes.forward``; ``saved_rows`` is a multiple of ``ROWS``."""
-    rows, row_weights, group_sizes, *weights = operands
-    w1, w2 = _cast(rows, weights)
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS)
+def forward(spec: ExpertSpec, saved_rows: int, operands: Operands) -> tuple[jax.Array, ...]:
+    """See ``triton.passes.forward``; ``saved_rows`` is a multiple of ``ROWS``, or C."""
+    rows, row_weights, group_sizes, given = operands
+    weights = _cast(given, rows.dtype, group_sizes.size)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS, first_expert=weights.first)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
-    act, *saved = products.gate_up(rows, w1, factors, tiles, spec, saved_rows=saved_rows, act=True)
-    out = products.product(act, w2, tiles, by_column=False)
+    act, *saved = products.gate_up(
+        rows, weights.w1, factors, tiles, spec, saved_rows=saved_rows, act=True, bias=weights.b1
+    )
+    bias = None if weights.b2 is None else (factors, weights.b2)
+    out = products.product(act, weights.w2, tiles, by_column=False, bias=bias)
     return (rowwise.zeroed_behind(out, tiles, interpret=False), *saved)
 
 
 def backward(
-    spec: ExpertSpec, saved_rows: int, d_out: jax.Array, saved: jax.Array, *operands: jax.Array
+    spec: ExpertSpec, saved_rows: int, d_out: jax.Array, saved: jax.Array, operands: Operands
 ) -> tuple[jax.Array, ...]:
     """See ``triton.passes.backward``."""
-    rows, row_weights, group_sizes, *weights = operands
-    w1, w2 = _cast(rows, weights)
-    capacity = rows.shape[0]
-    starts = run_starts(group_sizes, spec.block)
-    tiles = row_tiles(group_sizes, spec.block, capacity, ROWS)
+    rows, row_weights, group_sizes, given = operands
+    weights = _cast(given, rows.dtype, group_sizes.size)
+    capacity, block, first = rows.shape[0], spec.block, weights.first
+    starts = run_starts(group_sizes, block)
+    tiles = row_tiles(group_sizes, block, capacity, ROWS, first_expert=first)
     pre = (saved,)
     if saved_rows < capacity:
-        behind = row_tiles(group_sizes, spec.block, capacity, ROWS, saved_rows)
-        pre += tuple(products.gate_up(rows, w1, row_weights, behind, spec, saved_rows=capacity, act=False))
-    real = real_rows(group_sizes, spec.block, capacity)
-    factors = jnp.where(real, row_weights, 0)
-    act, d_pre, shares = act_grad.activation_gradient(
-        d_out, w2, pre, factors, tiles, spec, saved_rows=saved_rows
-    )
-    d_rows = products.product(d_pre, w1, tiles, by_column=True)
+        behind = row_tiles(group_sizes, block, capacity, ROWS, saved_rows, first_expert=first)
+        again = products.gate_up(
+            rows, weights.w1, row_weights, behind, spec, saved_rows=capacity, act=False, bias=weights.b1
+        )
+        pre += tuple(again)
+    real = real_rows(group_sizes, block, capacity)
+    if act_grad.suits(tiles, weights.w2):
+        factors = jnp.where(real, row_weights, 0)
+        act, d_pre, shares = act_grad.activation_gradient(
+            d_out, weights.w2, pre, factors, tiles, spec, saved_rows=saved_rows
+        )
+    else:
+        d_act = products.product(d_out, weights.w2, tiles, by_column=True)
+        slices = row_tiles(group_sizes, block, capacity, rowwise.SLICE)
+        act, d_pre, shares = rowwise.activation_gradient(
+            d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
+        )
+    d_rows = products.product(d_pre, weights.w1, tiles, by_column=True)
     d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=False)
-    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, weights[0].dtype, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, weights[1].dtype, unclean="left")
-    return d_rows, jnp.where(real, jnp.sum(shares, axis=0), 0), dw1, dw2
+    of_runs = (starts, group_sizes, block)
+    dw1 = products.weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
+    d_weights, d_biases = jnp.sum(shares, axis=0), ()
+    if weights.b1 is not None and weights.b2 is not None:
+        d_biases = (
+            row_sums(d_pre, None, starts, group_sizes, weights.b1.dtype, interpret=False),
+            row_sums(d_out, row_weights, starts, group_sizes, weights.b2.dtype, interpret=False),
+        )
+        few = row_tiles(group_sizes, block, capacity, BIAS_ROWS, first_expert=first)
+        d_weights += rows_times_bias(d_out, weights.b2, few, interpret=False)
+    return d_rows, jnp.where(real, d_weights, 0), dw1, dw2, *d_biases
 
 
-def _cast(rows: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
+def _cast(weights: ExpertWeights, dtype: Any, num_experts: int) -> ExpertWeights:
     """Weights in the rows' dtype: f32 master weights as the kernels read them.
 
     XLA makes one cast of that of both passes, where they are in one program.
     """
-    return [w.astype(rows.dtype) for w in weights]
+    if weights.w1.dtype == weights.w2.dtype == dtype:
+        return weights
+    # What is made of weights must not be made of all layers'.
+    weights = weights.alone(num_experts)
+    return weights._replace(w1=weights.w1.astype(dtype), w2=weights.w2.astype(dtype))

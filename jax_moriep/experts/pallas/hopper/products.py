@@ -4,16 +4,22 @@ Triton feeds Hopper's matrix unit through loads of all threads. On an H100 the s
 then reached 0.80 to 0.87 of the dense matmul, and 1.0 with bulk copies. These kernels cover the common case,
 which ``support`` states; everything else runs in Triton.
 
-Three things keep the kernels plain:
-- Tiles have 128 rows and ``block`` is a multiple of that, so a tile is one expert's alone and every store is
-  a whole tile. Padding rows of intermediates are zeros or never read.
-- Row weights multiply the activations in gate_up, so that the product after it has no epilogue.
+What keeps the kernels plain:
+- A tile has 128 rows from the first one of its run on, so it is one expert's alone, and each of two
+  warpgroups multiplies 64. If the run has 64 or fewer left, both multiply these, and half of the columns.
+- Rows of a tile that are behind its run's blocks are other runs': they are multiplied, and not stored.
+- Bulk copies read zeros outside an array and write nothing there. So no size must divide any other: what is
+  contracted ends in zeros, and columns that are none are not stored.
+- Row weights multiply the activations in gate_up, so that the product after it has no epilogue but its bias.
 - The one place where padding could meet a sum is a weight gradient's last step over an expert's rows: there
-  each warpgroup clears the padding in its own part of the operand that may hold anything.
+  the warpgroups clear what is not the run's.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -24,46 +30,134 @@ from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas import activation
 from jax_moriep.experts.pallas.hopper import launch, stream
-from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Work
+from jax_moriep.experts.pallas.hopper.launch import TileRows, along_cols, of_rows
+from jax_moriep.experts.pallas.hopper.stream import PIECE, Block, Lanes, Work
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import RowTiles, position_in_grid
 from jax_moriep.experts.spec import ExpertSpec
 
 _DEPTH = 64
 """How deep a step is: the 16-bit values that 128 bytes hold, a row of swizzled shared memory."""
+_HALF = ROWS // 2
+"""Rows that a warpgroup multiplies: the fewest of the matrix unit."""
+_WIDTHS = (256, 192, 128)
+"""Columns of a tile: 256 is the most that the matrix unit multiplies at once."""
+_TILE_COST = 32
+"""What a tile costs beside its columns, in columns: narrow ones read the rows more often. Not tuned."""
+_GATES = 64
+"""Columns of gate, and then of up, that lie side by side in shared memory, so that one product has both."""
 _GROUP = 8
 """Tiles of rows that take their turn at one tile of columns in a weight gradient. As in the Triton kernels,
 where 8 is the default of ``Tile.group``; not tuned here."""
 
 
-def product(rows: jax.Array, weights: jax.Array, tiles: RowTiles, *, by_column: bool) -> jax.Array:
-    """See ``triton.products.rows_times_weights``: the product alone, undefined behind the last run."""
+def product(
+    rows: jax.Array,
+    weights: jax.Array,
+    tiles: RowTiles,
+    *,
+    by_column: bool,
+    bias: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """See ``triton.products.rows_times_weights``: the product alone, undefined behind the last run.
+
+    Args:
+      rows: [C, D], finite in padding if the result must be.
+      weights: [L, N, D], or [L, D, N] by column.
+      tiles: the tiles of rows.
+      by_column: which of them it is.
+      bias: f32[C] factors and a bias [L, N]; ``factor * bias`` is added where the factor is not 0.
+
+    Returns:
+      [C, N]; where 64 or fewer rows of a tile are a run's, zeros in the rows of its blocks behind those 64.
+    """
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
-    width, height = width_of(cols), ROWS // 2
-    blocks = (Block(ROWS, _DEPTH, 1), Block(_DEPTH, width, 0) if by_column else Block(width, _DEPTH, 1))
+    width, wide = _width(cols), _swizzle(depth, cols)
+    blocks = (
+        Block(ROWS, _DEPTH, 1, wide=wide),
+        Block(_DEPTH, width, 0, wide=wide) if by_column else Block(width, _DEPTH, 1, wide=wide),
+    )
 
-    def body(table: Any, rows_ref: Any, weights_ref: Any, out_ref: Any) -> None:
+    def body(table: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = launch.rows_of_tile(table, row_tile)
-            own, at_cols = pl.ds(lanes.me * height, height), pl.ds(col_tile * width, width)
-            w = weights_ref.at[expert]
+            at = TileRows.of(table, row_tile, tiles)
+            first_col = col_tile * width
+            w, at_cols = weights_ref.at[at.expert], pl.ds(first_col, width)
+            w = w.at[:, at_cols] if by_column else w.at[at_cols, :]
 
-            def multiply(_: Any, operands: Any, sums: Any) -> None:
-                x, w = operands
-                mg.wgmma(sums[0], x.at[own], w if by_column else w.transpose((1, 0)))
+            def form(part: _Part) -> Work:
+                mine = pl.ds(part.col, part.cols)
 
-            return Work(
-                depth // _DEPTH,
-                (rows_ref.at[at_rows, :], w.at[:, at_cols] if by_column else w.at[at_cols, :]),
-                ((height, width),),
-                multiply,
-                lambda sums: lanes.leave([(sums[0], out_ref.at[at_rows, at_cols].at[own])]),
-            )
+                def multiply(_: Any, __: Any, operands: Any, sums: Any) -> None:
+                    x, w = operands
+                    w = w.at[:, mine] if by_column else w.at[mine].transpose((1, 0))
+                    mg.wgmma(sums, x.at[pl.ds(part.row, _HALF)], w)
 
-        launch.all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
+                def finish(values: Any) -> None:
+                    if bias is not None:
+                        at_bias = refs[1].at[at.expert, pl.ds(first_col + part.col, part.cols)]
+                        factors = of_rows(refs[0].at[at.some(part.row, _HALF)])
+                        values = values + _weighted(along_cols(at_bias, values.shape), factors)
+                    out = refs[-1].at[:, pl.ds(first_col + part.col, part.cols)]
+                    part.leave(lanes, at, values, out, part.row)
+                    if part.is_short and _HALF % tiles.block:
+                        nothing = jnp.zeros_like(values)
+                        pl.when(at.used > _HALF)(lambda: part.leave(lanes, at, nothing, out, _HALF))
 
-    shape = ((tiles.capacity, cols), rows.dtype)
-    return launch.call(body, (tiles.table, rows, weights), [shape])[0]
+                sources = (rows_ref.at[at.some(0, part.height), :], w)
+                return Work(_steps(depth), sources, (_HALF, part.cols), multiply, finish)
+
+            short = form(_Part.short(lanes, width))
+            return dataclasses.replace(form(_Part.long(lanes, width)), short=(at.real <= _HALF, short))
+
+        launch.all_tiles(blocks, rows.dtype, table, tiles, -(-cols // width), tile, piece_bytes=wide)
+
+    operands = (tiles.table, rows, weights)
+    if bias is not None:
+        operands += (_readable(bias[0], tiles), _padded(bias[1], width))
+    return launch.call(body, operands, [((tiles.capacity, cols), rows.dtype)])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one warpgroup multiplies of a tile of a product.
+
+    Attributes:
+      row: its first row in the tile, of ``_HALF``.
+      col: its first column.
+      cols: how many there are.
+      height: rows of the tile that are read.
+      twice: so many of the columns are multiplied by both warpgroups: the last ones of the first, which
+        stores them, and the first ones of the second.
+      is_short: whether the tile has no more than ``_HALF`` rows.
+    """
+
+    row: Any
+    col: Any
+    cols: int
+    height: int
+    twice: int = 0
+    is_short: bool = False
+
+    @classmethod
+    def long(cls, lanes: Lanes, width: int) -> _Part:
+        """Of a tile of more than ``_HALF`` rows: half of them."""
+        return cls(lanes.me * _HALF, 0, width, ROWS)
+
+    @classmethod
+    def short(cls, lanes: Lanes, width: int) -> _Part:
+        """Of another tile: half of the columns, in whole pieces."""
+        cols = -(-width // (2 * PIECE)) * PIECE
+        return cls(0, lanes.me * (width - cols), cols, _HALF, 2 * cols - width, True)
+
+    def leave(self, lanes: Lanes, at: TileRows, values: Any, out: Any, row: Any) -> None:
+        """Stores values in rows of the tile from one on, in the part's columns ``out`` of all rows."""
+        out, twice = out.at[at.some(row, _HALF)], self.twice
+        if twice:
+            first = (values[:, :twice], out.at[:, pl.ds(0, twice)])
+            pl.when(lanes.me == 0)(lambda: at.leave(lanes, row, [first]))
+            values, out = values[:, twice:], out.at[:, pl.ds(twice, self.cols - twice)]
+        at.leave(lanes, row, [(values, out)])
 
 
 def gate_up(
@@ -75,6 +169,7 @@ def gate_up(
     *,
     saved_rows: int,
     act: bool,
+    bias: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Gate and up in one pass over the rows, and the activation.
 
@@ -85,60 +180,105 @@ def gate_up(
         whatever it holds.
       tiles: the tiles of rows.
       spec: names the activation.
-      saved_rows: write the pre-activations of the first so many rows, a multiple of ``ROWS``.
+      saved_rows: write the pre-activations of the first so many rows, a multiple of ``ROWS`` or C.
       act: write the activations.
+      bias: [L, 2*I], or None.
 
     Returns:
       The activations [C, I] if asked for, and the pre-activations [saved_rows, 2*I] if there are any.
     """
     depth, cols = rows.shape[1], weights.shape[1] // 2
-    width, height = 128, ROWS // 2
-    blocks = (Block(ROWS, _DEPTH, 1), Block(width, _DEPTH, 1), Block(width, _DEPTH, 1))
+    groups, wide = 2, _swizzle(depth, cols)
+    width = groups * _GATES
+    blocks = (
+        Block(ROWS, _DEPTH, 1, wide=wide),
+        Block(2 * width, _DEPTH, 1, parts=2 * groups, wide=wide),
+    )
+    by_half = weights.reshape(-1, cols, depth)
 
-    def body(table: Any, rows_ref: Any, weights_ref: Any, factors_ref: Any, *out_refs: Any) -> None:
+    def body(table: Any, rows_ref: Any, weights_ref: Any, factors_ref: Any, *refs: Any) -> None:
+        outs = _GateUp(tiles, spec, factors_ref, refs, act, saved_rows, bias is not None)
+
         def tile(lanes: Lanes, row_tile: Any, col_tile: Any) -> Work:
-            expert, at_rows = launch.rows_of_tile(table, row_tile)
-            first, own = at_rows.start, pl.ds(lanes.me * height, height)
-            at_gate, at_up = pl.ds(col_tile * width, width), pl.ds(cols + col_tile * width, width)
-            w = weights_ref.at[expert]
+            at = TileRows.of(table, row_tile, tiles)
+            first_cols = [col_tile * width + n * _GATES for n in range(groups)]
+            halves = [weights_ref.at[2 * at.expert + half] for half in range(2)]
+            w = tuple(half.at[pl.ds(first, _GATES), :] for first in first_cols for half in halves)
 
-            def multiply(_: Any, operands: Any, sums: Any) -> None:
-                x, w_gate, w_up = operands
-                mg.wgmma(sums[0], x.at[own], w_gate.transpose((1, 0)))
-                mg.wgmma(sums[1], x.at[own], w_up.transpose((1, 0)))
+            def form(row: Any, first_group: Any, count: int, height: int) -> Work:
+                both = count * 2 * _GATES
+                mine = pl.ds(first_group * (2 * _GATES), both)
 
-            def finish(sums: Any) -> None:
-                gate, up = sums
-                parts = []
-                if act:
-                    factor = mg.load(  # pyright: ignore[reportCallIssue]
-                        factors_ref.at[pl.ds(first + lanes.me * height, height)],
-                        layout=mg.Layout.WGMMA.reduce(1),
-                        optimized=False,
-                    )
-                    factor = lax.broadcast_in_dim(factor, gate.shape, (0,))
-                    h = jnp.where(factor != 0, activation.value(gate, up, spec) * factor, 0.0)
-                    parts.append((h, out_refs[0].at[at_rows, at_gate].at[own]))
-                pre = []
-                if saved_rows:
-                    kept = out_refs[-1].at[at_rows]
-                    pre = [(gate, kept.at[:, at_gate].at[own]), (up, kept.at[:, at_up].at[own])]
-                launch.leave(lanes, parts, pre, first, saved_rows, tiles)
+                def multiply(_: Any, __: Any, operands: Any, sums: Any) -> None:
+                    x, w = operands
+                    mg.wgmma(sums, x.at[pl.ds(row, _HALF)], w.at[mine].transpose((1, 0)))
 
-            return Work(
-                depth // _DEPTH,
-                (rows_ref.at[at_rows, :], w.at[at_gate, :], w.at[at_up, :]),
-                ((height, width), (height, width)),
-                multiply,
-                finish,
-            )
+                return Work(
+                    _steps(depth),
+                    (rows_ref.at[at.some(0, height), :], w),
+                    (_HALF, both),
+                    multiply,
+                    lambda values: outs.leave(lanes, at, row, first_cols[0] + first_group * _GATES, values),
+                )
 
-        launch.all_tiles(blocks, rows.dtype, table, tiles, cols // width, tile)
+            short = form(0, lanes.me, 1, _HALF)
+            long = form(lanes.me * _HALF, 0, groups, ROWS)
+            return dataclasses.replace(long, short=(at.real <= _HALF, short))
 
-    shapes = [((tiles.capacity, cols), rows.dtype)] if act else []
+        launch.all_tiles(blocks, rows.dtype, table, tiles, -(-cols // width), tile, piece_bytes=wide)
+
+    shapes: list[tuple[tuple[int, ...], Any]] = [((tiles.capacity, cols), rows.dtype)] if act else []
     if saved_rows:
-        shapes.append(((saved_rows, 2 * cols), rows.dtype))
-    return launch.call(body, (tiles.table, rows, weights, factors), shapes)
+        # Columns of gate and of up are two dimensions, so that what is behind the former is not stored.
+        shapes.append(((saved_rows, 2, cols), rows.dtype))
+    operands = (tiles.table, rows, by_half, _readable(factors, tiles))
+    if bias is not None:
+        operands += (_padded(bias.reshape(-1, cols), width),)
+    results = launch.call(body, operands, shapes)
+    if saved_rows:
+        results[-1] = results[-1].reshape(saved_rows, 2 * cols)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _GateUp:
+    """What becomes of the sums of ``gate_up``, whose arguments these are.
+
+    ``refs`` are the bias, if there is one, and the results.
+    """
+
+    tiles: RowTiles
+    spec: ExpertSpec
+    factors: Any
+    refs: tuple[Any, ...]
+    act: bool
+    saved_rows: int
+    biased: bool
+
+    def leave(self, lanes: Lanes, at: TileRows, row: Any, first_col: Any, sums: Any) -> None:
+        """Stores what follows from a warpgroup's sums: by turns so many columns of gate and of up."""
+        at_rows, parts, pre = at.some(row, _HALF), [], []
+        factor = lax.broadcast_in_dim(of_rows(self.factors.at[at_rows]), (_HALF, _GATES), (0,))
+        for n in range(sums.shape[1] // (2 * _GATES)):
+            at_cols = pl.ds(first_col + n * _GATES, _GATES)
+            gate, up = (sums[:, (2 * n + half) * _GATES :][:, :_GATES] for half in range(2))
+            if self.biased:
+                gate, up = (
+                    values + along_cols(self.refs[0].at[2 * at.expert + half, at_cols], values.shape)
+                    for half, values in enumerate((gate, up))
+                )
+            if self.act:
+                h = jnp.where(factor != 0, activation.value(gate, up, self.spec) * factor, 0.0)
+                parts.append((h, self.refs[self.biased].at[at_rows, at_cols]))
+            if self.saved_rows:
+                kept = self.refs[-1].at[at_rows]
+                pre += [(values, kept.at[:, half, at_cols]) for half, values in enumerate((gate, up))]
+        if not pre or self.saved_rows == self.tiles.capacity:
+            at.leave(lanes, row, parts + pre)
+            return
+        if parts:
+            at.leave(lanes, row, parts)
+        pl.when(at.first < self.saved_rows)(lambda: at.leave(lanes, row, pre))
 
 
 def weight_gradient(
@@ -146,6 +286,7 @@ def weight_gradient(
     right: jax.Array,
     starts: jax.Array,
     group_sizes: jax.Array,
+    block: int,
     dtype: Any,
     *,
     unclean: str,
@@ -157,65 +298,102 @@ def weight_gradient(
       right: [C, N].
       starts: i32[L], the first row of every run.
       group_sizes: i32[L].
+      block: every run starts at a multiple of it.
       dtype: of the result; the sums leave the registers as it.
-      unclean: "left" or "right", the operand whose padding may hold anything; the other's must be zeros up to
-        the next multiple of ``_DEPTH`` rows.
+      unclean: "left" or "right", the operand whose padding may hold anything; the other's is zeros up to the
+        end of a run's blocks.
 
     Returns:
       [L, M, N].
     """
     num_experts, tall, cols = group_sizes.size, left.shape[1], right.shape[1]
-    width = width_of(cols)
-    row_tiles, col_tiles = tall // ROWS, cols // width
-    # Each warpgroup clears what it alone reads, so neither waits for the other.
-    by_rows = unclean == "left"
-    height, wide = (ROWS // 2, width) if by_rows else (ROWS, width // 2)
-    blocks = (Block(_DEPTH, ROWS, 0), Block(_DEPTH, width, 0))
+    width, wide = _width(cols), _swizzle(tall, cols)
+    row_tiles, col_tiles = -(-tall // ROWS), -(-cols // width)
+    blocks = (Block(_DEPTH, ROWS, 0, wide=wide), Block(_DEPTH, width, 0, wide=wide))
+    # With smaller blocks a step can reach into the next run, in both operands.
+    both = block % _DEPTH != 0
 
     def body(starts_ref: Any, sizes_ref: Any, left_ref: Any, right_ref: Any, out_ref: Any) -> None:
         def tile(lanes: Lanes, index: Any) -> Work:
             expert, turn = index
-            own = pl.ds(lanes.me * (height if by_rows else wide), height if by_rows else wide)
+            own = pl.ds(lanes.me * _HALF, _HALF)
             row_tile, col_tile = position_in_grid(turn, row_tiles, col_tiles, _GROUP)
-            start, size = pl.multiple_of(starts_ref[expert], ROWS), sizes_ref[expert]
+            start, size = pl.multiple_of(starts_ref[expert], math.gcd(block, _DEPTH)), sizes_ref[expert]
             at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
-            def multiply(k: Any, operands: Any, sums: Any) -> None:
+            def multiply(k: Any, place: Any, operands: Any, sums: Any) -> None:
                 x, y = operands
-                x, y = (x.at[:, own], y) if by_rows else (x, y.at[:, own])
-                dirty = x if by_rows else y
+                x = x.at[:, own]
                 left_over = size - k * _DEPTH
 
                 @pl.when(left_over < _DEPTH)
                 def _() -> None:
-                    row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, dirty.shape, 0), mg.Layout.WGMMA)
-                    values = dirty[...]
-                    real = row < lax.broadcast_in_dim(left_over, row.shape, ())
-                    dirty[...] = jnp.where(real, values, jnp.zeros_like(values))
-                    mg.commit_smem()
+                    if both or unclean == "left":
+                        _clear(x, left_over)
+                    if both or unclean == "right":
+                        # Both warpgroups read it. The first one, which is ahead, clears it for both.
+                        cleared = lanes.scratch[0].at[place]
+                        pl.when(lanes.me == 0)(functools.partial(_clear, y, left_over, cleared))
+                        pl.when(lanes.me == 1)(lambda: mg.barrier_wait(cleared))
 
-                mg.wgmma(sums[0], x.transpose((1, 0)), y)
-
-            def finish(sums: Any) -> None:
-                target = out_ref.at[expert].at[at_rows, at_cols]
-                lanes.leave([(sums[0], target.at[own] if by_rows else target.at[:, own])])
+                mg.wgmma(sums, x.transpose((1, 0)), y)
 
             deep = pl.ds(start, left.shape[0])
             return Work(
                 lax.div(size + (_DEPTH - 1), jnp.int32(_DEPTH)),
                 (left_ref.at[deep, at_rows], right_ref.at[deep, at_cols]),
-                ((height, wide),),
+                (_HALF, width),
                 multiply,
-                finish,
+                lambda values: lanes.leave([(values, out_ref.at[expert].at[at_rows, at_cols].at[own])]),
             )
 
-        stream.run(blocks, left.dtype, (num_experts, row_tiles * col_tiles), tile, results=(dtype,))
+        turns = (num_experts, row_tiles * col_tiles)
+        cleared = mg.Barrier(num_arrivals=1, num_barriers=stream.PLACES)
+        stream.run(blocks, left.dtype, turns, tile, results=(dtype,), piece_bytes=wide, scratch=(cleared,))
 
     shape = ((num_experts, tall, cols), dtype)
     return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
 
 
-def width_of(cols: int) -> int:
-    """Columns of a tile: the most that the matrix unit multiplies at once, or half of it where those do not
-    divide the matrix."""
-    return 256 if cols % 256 == 0 else 128
+def _clear(ref: Any, real: Any, done: Any = None) -> None:
+    """Zeros in the rows of shared memory from one on; then arrives at a barrier, if one is given."""
+    # By squares, of which a warpgroup has the values in few registers beside its sums.
+    for col in range(0, ref.shape[1], _DEPTH):
+        square = ref.at[:, pl.ds(col, _DEPTH)]
+        row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, square.shape, 0), mg.Layout.WGMMA)
+        values = square[...]
+        real_rows = row < lax.broadcast_in_dim(real, row.shape, ())
+        square[...] = jnp.where(real_rows, values, jnp.zeros_like(values))
+    mg.commit_smem()
+    if done is not None:
+        mg.barrier_arrive(done)
+
+
+def _steps(depth: int) -> int:
+    return -(-depth // _DEPTH)
+
+
+def _width(cols: int) -> int:
+    """Columns of a tile: those with which all tiles together cost the least."""
+    return min(_WIDTHS, key=lambda width: -(-cols // width) * (width + _TILE_COST))
+
+
+def _swizzle(*sizes: int) -> int:
+    """How many bytes of shared memory are swizzled together: whole parts of every row of the operands."""
+    return 2 * math.gcd(*sizes, _DEPTH)
+
+
+def _readable(factors: jax.Array, tiles: RowTiles) -> jax.Array:
+    """Factors of rows that can be read for a tile that reaches behind the last row."""
+    return jnp.pad(factors, (0, ROWS)) if tiles.overrun else factors
+
+
+def _padded(bias: jax.Array, width: int) -> jax.Array:
+    """A bias [n, N] as kernels read it: f32, in whole tiles of columns."""
+    return jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, -bias.shape[1] % width)))
+
+
+def _weighted(bias: Any, factors: Any) -> Any:
+    """The bias times rows' factors; zeros where they are 0."""
+    factors = lax.broadcast_in_dim(factors, bias.shape, (0,))
+    return jnp.where(factors != 0, bias * factors, 0.0)

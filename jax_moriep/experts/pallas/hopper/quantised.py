@@ -17,15 +17,14 @@ from jax_moriep.experts.pallas import quantise, rowwise
 from jax_moriep.experts.pallas.hopper import few, fp8, products
 from jax_moriep.experts.pallas.hopper.support import FEW_ROWS, FORMAT, ROWS
 from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
 from jax_moriep.schemes import Quantised
 
-Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
-"""Rows, their weights, group sizes and experts, as ``blocked.expert_mlp`` takes them."""
 
-
-def kept(spec: ExpertSpec, weights: ExpertWeights) -> tuple[tuple[tuple[int, ...], jnp.dtype], ...]:
+def kept(
+    spec: ExpertSpec, weights: ExpertWeights, num_experts: int
+) -> tuple[tuple[tuple[int, ...], jnp.dtype], ...]:
     """Shapes and dtypes of what a backward pass gets from the forward pass besides the pre-activations.
 
     The codes [L, H, 2*I] and f32[L, H/128, 2*I/128], their scales, of transposed w1, and those of w2.
@@ -34,10 +33,10 @@ def kept(spec: ExpertSpec, weights: ExpertWeights) -> tuple[tuple[tuple[int, ...
         return ()
     described = []
     for w in (weights.w1, weights.w2):
-        experts, height, width = w.shape
+        _, height, width = w.shape
         described += [
-            ((experts, width, height), FORMAT),
-            ((experts, width // schemes.BLOCK, height // schemes.BLOCK), jnp.dtype(jnp.float32)),
+            ((num_experts, width, height), FORMAT),
+            ((num_experts, width // schemes.BLOCK, height // schemes.BLOCK), jnp.dtype(jnp.float32)),
         ]
     return tuple(described)
 
@@ -53,7 +52,10 @@ def forward(
     Behind the pre-activations, if there are any, comes what ``kept`` describes.
     """
     rows, row_weights, group_sizes, weights = operands
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS)
+    if not weights.frozen:
+        # What is made of weights must not be made of all layers'.
+        weights = weights.alone(group_sizes.size)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS, first_expert=weights.first)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     coded, *transposed = _codes_of(weights, spec, interpret, keep=saved_rows > 0)
@@ -70,7 +72,7 @@ def few_rows(spec: ExpertSpec, interpret: bool, operands: Operands) -> tuple[jax
     """See ``triton.passes.forward``, for short runs; nothing is kept for a backward pass."""
     rows, row_weights, group_sizes, weights = operands
     first, second = _quantised(weights)
-    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], FEW_ROWS)
+    tiles = row_tiles(group_sizes, spec.block, rows.shape[0], FEW_ROWS, first_expert=weights.first)
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
     codes = _quantised_rows(rows, spec, tiles, interpret)
     act = few.gate_up(codes, first, factors, tiles, spec)
@@ -89,6 +91,8 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """See ``triton.quantised.backward``; ``transposed`` is what ``kept`` describes."""
     rows, row_weights, group_sizes, weights = operands
+    weights = weights.alone(group_sizes.size)
+    operands = (rows, row_weights, group_sizes, weights)
     capacity, dtype = rows.shape[0], rows.dtype
     tiles = row_tiles(group_sizes, spec.block, capacity, ROWS)
     slices = row_tiles(group_sizes, spec.block, capacity, rowwise.SLICE)
@@ -125,8 +129,9 @@ def backward(
     if weights.frozen:
         return d_rows, d_row_weights
     starts = run_starts(group_sizes, spec.block)
-    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, weights.w1.dtype, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, weights.w2.dtype, unclean="left")
+    of_runs = (starts, group_sizes, spec.block)
+    dw1 = products.weight_gradient(d_pre, rows, *of_runs, weights.w1.dtype, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, *of_runs, weights.w2.dtype, unclean="left")
     return d_rows, d_row_weights, dw1, dw2
 
 

@@ -34,13 +34,28 @@ MULTIPLIER_REGISTERS = 232
 steps of 8."""
 
 
+LEAD = 2
+"""Steps of a tile that the first warpgroup has begun when the second one begins the tile. So it comes to the
+end sooner, and while either stores its results the other one's products keep the matrix unit busy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What a step reads of an operand: [rows, cols], and the next step further along ``dim``."""
+    """What a step reads of an operand: [rows, cols], and the next step further along ``dim``.
+
+    Attributes:
+      rows: rows of its place in shared memory.
+      cols: columns likewise.
+      dim: along it a step follows the other.
+      parts: how many copies fill the place, one below the other.
+      wide: rows of so many bytes are swizzled together.
+    """
 
     rows: int
     cols: int
     dim: int
+    parts: int = 1
+    wide: int = 128
 
     def at(self, source: Any, step: Any) -> Any:
         """The block of a step."""
@@ -50,7 +65,7 @@ class Block:
 
     def places(self, count: int, dtype: Any) -> Any:
         """Where the blocks of some steps lie in shared memory."""
-        return mg.SMEM((count, self.rows, self.cols), dtype, transforms=_swizzled(dtype))
+        return mg.SMEM((count, self.rows, self.cols), dtype, transforms=_swizzled(dtype, self.wide))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Line:
     """What a step reads of an f32 operand [steps, size]: its own line."""
 
     size: int
+    parts: int = dataclasses.field(default=1, init=False)
 
     def at(self, source: Any, step: Any) -> Any:
         """The line of a step."""
@@ -75,22 +91,37 @@ class Work:
 
     Attributes:
       steps: how many blocks of each operand there are; may be 0.
-      sources: the operands; the blocks begin at their first row and column.
-      sums: shapes of one warpgroup's sums, f32.
-      multiply: multiply(step, blocks, sums) enqueues one product into each of the sums.
+      sources: the operands; the blocks begin at their first row and column. One of several parts is a tuple
+        of them, and one with fewer rows than its block fills the first ones.
+      sums: the shape of one warpgroup's sums, f32.
+      multiply: multiply(step, place, blocks, sums) enqueues one product into the sums; the place in shared
+        memory has a number below ``PLACES``.
       finish: finish(values of the sums) stores them, by ``Lanes.leave``; with a tail finish(values, tail).
-      tail: steps behind those of the product, at most ``PLACES``: what ``finish`` finds in shared memory.
+      short: (condition, work), work of equally many steps that is done in place of this one where the
+        condition holds; or None.
+      tail: steps behind those of the product, at most ``PLACES``: what ``finish`` finds in shared memory;
+        0 where there is short work.
       fetch: fetch(n, places, arrived) copies what step n of the tail brings, as many copies as a step of the
-        product has operands.
+        product has.
     """
 
     steps: Any
     sources: tuple[Any, ...]
-    sums: tuple[tuple[int, int], ...]
-    multiply: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
+    sums: tuple[int, int]
+    multiply: Callable[[Any, Any, tuple[Any, ...], Any], None]
     finish: Callable[..., None]
+    short: tuple[Any, Work] | None = None
     tail: int = 0
     fetch: Callable[[int, tuple[Any, ...], Any], None] | None = None
+
+    def chosen(self, do: Callable[[Work], None]) -> None:
+        """Does one of the two."""
+        if self.short is None:
+            do(self)
+            return
+        condition, other = self.short
+        pl.when(condition)(lambda: do(other))
+        pl.when(jnp.logical_not(condition))(lambda: do(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +170,13 @@ class Lanes:
       me: its number; those that multiply have 0 and 1.
       pieces: places in shared memory for each dtype of results.
       scratch: what ``run`` was asked for besides.
+      ahead: barriers, one for each place, where the first one arrives when it is ``LEAD`` steps ahead.
     """
 
     me: Any
     pieces: dict[jnp.dtype, Any]
     scratch: tuple[Any, ...]
+    ahead: Any
 
     def leave(self, parts: list[tuple[Any, Any]], used: Any = None, strip: int = PIECE) -> None:
         """Stores each (values, target) through shared memory, by turns; the copies run on.
@@ -211,9 +244,9 @@ def run(
     results = tuple(dict.fromkeys(jnp.dtype(result) for result in results or (dtype,)))
     count = max(1, PIECES // len(results))
 
-    def scoped(buffers: Any, produced: Any, consumed: Any, pieces: Any, scratch: Any) -> None:
+    def scoped(buffers: Any, produced: Any, consumed: Any, ahead: Any, pieces: Any, scratch: Any) -> None:
         me = lax.axis_index("wg")
-        lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch)
+        lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch, ahead)
         pl.when(me == _COPIER)(
             functools.partial(
                 _copy, copier_registers, blocks, turns, work, lanes, buffers, produced, consumed
@@ -227,8 +260,9 @@ def run(
     pl.run_scoped(
         scoped,
         buffers=tuple(block.places(PLACES, dtype) for block in blocks),
-        produced=mg.Barrier(num_arrivals=len(blocks), num_barriers=PLACES),
+        produced=mg.Barrier(num_arrivals=sum(block.parts for block in blocks), num_barriers=PLACES),
         consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=PLACES),
+        ahead=mg.Barrier(num_arrivals=1, num_barriers=PLACES),
         pieces=tuple(
             mg.SMEM(
                 (_MULTIPLIERS, count, PIECE, piece_bytes // result.itemsize),
@@ -264,8 +298,12 @@ def _copy(
 
         def step(k: Any, done: Any) -> Any:
             place = next_place(done)
-            for block, source, places in zip(blocks, tile.sources, buffers, strict=True):
-                mg.copy_gmem_to_smem(block.at(source, k), places.at[place], produced.at[place])
+
+            def fetch(form: Any) -> None:
+                for block, source, places in zip(blocks, form.sources, buffers, strict=True):
+                    _fetch(block, source, k, places.at[place], produced.at[place])
+
+            tile.chosen(fetch) if isinstance(tile, Work) else fetch(tile)
             return done + 1
 
         done = lax.fori_loop(0, tile.steps, step, carry)
@@ -282,6 +320,19 @@ def _copy(
         mg.barrier_wait(consumed.at[lax.rem(step, jnp.int32(PLACES))])
 
 
+def _fetch(block: Block | Line, source: Any, step: Any, place: Any, produced: Any) -> None:
+    """Starts the copies of a step's block."""
+    if isinstance(block, Line):
+        mg.copy_gmem_to_smem(block.at(source, step), place, produced)
+        return
+    first = 0
+    for part in source if isinstance(source, tuple) else (source,):
+        values = block.at(part, step)
+        height = values.shape[0]
+        mg.copy_gmem_to_smem(values, place.at[pl.ds(first, height)], produced)
+        first += height
+
+
 def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, consumed: Any) -> None:
     mg.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
 
@@ -289,27 +340,37 @@ def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, 
     def _(info: Any, carry: Any) -> Any:
         tile = work(lanes, info.index)
 
-        def summed(*sums: Any) -> None:
+        # No two tiles that are under way have the same first place.
+        ahead = lanes.ahead.at[lax.rem(carry, jnp.int32(PLACES))]
+
+        def summed(form: Work, sums: Any) -> None:
             def step(k: Any, nothing: Any) -> Any:
                 place = lax.rem(carry + k, jnp.int32(PLACES))
+                if LEAD:
+                    pl.when((lanes.me == 1) & (k == 0))(lambda: mg.barrier_wait(ahead))
                 mg.barrier_wait(produced.at[place])
-                tile.multiply(k, tuple(places.at[place] for places in buffers), sums)
-                # The products of this step may run on; those before it are done with their blocks.
-                mg.wgmma_wait(len(sums))
+                form.multiply(k, place, tuple(places.at[place] for places in buffers), sums)
+                # The product of this step may run on; those before it are done with their blocks.
+                mg.wgmma_wait(1)
+                if LEAD:
+                    led = (lanes.me == 0) & (k == jnp.minimum(LEAD, form.steps) - 1)
+                    pl.when(led)(lambda: mg.barrier_arrive(ahead))
                 before = lax.rem(carry + k + (PLACES - 1), jnp.int32(PLACES))
                 pl.when(k > 0)(lambda: mg.barrier_arrive(consumed.at[before]))
                 return nothing
 
-            lax.fori_loop(0, tile.steps, step, ())
+            lax.fori_loop(0, form.steps, step, ())
             mg.wgmma_wait(0)
-            last = lax.rem(carry + tile.steps + (PLACES - 1), jnp.int32(PLACES))
-            pl.when(tile.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
-            values = tuple(total[...] for total in sums)
-            if tile.tail:
-                tile.finish(values, Tail(carry + tile.steps, buffers, produced, consumed))
+            last = lax.rem(carry + form.steps + (PLACES - 1), jnp.int32(PLACES))
+            pl.when(form.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
+            if form.tail:
+                form.finish(sums[...], Tail(carry + form.steps, buffers, produced, consumed))
             else:
-                tile.finish(values)
+                form.finish(sums[...])
 
-        acc = mg.ACC  # pyright: ignore[reportPrivateImportUsage]
-        pl.run_scoped(summed, *(acc(shape, jnp.float32) for shape in tile.sums))
+        def do(form: Work) -> None:
+            acc = mg.ACC(form.sums, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+            pl.run_scoped(functools.partial(summed, form), acc)
+
+        tile.chosen(do)
         return carry + tile.steps + tile.tail

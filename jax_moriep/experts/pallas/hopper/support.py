@@ -13,8 +13,13 @@ ROWS = 128
 """Rows of a tile: 64, the fewest that the matrix unit multiplies, for each of two warpgroups."""
 FEW_ROWS = 64
 """Rows of a tile of the kernels for short runs, which both warpgroups multiply."""
+LEAST_BLOCK = 32
+"""The smallest block of the 16-bit kernels, whose tiles have 128 rows or 64. ``plan.default_block`` makes it
+a quarter of an expert's mean run, so a smaller one says that most runs are shorter than a tile."""
 _STRIP = 8
-"""Rows of swizzled shared memory that belong together: results leave in multiples of them."""
+"""Rows of swizzled shared memory that belong together: tiles begin, and results leave, in multiples of it."""
+_SIZE = 16
+"""H and I are multiples of it: the 16-bit values that the narrowest swizzled rows of the matrix unit hold."""
 FORMAT = jnp.dtype(jnp.float8_e4m3fn)
 """The float8 that the matrix unit multiplies."""
 
@@ -28,9 +33,19 @@ def unsuited(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
       weights: the experts, or their shapes and dtypes.
     """
     why = _unsuited_operands(spec, rows, weights)
-    if why is None and (spec.block % ROWS or rows.shape[0] % ROWS):
-        why = f"block={spec.block} is no multiple of {ROWS}"
-    return why
+    if why is not None:
+        return why
+    if spec.scheme is not None:
+        whole = spec.block % ROWS == 0 and rows.shape[0] % ROWS == 0
+        return None if whole else f"block={spec.block} is no multiple of {ROWS}"
+    if spec.block < LEAST_BLOCK or spec.block % _STRIP:
+        return f"block={spec.block} must be a multiple of {_STRIP} and at least {LEAST_BLOCK}"
+    return None
+
+
+def suited_blocks(spec: ExpertSpec) -> str:
+    """What ``unsuited`` asks of the block, in words."""
+    return f"at least {LEAST_BLOCK}" if spec.scheme is None else f"a multiple of {ROWS}"
 
 
 def unsuited_few(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
@@ -50,10 +65,11 @@ def _unsuited_operands(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> s
         return f"rows are {jnp.dtype(rows.dtype).name}, and must be bfloat16 or float16"
     if spec.scheme is not None and spec.code_dtype(weights) != FORMAT:
         return f"codes are {spec.code_dtype(weights).name}, and must be {FORMAT.name}"
-    if weights.b1 is not None:
-        return "the experts have biases"
+    if spec.scheme is not None and weights.b1 is not None:
+        return "the experts have biases beside quantised weights"
     if spec.weight_input:
         return "the experts' inputs are weighted, and not their outputs"
-    if hidden % schemes.BLOCK or inner % schemes.BLOCK:
-        return f"H={hidden} and I={inner} must be multiples of {schemes.BLOCK}"
+    size = _SIZE if spec.scheme is None else schemes.BLOCK
+    if hidden % size or inner % size:
+        return f"H={hidden} and I={inner} must be multiples of {size}"
     return None

@@ -4,6 +4,5 @@
 |---|---|
 | `passes.py`, `quantised.py` | the forward and the backward pass; of quantised experts |
 | `products.py` | the products |
-| `biases.py` | what only experts with biases need |
 | `tuning.py`, `devices/` | how the products are cut on a device, and the numbers of each |
 """

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import activation
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.launch import (
     Span,
     Tile,
@@ -32,8 +33,7 @@ from jax_moriep.experts.pallas.launch import (
     store_vector,
 )
 from jax_moriep.experts.pallas.rowwise import pre_activations, second
-from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
-from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
+from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.experts.pallas.triton.products import (
     At,
     Epilogue,
@@ -42,10 +42,9 @@ from jax_moriep.experts.pallas.triton.products import (
     rows_times_weights,
     weight_gradient,
 )
-from jax_moriep.experts.spec import ExpertSpec
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
 
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 Tiles = Callable[[str], Tile]
 """The tile of each kernel, by its name above."""
 
@@ -54,7 +53,7 @@ _SLICE = 32
 
 
 def forward(
-    spec: ExpertSpec, tile_of: Tiles, saved_rows: int, interpret: bool, *operands: Any
+    spec: ExpertSpec, tile_of: Tiles, saved_rows: int, interpret: bool, operands: Operands
 ) -> tuple[jax.Array, ...]:
     """The forward pass.
 
@@ -63,7 +62,7 @@ def forward(
       tile_of: how each kernel is cut.
       saved_rows: keep the pre-activations of the first so many rows.
       interpret: see ``launch.call``.
-      *operands: those of ``blocked.expert_mlp``; a bias that is None is left out.
+      operands: see ``Operands``; the experts may be those of a stack (``ExpertWeights.first``).
 
     Returns:
       The result [C, H], and with ``saved_rows`` the pre-activations [saved_rows, 2*I], undefined outside
@@ -78,12 +77,13 @@ def down(
     tile: Tile,
     interpret: bool,
     act: jax.Array,
-    operands: tuple[Any, ...],
+    operands: Operands,
     scales: Scales | None = None,
 ) -> jax.Array:
     """The result [C, H] from activations [C, I]; ``scales`` if these and w2 are codes."""
-    rows, row_weights, group_sizes, _, w2, _, b2 = unpacked(operands)
+    rows, row_weights, group_sizes, weights = operands
     capacity, hidden = rows.shape
+    b2 = weights.b2
 
     def epilogue(at: At, sums: tuple[jax.Array], weights_ref: Any, *refs: Any) -> None:
         (y,) = sums
@@ -94,8 +94,8 @@ def down(
         store(refs[-1], at.own, at.cols, at.masked(y))
 
     return rows_times_weights(
-        Product(act, w2, scales=scales),
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
+        Product(act, weights.w2, scales=scales),
+        _tiles(spec, tile, group_sizes, capacity, weights),
         tile,
         Epilogue(epilogue, (row_weights, *_given(b2)), [((capacity, hidden), rows.dtype)], zeroed=True),
         name="moriep_down",
@@ -107,7 +107,7 @@ def gate_up(
     spec: ExpertSpec,
     tile: Tile,
     interpret: bool,
-    operands: tuple[Any, ...],
+    operands: Operands,
     *,
     saved_rows: int = 0,
     recomputed_from: int | None = None,
@@ -119,8 +119,8 @@ def gate_up(
     With ``scales`` rows and w1 are codes, pre-activations are of ``dtype``, and activations are f32, because
     they will be quantised.
     """
-    rows, row_weights, group_sizes, w1, w2, b1, _ = unpacked(operands)
-    capacity, inner = rows.shape[0], w2.shape[2]
+    rows, row_weights, group_sizes, weights = operands
+    capacity, inner, b1 = rows.shape[0], weights.w2.shape[2], weights.b1
     again = recomputed_from is not None
 
     def epilogue(at: At, sums: tuple[jax.Array, jax.Array], weights_ref: Any, *refs: Any) -> None:
@@ -144,8 +144,8 @@ def gate_up(
     if saved_rows or again:
         results.append(((capacity if again else saved_rows, 2 * inner), dtype or rows.dtype))
     return rows_times_weights(
-        Product(rows, w1, paired=True, scales=scales),
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, recomputed_from or 0, tile.group),
+        Product(rows, weights.w1, paired=True, scales=scales),
+        _tiles(spec, tile, group_sizes, capacity, weights, recomputed_from or 0),
         tile,
         Epilogue(epilogue, (row_weights, *_given(b1)), results),
         name="moriep_gate_up",
@@ -160,7 +160,7 @@ def backward(
     interpret: bool,
     d_out: jax.Array,
     saved: jax.Array,
-    *operands: Any,
+    operands: Operands,
 ) -> tuple[jax.Array, ...]:
     """The backward pass.
 
@@ -171,13 +171,13 @@ def backward(
       interpret: see ``launch.call``.
       d_out: [C, H], the cotangent of the result.
       saved: what ``forward`` kept.
-      *operands: as in ``forward``.
+      operands: as in ``forward``.
 
     Returns:
       The cotangents of rows, row weights, w1, w2, and of the biases that are given.
     """
-    rows, row_weights, group_sizes, w1, w2, b1, b2 = unpacked(operands)
-    capacity = rows.shape[0]
+    rows, row_weights, group_sizes, weights = operands
+    capacity, b1, b2 = rows.shape[0], weights.b1, weights.b2
     starts = run_starts(group_sizes, spec.block)
     pre = (saved,)
     if saved_rows < capacity:
@@ -186,8 +186,8 @@ def backward(
     d_x, *input_shares = d_rows(spec, tile_of("d_rows"), interpret, d_pre[0], operands)
     gradient = functools.partial(weight_gradient, starts=starts, group_sizes=group_sizes, interpret=interpret)
     # The last one carries the row's weight: with weight_input it is the input's factor, not d_pre's own.
-    dw1 = gradient(d_pre[-1], rows, dtype=w1.dtype, tile=tile_of("dw1"), name="moriep_dw1")
-    dw2 = gradient(d_out, act, dtype=w2.dtype, tile=tile_of("dw2"), name="moriep_dw2")
+    dw1 = gradient(d_pre[-1], rows, dtype=weights.w1.dtype, tile=tile_of("dw1"), name="moriep_dw1")
+    dw2 = gradient(d_out, act, dtype=weights.w2.dtype, tile=tile_of("dw2"), name="moriep_dw2")
 
     d_weight = jnp.sum(input_shares[0] if spec.weight_input else shares, axis=0)
     d_biases = ()
@@ -198,17 +198,17 @@ def backward(
             row_sums(d_out, scale, starts, group_sizes, b2.dtype, interpret=interpret),
         )
         if not spec.weight_input:
-            few = row_tiles(group_sizes, spec.block, capacity, BIAS_ROWS)
+            few = row_tiles(group_sizes, spec.block, capacity, BIAS_ROWS, first_expert=weights.first)
             d_weight += rows_times_bias(d_out, b2, few, interpret=interpret)
     d_weight = jnp.where(real_rows(group_sizes, spec.block, capacity), d_weight, 0)
     return d_x, d_weight, dw1, dw2, *d_biases
 
 
 def d_rows(
-    spec: ExpertSpec, tile: Tile, interpret: bool, d_pre: jax.Array, operands: tuple[Any, ...]
+    spec: ExpertSpec, tile: Tile, interpret: bool, d_pre: jax.Array, operands: Operands
 ) -> list[jax.Array]:
     """The cotangent of rows, and with ``weight_input`` shares of that of the row weights, f32[n, C]."""
-    rows, row_weights, group_sizes, w1, *_ = operands
+    rows, row_weights, group_sizes, weights = operands
     capacity, hidden = rows.shape
 
     def epilogue(at: At, sums: tuple[jax.Array], *refs: Any) -> None:
@@ -226,8 +226,8 @@ def d_rows(
     if spec.weight_input:
         results.append(((-(-hidden // tile.fitted(hidden, 1).cols), capacity), jnp.float32))
     return rows_times_weights(
-        Product(d_pre, w1, by_column=True),
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
+        Product(d_pre, weights.w1, by_column=True),
+        _tiles(spec, tile, group_sizes, capacity, weights),
         tile,
         Epilogue(epilogue, (row_weights, rows) if spec.weight_input else (), results, zeroed=True),
         name="moriep_d_rows",
@@ -242,7 +242,7 @@ def d_activations(
     interpret: bool,
     d_out: jax.Array,
     pre: tuple[jax.Array, ...],
-    operands: tuple[Any, ...],
+    operands: Operands,
 ) -> list[jax.Array]:
     """Activations [C, I] for dw2, d(pre-activations) [C, 2*I], and shares of d(row weight), f32[n, C].
 
@@ -250,8 +250,8 @@ def d_activations(
     ``<d_y, w2 h> = <w2.T d_y, h>``. An output weight is a factor of both, one with ``weight_input`` of none:
     then d(pre-activations) come a second time, times the weight, for dw1.
     """
-    _, row_weights, group_sizes, _, w2, _, _ = unpacked(operands)
-    capacity, inner = d_out.shape[0], w2.shape[2]
+    _, row_weights, group_sizes, weights = operands
+    capacity, inner = d_out.shape[0], weights.w2.shape[2]
 
     def epilogue(at: At, sums: tuple[jax.Array], weights_ref: Any, *refs: Any) -> None:
         pre_refs, (act_ref, *d_pre_refs, shares_ref) = refs[: len(pre)], refs[len(pre) :]
@@ -284,8 +284,8 @@ def d_activations(
         ((-(-inner // tile.fitted(inner, 1).cols), capacity), jnp.float32),
     ]
     return rows_times_weights(
-        Product(d_out, w2, by_column=True),
-        row_tiles(group_sizes, spec.block, capacity, tile.rows, group=tile.group),
+        Product(d_out, weights.w2, by_column=True),
+        _tiles(spec, tile, group_sizes, capacity, weights),
         tile,
         Epilogue(epilogue, (row_weights, *pre), results),
         name="moriep_d_act",
@@ -293,9 +293,16 @@ def d_activations(
     )
 
 
-def unpacked(operands: tuple[Any, ...]) -> Operands:
-    """The operands with None for biases that were left out."""
-    return operands if len(operands) == 7 else (*operands, None, None)
+def _tiles(
+    spec: ExpertSpec,
+    tile: Tile,
+    group_sizes: jax.Array,
+    capacity: int,
+    weights: ExpertWeights,
+    first_row: int = 0,
+) -> RowTiles:
+    """The tiles of a product with weights, from a row on."""
+    return row_tiles(group_sizes, spec.block, capacity, tile.rows, first_row, tile.group, weights.first)
 
 
 def _given(*arrays: Any) -> tuple[Any, ...]:

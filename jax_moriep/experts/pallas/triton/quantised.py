@@ -20,11 +20,11 @@ from jax import lax
 from jax_moriep import schemes
 from jax_moriep.experts import rounding
 from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.launch import Tile, store
 from jax_moriep.experts.pallas.quantise import codes_of
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.pallas.triton import passes
-from jax_moriep.experts.pallas.triton.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.triton.passes import Tiles
 from jax_moriep.experts.pallas.triton.products import (
     At,
@@ -34,11 +34,8 @@ from jax_moriep.experts.pallas.triton.products import (
     rows_times_weights,
     weight_gradient,
 )
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
-"""Rows, their weights, group sizes and experts, as ``blocked.expert_mlp`` takes them."""
 
 
 def forward(
@@ -51,13 +48,16 @@ def forward(
 ) -> tuple[jax.Array, ...]:
     """See ``passes.forward``; without ``native`` the GPU does not convert the float8 of the codes."""
     rows, row_weights, group_sizes, weights = operands
+    if not (weights.frozen and native):
+        # What XLA makes of weights must not be made of all layers'.
+        weights = weights.alone(group_sizes.size)
     coded = codes_of(weights, spec)
     operands = (rows, row_weights, group_sizes, coded)
     act, *saved = _gate_up(spec, tile_of("gate_up"), interpret, native, operands, saved_rows=saved_rows)
     h = schemes.quantise_activated(act, coded.w1.dtype)
     scales = Scales(h.codes.dtype, h.scales.T, coded.w2_scale)
     codes, w2 = _readable(native, h.codes, coded.w2)
-    others = (rows, row_weights, group_sizes, coded.w1, w2, *_biases(weights))
+    others = (rows, row_weights, group_sizes, coded._replace(w2=w2))
     return (passes.down(spec, tile_of("down"), interpret, codes, others, scales), *saved)
 
 
@@ -73,6 +73,7 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """The cotangents of rows, row weights, w1 and w2 unless they are codes, and biases if there are any."""
     rows, row_weights, group_sizes, weights = operands
+    weights = weights.alone(group_sizes.size)
     capacity, dtype = rows.shape[0], rows.dtype
     codes, back = spec.code_dtype(weights), spec.quantises_gradients(weights)
     w1, w2 = (w.astype(dtype) for w in rounding.weights(weights, spec))
@@ -88,7 +89,7 @@ def backward(
         d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, read_as=codes, interpret=interpret
     )
     seen = rounding.halves(d_pre, codes).astype(dtype) if back else d_pre
-    plain = (rows, row_weights, group_sizes, w1, w2)
+    plain = (rows, row_weights, group_sizes, ExpertWeights(w1, w2))
     (d_rows,) = passes.d_rows(spec, tile_of("d_rows"), interpret, seen, plain)
     starts = run_starts(group_sizes, spec.block)
     d_weights = ()
@@ -137,7 +138,7 @@ def _gate_up(
     quantised = schemes.quantise_rows(rows, spec.scheme, coded.w1.dtype)
     scales = Scales(quantised.codes.dtype, quantised.scales.T, coded.w1_scale)
     codes, w1 = _readable(native, quantised.codes, coded.w1)
-    others = (codes, row_weights, group_sizes, w1, coded.w2, *_biases(coded))
+    others = (codes, row_weights, group_sizes, coded._replace(w1=w1))
     return passes.gate_up(spec, tile, interpret, others, scales=scales, dtype=rows.dtype, **which)
 
 
@@ -165,7 +166,3 @@ def _readable(native: bool, *codes: jax.Array) -> tuple[jax.Array, ...]:
     if native or codes[0].dtype == jnp.int8:
         return codes
     return tuple(lax.bitcast_convert_type(x, jnp.uint8) for x in codes)
-
-
-def _biases(weights: ExpertWeights) -> tuple[jax.Array, ...]:
-    return () if weights.b1 is None else (weights.b1, weights.b2)

@@ -1,0 +1,59 @@
+"""The Hopper products, lowered on a machine without such a GPU: layouts, copies, shapes that Mosaic takes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip("Pallas-Mosaic has these kernels from jax 0.11 on", allow_module_level=True)
+
+from jax_moriep.experts import ExpertSpec
+from jax_moriep.experts.pallas.hopper import products
+from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.tiles import row_tiles
+from jax_moriep.plan import run_starts
+
+L, C = 4, 1024
+# DeepSeek-V3's and gpt-oss's kinds of sizes, and those whose rows are swizzled in 64 and in 32 bytes.
+SIZES = [
+    ("bfloat16", 512, 256, 128),
+    ("bfloat16", 576, 320, 64),
+    ("float16", 416, 288, 32),
+    ("bfloat16", 208, 272, 32),
+]
+
+
+def lowers(fn, *shapes):
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 1
+
+
+@pytest.mark.parametrize(("dtype", "hidden", "inner", "block"), SIZES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_forward(dtype, hidden, inner, block, biased):
+    spec = ExpertSpec("swiglu_clamped", 7.0, 1.702, False, block)
+
+    def fn(sizes, factors, rows, w1, w2, b1, b2):
+        tiles, b1, bias = (
+            row_tiles(sizes, block, C, ROWS),
+            b1 if biased else None,
+            (factors, b2) if biased else None,
+        )
+        act, saved = products.gate_up(rows, w1, factors, tiles, spec, saved_rows=C // 2, act=True, bias=b1)
+        return products.product(act, w2, tiles, by_column=False, bias=bias), saved
+
+    matrices = [(C, hidden), (L, 2 * inner, hidden), (L, hidden, inner), (L, 2 * inner), (L, hidden)]
+    lowers(fn, ((L,), "int32"), ((C,), "float32"), *((shape, dtype) for shape in matrices))
+
+
+@pytest.mark.parametrize(("dtype", "hidden", "inner", "block"), SIZES)
+@pytest.mark.parametrize("unclean", ["left", "right"])
+def test_backward(dtype, hidden, inner, block, unclean):
+    def fn(sizes, d_out, w2, rows):
+        d_act = products.product(d_out, w2, row_tiles(sizes, block, C, ROWS), by_column=True)
+        starts = run_starts(sizes, block)
+        return products.weight_gradient(d_act, rows, starts, sizes, block, dtype, unclean=unclean)
+
+    shapes = [(C, hidden), (L, hidden, inner), (C, hidden)]
+    lowers(fn, ((L,), "int32"), *((shape, jnp.dtype(dtype)) for shape in shapes))
