@@ -3,8 +3,8 @@
 ``JAX_MORIEP_TEST_PLATFORM=cuda pytest tests/gpu tests/contract`` (or ``rocm``) runs the tests that need a GPU
 and the contract suite, on as many GPUs as there are; no other tests fit there.
 
-``JAX_MORIEP_TEST_CACHE`` names a folder that keeps compiled programs from one run to the next, as ``make test``
-has it. A worker has a part of its own, because jax writes its cache's files in place.
+``JAX_MORIEP_TEST_CACHE`` names a folder that keeps compiled programs from one run to the next, as
+``make test`` has it. A worker has a part of its own, because jax writes its cache's files in place.
 """
 
 import os

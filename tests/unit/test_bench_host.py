@@ -351,14 +351,14 @@ def test_new_processes_go_on_behind_the_case_that_ended_the_others(tmp_path, mon
     monkeypatch.setattr(runner, "run_set", run_set)
     options = host_plan.Options(platform="cpu")
     devices = host_plan.devices_of(options)
-    of_set = host._run_set(1, cases, 100.0, options, devices, lambda line: None, saved.append)
+    of_set = host.run_cases(1, cases, 100.0, options, devices, lambda line: None, saved.append)
     assert jobs == [[1, 2, 3, 4], [3, 4]]
     assert of_set["errors"] == ["it died", "it hung"]
     assert [bool(entry["calls"]) for entry in of_set["cases"]] == [True, False, True, False]
     assert [len(of_save["cases"]) for of_save in saved] == [1, 3]
     ends = iter([([seen, None, None, None], 2, "it died")])
     # There is no time for more.
-    of_set = host._run_set(1, cases, 10.0, options, devices, lambda line: None, saved.append)
+    of_set = host.run_cases(1, cases, 10.0, options, devices, lambda line: None, saved.append)
     assert [bool(entry["calls"]) for entry in of_set["cases"]] == [True, False, False, False]
 
 

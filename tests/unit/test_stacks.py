@@ -94,8 +94,8 @@ def opaque(kernel, name, operands, results, programs, tile, interpret, aliases=N
 def test_nothing_copies_a_layers_weights_before_the_kernels(monkeypatch, remat):
     """In the program that XLA makes of a scan with the kernels as custom calls, both passes; and without the
     stack it does, so that the test can tell."""
-    from jax_moriep.experts.pallas import rowwise
-    from jax_moriep.experts.pallas.triton import biases, products
+    from jax_moriep.experts.pallas import biases, rowwise
+    from jax_moriep.experts.pallas.triton import products
 
     for module in (launch, products, biases, rowwise):
         monkeypatch.setattr(module, "call", opaque)
