@@ -40,13 +40,22 @@ _VMAP_BACK_CURE = (
 )
 
 
-def checkpoint_policy() -> Any:
-    """The policy for ``jax.checkpoint`` that saves what the exchanges bring and recomputes the experts.
+def checkpoint_policy(save: str = "exchanges") -> Any:
+    """A policy for ``jax.checkpoint``: ``jax.checkpoint(layer, policy=jm.checkpoint_policy())``.
 
-    Dispatched rows, their plan and the combined result cost communication to make again; everything else is
-    local arithmetic. Use it as ``jax.checkpoint(layer, policy=jm.checkpoint_policy())``.
+    Args:
+      save: "exchanges" saves what the exchanges bring and computes the experts again: dispatched rows, their
+        plan and the combined result cost communication to make again, everything else is local arithmetic.
+        "experts" saves the experts' pre-activations and the combined result, and dispatches again: with one
+        rank that is a permutation of its own tokens, and the rows are most of what a layer saves otherwise.
+
+    Raises:
+      ConfigError: ``save`` is neither.
     """
-    return jax.checkpoint_policies.save_only_these_names(DISPATCH_NAME, COMBINE_NAME)
+    names = {"exchanges": (DISPATCH_NAME, COMBINE_NAME), "experts": (experts.SAVED_NAME, COMBINE_NAME)}
+    if save not in names:
+        raise ConfigError(rule("save", save, f"be one of {', '.join(names)}", "choose what is kept"))
+    return jax.checkpoint_policies.save_only_these_names(*names[save])
 
 
 def dispatch(

@@ -26,13 +26,14 @@ from jax_moriep.experts import aiter, blocked, pallas, reference
 from jax_moriep.experts.checks import check_format, check_operands
 from jax_moriep.experts.frozen import without_gradient
 from jax_moriep.experts.shared import shared_mlp
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Rows, Stack, TokenExperts
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Rows, Stack, TokenExperts
 from jax_moriep.experts.stacks import of_layer
 from jax_moriep.plan import Dispatched, ExchangeShape, Link
 from jax_moriep.runtime.place import Place
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "SAVED_NAME",
     "ExpertSpec",
     "ExpertWeights",
     "Implementation",

@@ -24,11 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_moriep.config import MoEConfig
 from jax_moriep.experts import rounding
 from jax_moriep.experts.activation import gated
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands, Stack, read_from
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Operands, Stack, read_from
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
 from jax_moriep.runtime.place import Place
@@ -89,7 +90,8 @@ def _expert_mlp(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> ja
 def _expert_mlp_fwd(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> tuple[jax.Array, Any]:
     read = read_from(operands, stack)
     out, saved = _forward(spec, read, _saved_rows(spec, operands[0].shape[0]))
-    return out, (operands[:3], operands[3] if stack is None else None, stack, saved)
+    own = operands[3] if stack is None else None
+    return out, (operands[:3], own, stack, checkpoint_name(saved, SAVED_NAME))
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any, None]:

@@ -16,6 +16,10 @@ INPUT_WEIGHT_ROUTERS = ("llama4",)
 """Routers whose weights multiply the experts' inputs."""
 
 
+SAVED_NAME = "moriep_experts"
+"""What ``jax.checkpoint``'s policies know the experts' pre-activations by."""
+
+
 class Rows(NamedTuple):
     """What experts run on, on one rank: ``plan.Dispatched`` without its plan."""
 

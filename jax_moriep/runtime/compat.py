@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,43 @@ def has_hopper_kernels() -> bool:
     except RuntimeError:
         return False
     return str(getattr(device, "compute_capability", "")) == "9.0"
+
+
+def mosaic_kernel(
+    body: Callable[..., None], out_type: Any, aliases: dict[int, int], params: Any, **mesh: Any
+) -> Callable[..., Any]:
+    """``mosaic_gpu.kernel``, whose results may take the memory of operands.
+
+    jax 0.11 has this for references only, which no ``shard_map`` takes that checks what varies; what it makes
+    of them takes arrays too.
+
+    Args:
+      body: the kernel.
+      out_type: what the results are.
+      aliases: the operand's and the result's number for each result that takes an operand's memory.
+      params: the compiler's.
+      mesh: the other arguments of ``mosaic_gpu.kernel``.
+    """
+    from jax.experimental.pallas import mosaic_gpu as mg
+
+    if not aliases:
+        return mg.kernel(body, out_type=out_type, compiler_params=params, **mesh)
+
+    from jax._src import config
+    from jax._src.pallas import mpmd
+
+    def run(*operands: jax.Array) -> Any:
+        with config._check_vma(False):  # pyright: ignore[reportPrivateUsage]
+            of_kernel = mpmd._mpmd_map(  # pyright: ignore[reportPrivateUsage]
+                [(mg.Mesh(**mesh), body)],
+                out_type,
+                input_output_aliases=aliases,
+                compiler_params=params,
+                interpret=config.pallas_tpu_interpret_mode_context_manager.value or False,
+            )
+            return of_kernel(*operands)
+
+    return run
 
 
 def converts_float8(platform: str, dtype: Any) -> bool:

@@ -207,6 +207,16 @@ def test_the_checkpoint_policy_saves_the_exchanges():
 
     assert count_calls(grad(jm.checkpoint_policy()), x, stack)["moriep_dispatch"] == 1
     assert count_calls(grad(None), x, stack)["moriep_dispatch"] == 2
+    assert count_calls(grad(jm.checkpoint_policy("experts")), x, stack)["moriep_dispatch"] == 2
+    for got, want in zip(
+        *(jax.jit(grad(p))(x, stack) for p in (jm.checkpoint_policy("experts"), None)), strict=True
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_the_checkpoint_policy_knows_what_it_saves():
+    with pytest.raises(jm.ConfigError, match="save='all'"):
+        jm.checkpoint_policy("all")
 
 
 def test_vmap_says_what_to_do(case):

@@ -8,7 +8,7 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("Pallas-Mosaic has these kernels from jax 0.11 on", allow_module_level=True)
 
 from jax_moriep.experts import ExpertSpec
-from jax_moriep.experts.pallas.hopper import products
+from jax_moriep.experts.pallas.hopper import act_grad, products
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import row_tiles
 from jax_moriep.plan import run_starts
@@ -53,7 +53,21 @@ def test_backward(dtype, hidden, inner, block, unclean):
     def fn(sizes, d_out, w2, rows):
         d_act = products.product(d_out, w2, row_tiles(sizes, block, C, ROWS), by_column=True)
         starts = run_starts(sizes, block)
-        return products.weight_gradient(d_act, rows, starts, sizes, block, unclean=unclean)
+        return products.weight_gradient(d_act, rows, starts, sizes, block, dtype, unclean=unclean)
 
     shapes = [(C, hidden), (L, hidden, inner), (C, hidden)]
     lowers(fn, ((L,), "int32"), *((shape, jnp.dtype(dtype)) for shape in shapes))
+
+
+@pytest.mark.parametrize("inner", [256, 384])
+@pytest.mark.parametrize("kept", [C, C // 2])
+def test_activation_gradient(inner, kept):
+    spec = ExpertSpec("swiglu_clamped", 7.0, 1.702, False, ROWS)
+
+    def fn(sizes, factors, d_out, w2, *pre):
+        tiles = row_tiles(sizes, ROWS, C, ROWS)
+        assert act_grad.suits(tiles, w2)
+        return act_grad.activation_gradient(d_out, w2, pre, factors, tiles, spec, saved_rows=kept)
+
+    shapes = [(C, 512), (L, 512, inner), (kept, 2 * inner)] + ([(C, 2 * inner)] if kept < C else [])
+    lowers(fn, ((L,), "int32"), ((C,), "float32"), *((shape, jnp.bfloat16) for shape in shapes))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moriep.experts import ExpertSpec
+from jax_moriep.experts import ExpertSpec, ExpertWeights
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
@@ -19,7 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas import rowwise
-from jax_moriep.experts.pallas.hopper import launch, passes, products, stream
+from jax_moriep.experts.pallas.hopper import act_grad, launch, passes, products, stream
 from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
@@ -165,26 +165,61 @@ def test_gate_up(sizes, saved_rows, block, hidden, inner, biased):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "unclean", "block", "tall", "cols"),
+    ("sizes", "unclean", "block", "tall", "cols", "dtype"),
     [
-        ("uneven", "left", 128, H, INNER),
-        ("uneven", "right", 128, H, INNER),
-        ("none", "right", 128, H, INNER),
-        ("all to one", "left", 128, H, INNER),
-        ("odd", "left", 64, 192, 192),
-        ("odd", "right", 16, 208, 272),
-        ("odd", "left", 32, 160, 320),
+        ("uneven", "left", 128, H, INNER, "bfloat16"),
+        ("uneven", "right", 128, H, INNER, "float32"),
+        ("none", "right", 128, H, INNER, "bfloat16"),
+        ("all to one", "left", 128, H, INNER, "float32"),
+        ("odd", "left", 64, 192, 192, "bfloat16"),
+        ("odd", "right", 16, 208, 272, "bfloat16"),
+        ("odd", "left", 32, 160, 320, "float32"),
     ],
 )
-def test_weight_gradient(sizes, unclean, block, tall, cols):
+def test_weight_gradient(sizes, unclean, block, tall, cols, dtype):
     case = Case(sizes, block)
     clean = "zeros in blocks"
     left = case.rows(tall, np.nan if unclean == "left" else clean)
     right = case.rows(cols, np.nan if unclean == "right" else clean)
     starts, group_sizes = jnp.asarray(case.starts), jnp.asarray(case.sizes)
-    out = products.weight_gradient(left, right, starts, group_sizes, block, unclean=unclean)
+    out = products.weight_gradient(left, right, starts, group_sizes, block, dtype, unclean=unclean)
+    assert out.dtype == dtype
     for expert, at, _ in case.experts():
-        assert_close(out[expert], f64(left[at]).T @ f64(right[at]))
+        want = f64(left[at]).T @ f64(right[at])
+        assert_close(out[expert], want)
+        if dtype == "float32":
+            assert np.linalg.norm(f64(out[expert]) - want) <= 1e-6 * np.linalg.norm(want)
+    assert no_races()
+
+
+@pytest.mark.parametrize("kept", ["all", "some"])
+@pytest.mark.parametrize("inner", [128, 256])
+def test_activation_gradient(inner, kept):
+    case, spec = Case("uneven"), ExpertSpec("silu", 7.0, 1.702, False, BLOCK)
+    d_out, w2, pre = case.rows(H), case.weights(4, H, inner), case.rows(2 * inner)
+    factors = case.factors()
+    pres, saved_rows = (pre,), case.capacity
+    if kept == "some":
+        # Each row is in one of them.
+        saved_rows = ROWS
+        behind = jnp.where(jnp.arange(case.capacity)[:, None] < saved_rows, jnp.nan, pre)
+        pres = (pre[:saved_rows], behind)
+    act, d_pre, shares = act_grad.activation_gradient(
+        d_out, w2, pres, jnp.asarray(factors), case.tiles, spec, saved_rows=saved_rows
+    )
+    shares = f64(shares).sum(axis=0)
+    for expert, at, padding in case.experts():
+        d = f64(d_out[at]) @ f64(w2[expert])
+        gate, up = np.split(f64(pre[at]), 2, axis=1)
+        sigmoid, factor = 1 / (1 + np.exp(-gate)), f64(factors)[at, None]
+        value = gate * sigmoid * up
+        assert_close(act[at], value * factor)
+        by_gate = sigmoid * (1 + gate * (1 - sigmoid)) * up
+        assert_close(d_pre[at], np.concatenate([d * by_gate, d * gate * sigmoid], axis=1) * factor)
+        assert_close(shares[at], (d * value).sum(axis=1))
+        assert not f64(act[padding]).any()
+        assert not f64(d_pre[padding]).any()
+        assert not shares[padding].any()
     assert no_races()
 
 
@@ -199,21 +234,30 @@ def by_xla(monkeypatch, module, name):
     monkeypatch.setattr(module, name, run)
 
 
-@pytest.mark.parametrize("block", [128, 32])
-def test_both_passes(block, monkeypatch):
+# The derivative of the activation is in the product before it in the last case, whose weights are cast.
+@pytest.mark.parametrize(
+    ("block", "hidden", "inner", "dtype", "layers"),
+    [(128, 64, 48, "bfloat16", 1), (32, 64, 48, "float32", 2), (128, 128, 128, "float32", 2)],
+)
+def test_both_passes(block, hidden, inner, dtype, layers, monkeypatch):
     """Values and all gradients of experts with biases; pre-activations of some rows are computed again."""
     for name in ("activation_gradient", "zeroed_behind"):
         by_xla(monkeypatch, rowwise, name)
     for name in ("row_sums", "rows_times_bias"):
         by_xla(monkeypatch, passes, name)
-    case, hidden, inner = Case("odd", block), 64, 48
+    case = Case("odd", block)
     spec = ExpertSpec("silu", 7.0, 1.702, False, block)
     rows, d_out = case.rows(hidden), case.rows(hidden)
     weights = jnp.asarray(np.where(case.real, case.factors(), np.nan), jnp.float32)
-    params = [case.weights(4, *s) for s in ((2 * inner, hidden), (hidden, inner), (2 * inner,), (hidden,))]
-    operands = (rows, weights, jnp.asarray(case.sizes), *params)
-    out, saved = passes.forward(spec, 128, *operands)
-    gradients = passes.backward(spec, 128, d_out, saved, *operands)
+    shapes = ((2 * inner, hidden), (hidden, inner), (2 * inner,), (hidden,))
+    stack = [case.weights(4 * layers, *shape).astype(dtype) for shape in shapes]
+    params = [w[-4:] for w in stack]
+    first = jnp.int32(4 * (layers - 1)) if layers > 1 else None
+    experts = ExpertWeights(*stack, first=first)  # pyright: ignore[reportArgumentType]
+    operands = (rows, weights, jnp.asarray(case.sizes), experts)
+    out, saved = passes.forward(spec, 128, operands)
+    gradients = passes.backward(spec, 128, d_out, saved, operands)
+    assert all(g.dtype == dtype for g in gradients[2:])
     real = [np.where(case.real.reshape(-1, *[1] * (a.ndim - 1)), f64(a), 0) for a in (rows, weights, d_out)]
     wanted = experts_oracle.experts(
         *real[:2], case.sizes, params, real[2],

@@ -249,7 +249,7 @@ def make_call(**changes):
         ({"block": 36}, "block=36 must be a multiple of 8 and at least 32"),
         ({"weight_input": True}, "inputs are weighted"),
         ({"dtype": "float32"}, "rows are float32, and must be bfloat16 or float16"),
-        ({"weights": "float32"}, "w1, w2 and rows are float32, float32 and bfloat16"),
+        ({"weights": "float32"}, None),
         ({"biases": True}, None),
         ({"biases": True, "scheme": "fp8_block"}, "the experts have biases beside quantised weights"),
         ({"hidden": 208}, None),

@@ -58,7 +58,8 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
             return hopper.gate_up(x, w, f, tiles(s), spec, saved_rows=0, act=True)
 
         def gradient(s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
-            return hopper.weight_gradient(a, b, run_starts(s, spec.block), s, spec.block, unclean=unclean)
+            starts = run_starts(s, spec.block)
+            return hopper.weight_gradient(a, b, starts, s, spec.block, a.dtype, unclean=unclean)
 
         by_row = functools.partial(product, by_column=False)
         by_column = functools.partial(product, by_column=True)

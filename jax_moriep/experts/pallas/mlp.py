@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.pallas.hopper import passes as hopper_passes
@@ -17,7 +18,7 @@ from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.launch import Tile
 from jax_moriep.experts.pallas.triton import passes, tuning
 from jax_moriep.experts.pallas.triton import quantised as quantised_passes
-from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands, Stack, read_from
+from jax_moriep.experts.spec import SAVED_NAME, ExpertSpec, ExpertWeights, Operands, Stack, read_from
 from jax_moriep.runtime import compat
 
 
@@ -50,7 +51,7 @@ def _expert_mlp_fwd(spec: ExpertSpec, operands: Operands, stack: Stack | None) -
     kept = saved_rows(spec, operands[0].shape[0])
     out, *saved = _on_platform("forward", spec, read_from(operands, stack), kept)
     own = operands[3] if stack is None else None
-    return out, (operands[:3], own, stack, saved)
+    return out, (operands[:3], own, stack, checkpoint_name(saved, SAVED_NAME))
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any, None]:

@@ -88,20 +88,34 @@ def all_tiles(
     stream.run(blocks, dtype, (num_tiles * col_tiles,), of_turn, **of_stream)
 
 
-def call(body: Any, operands: tuple[jax.Array, ...], results: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
-    """Runs a kernel on all multiprocessors; ``results`` are shapes and dtypes."""
+def call(
+    body: Any,
+    operands: tuple[jax.Array, ...],
+    results: list[tuple[tuple[int, ...], Any]],
+    aliases: dict[int, int] | None = None,
+) -> list[Any]:
+    """Runs a kernel on all multiprocessors.
+
+    Args:
+      body: the kernel.
+      operands: the arrays.
+      results: shape and dtype of each result.
+      aliases: which operand's memory each result takes over.
+
+    Returns:
+      The results; what the kernel did not write is undefined.
+    """
     like = compat.union_varying(*operands)
-    kernel = mg.kernel(
+    kernel = compat.mosaic_kernel(
         body,
-        out_type=tuple(compat.result_type(like[0], shape, dtype) for shape, dtype in results),
+        tuple(compat.result_type(like[0], shape, dtype) for shape, dtype in results),
+        aliases or {},
+        # Sums and maxima along rows stay within a warp, so they need no place in shared memory.
+        mg.CompilerParams(lowering_semantics=mg.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0),
         grid=(PROGRAMS,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
-        # Sums and maxima along rows stay within a warp, so they need no place in shared memory.
-        compiler_params=mg.CompilerParams(
-            lowering_semantics=mg.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
-        ),
     )
     return list(kernel(*like))
 

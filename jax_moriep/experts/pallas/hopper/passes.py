@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import rowwise
 from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
-from jax_moriep.experts.pallas.hopper import products
+from jax_moriep.experts.pallas.hopper import act_grad, products
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
-from jax_moriep.experts.spec import ExpertSpec, Operands
+from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
 
 
 def forward(spec: ExpertSpec, saved_rows: int, operands: Operands) -> tuple[jax.Array, ...]:
     """See ``triton.passes.forward``; ``saved_rows`` is a multiple of ``ROWS``, or C."""
-    rows, row_weights, group_sizes, weights = operands
+    rows, row_weights, group_sizes, given = operands
+    weights = _cast(given, rows.dtype, group_sizes.size)
     tiles = row_tiles(group_sizes, spec.block, rows.shape[0], ROWS, first_expert=weights.first)
     # Zero in padding, whose activations and results are then zeros too.
     factors = jnp.where(real_rows(group_sizes, spec.block, rows.shape[0]), row_weights, 0)
@@ -32,7 +35,8 @@ def backward(
     spec: ExpertSpec, saved_rows: int, d_out: jax.Array, saved: jax.Array, operands: Operands
 ) -> tuple[jax.Array, ...]:
     """See ``triton.passes.backward``."""
-    rows, row_weights, group_sizes, weights = operands
+    rows, row_weights, group_sizes, given = operands
+    weights = _cast(given, rows.dtype, group_sizes.size)
     capacity, block, first = rows.shape[0], spec.block, weights.first
     starts = run_starts(group_sizes, block)
     tiles = row_tiles(group_sizes, block, capacity, ROWS, first_expert=first)
@@ -43,15 +47,23 @@ def backward(
             rows, weights.w1, row_weights, behind, spec, saved_rows=capacity, act=False, bias=weights.b1
         )
         pre += tuple(again)
-    d_act = products.product(d_out, weights.w2, tiles, by_column=True)
-    slices = row_tiles(group_sizes, block, capacity, rowwise.SLICE)
-    act, d_pre, shares = rowwise.activation_gradient(
-        d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
-    )
+    real = real_rows(group_sizes, block, capacity)
+    if act_grad.suits(tiles, weights.w2):
+        factors = jnp.where(real, row_weights, 0)
+        act, d_pre, shares = act_grad.activation_gradient(
+            d_out, weights.w2, pre, factors, tiles, spec, saved_rows=saved_rows
+        )
+    else:
+        d_act = products.product(d_out, weights.w2, tiles, by_column=True)
+        slices = row_tiles(group_sizes, block, capacity, rowwise.SLICE)
+        act, d_pre, shares = rowwise.activation_gradient(
+            d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
+        )
     d_rows = products.product(d_pre, weights.w1, tiles, by_column=True)
     d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=False)
-    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, block, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, block, unclean="left")
+    of_runs = (starts, group_sizes, block)
+    dw1 = products.weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
     d_weights, d_biases = jnp.sum(shares, axis=0), ()
     if weights.b1 is not None and weights.b2 is not None:
         d_biases = (
@@ -60,5 +72,16 @@ def backward(
         )
         few = row_tiles(group_sizes, block, capacity, BIAS_ROWS, first_expert=first)
         d_weights += rows_times_bias(d_out, weights.b2, few, interpret=False)
-    d_weights = jnp.where(real_rows(group_sizes, block, capacity), d_weights, 0)
-    return d_rows, d_weights, dw1, dw2, *d_biases
+    return d_rows, jnp.where(real, d_weights, 0), dw1, dw2, *d_biases
+
+
+def _cast(weights: ExpertWeights, dtype: Any, num_experts: int) -> ExpertWeights:
+    """Weights in the rows' dtype: f32 master weights as the kernels read them.
+
+    XLA makes one cast of that of both passes, where they are in one program.
+    """
+    if weights.w1.dtype == weights.w2.dtype == dtype:
+        return weights
+    # What is made of weights must not be made of all layers'.
+    weights = weights.alone(num_experts)
+    return weights._replace(w1=weights.w1.astype(dtype), w2=weights.w2.astype(dtype))

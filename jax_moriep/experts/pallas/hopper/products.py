@@ -282,7 +282,14 @@ class _GateUp:
 
 
 def weight_gradient(
-    left: jax.Array, right: jax.Array, starts: jax.Array, group_sizes: jax.Array, block: int, *, unclean: str
+    left: jax.Array,
+    right: jax.Array,
+    starts: jax.Array,
+    group_sizes: jax.Array,
+    block: int,
+    dtype: Any,
+    *,
+    unclean: str,
 ) -> jax.Array:
     """See ``triton.products.weight_gradient``.
 
@@ -292,6 +299,7 @@ def weight_gradient(
       starts: i32[L], the first row of every run.
       group_sizes: i32[L].
       block: every run starts at a multiple of it.
+      dtype: of the result; the sums leave the registers as it.
       unclean: "left" or "right", the operand whose padding may hold anything; the other's is zeros up to the
         end of a run's blocks.
 
@@ -341,9 +349,9 @@ def weight_gradient(
 
         turns = (num_experts, row_tiles * col_tiles)
         cleared = mg.Barrier(num_arrivals=1, num_barriers=stream.PLACES)
-        stream.run(blocks, left.dtype, turns, tile, piece_bytes=wide, scratch=(cleared,))
+        stream.run(blocks, left.dtype, turns, tile, results=(dtype,), piece_bytes=wide, scratch=(cleared,))
 
-    shape = ((num_experts, tall, cols), left.dtype)
+    shape = ((num_experts, tall, cols), dtype)
     return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
 
 

@@ -129,9 +129,10 @@ def backward(
     if weights.frozen:
         return d_rows, d_row_weights
     starts = run_starts(group_sizes, spec.block)
-    dw1 = products.weight_gradient(d_pre, rows, starts, group_sizes, spec.block, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, starts, group_sizes, spec.block, unclean="left")
-    return d_rows, d_row_weights, dw1.astype(weights.w1.dtype), dw2.astype(weights.w2.dtype)
+    of_runs = (starts, group_sizes, spec.block)
+    dw1 = products.weight_gradient(d_pre, rows, *of_runs, weights.w1.dtype, unclean="right")
+    dw2 = products.weight_gradient(d_out, act, *of_runs, weights.w2.dtype, unclean="left")
+    return d_rows, d_row_weights, dw1, dw2
 
 
 def _pre_activations(spec: ExpertSpec, first_row: int, interpret: bool, operands: Operands) -> jax.Array:

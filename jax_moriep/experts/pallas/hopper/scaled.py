@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class Work:
         none.
       col_scale: col_scale(n, step) is the scale of all columns of sum n; None: there are none.
       finish: finish(sums) stores them, by ``Lanes.leave``.
+      tail: as in ``stream.Work``; there is none.
     """
 
     steps: Any
@@ -47,6 +48,7 @@ class Work:
     row_scales: Callable[[tuple[Any, ...]], Any] | None
     col_scale: Callable[[int, Any], Any] | None
     finish: Callable[[tuple[Any, ...]], None]
+    tail: ClassVar[int] = 0
 
 
 def multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, consumed: Any) -> None:

@@ -96,17 +96,23 @@ class Work:
       sums: the shape of one warpgroup's sums, f32.
       multiply: multiply(step, place, blocks, sums) enqueues one product into the sums; the place in shared
         memory has a number below ``PLACES``.
-      finish: finish(values of the sums) stores them, by ``Lanes.leave``.
+      finish: finish(values of the sums) stores them, by ``Lanes.leave``; with a tail finish(values, tail).
       short: (condition, work), work of equally many steps that is done in place of this one where the
         condition holds; or None.
+      tail: steps behind those of the product, at most ``PLACES``: what ``finish`` finds in shared memory;
+        0 where there is short work.
+      fetch: fetch(n, places, arrived) copies what step n of the tail brings, as many copies as a step of the
+        product has.
     """
 
     steps: Any
     sources: tuple[Any, ...]
     sums: tuple[int, int]
     multiply: Callable[[Any, Any, tuple[Any, ...], Any], None]
-    finish: Callable[[Any], None]
+    finish: Callable[..., None]
     short: tuple[Any, Work] | None = None
+    tail: int = 0
+    fetch: Callable[[int, tuple[Any, ...], Any], None] | None = None
 
     def chosen(self, do: Callable[[Work], None]) -> None:
         """Does one of the two."""
@@ -116,6 +122,38 @@ class Work:
         condition, other = self.short
         pl.when(condition)(lambda: do(other))
         pl.when(jnp.logical_not(condition))(lambda: do(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """What a warpgroup finds behind the last step of a product.
+
+    Attributes:
+      first: the number of the tail's first step in the program's stream.
+      buffers: the places of each operand's blocks.
+      produced: their barriers, as in ``run``.
+      consumed: likewise.
+    """
+
+    first: Any
+    buffers: tuple[Any, ...]
+    produced: Any
+    consumed: Any
+
+    def blocks(self, n: Any) -> tuple[Any, ...]:
+        """The places of step n."""
+        return tuple(places.at[self._place(n)] for places in self.buffers)
+
+    def wait(self, n: Any) -> None:
+        """Waits until step n has come; each warpgroup waits for each step."""
+        mg.barrier_wait(self.produced.at[self._place(n)])
+
+    def release(self, n: Any) -> None:
+        """Lets the places of step n be filled again."""
+        mg.barrier_arrive(self.consumed.at[self._place(n)])
+
+    def _place(self, n: Any) -> Any:
+        return lax.rem(self.first + n, jnp.int32(PLACES))
 
 
 def _swizzled(dtype: Any, wide: int = 128) -> tuple[Any, ...]:
@@ -253,9 +291,13 @@ def _copy(
     def one(info: Any, carry: Any) -> Any:
         tile = work(lanes, info.index)
 
-        def step(k: Any, done: Any) -> Any:
+        def next_place(done: Any) -> Any:
             place = lax.rem(done, jnp.int32(PLACES))
             pl.when(done >= PLACES)(lambda: mg.barrier_wait(consumed.at[place]))
+            return place
+
+        def step(k: Any, done: Any) -> Any:
+            place = next_place(done)
 
             def fetch(form: Any) -> None:
                 for block, source, places in zip(blocks, form.sources, buffers, strict=True):
@@ -264,7 +306,11 @@ def _copy(
             tile.chosen(fetch) if isinstance(tile, Work) else fetch(tile)
             return done + 1
 
-        return lax.fori_loop(0, tile.steps, step, carry)
+        done = lax.fori_loop(0, tile.steps, step, carry)
+        for n in range(tile.tail):
+            place = next_place(done + n)
+            tile.fetch(n, tuple(places.at[place] for places in buffers), produced.at[place])
+        return done + tile.tail
 
     done: Any = mg.nd_loop(turns, collective_axes="sm", init_carry=jnp.int32(0))(one)
 
@@ -317,11 +363,14 @@ def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, 
             mg.wgmma_wait(0)
             last = lax.rem(carry + form.steps + (PLACES - 1), jnp.int32(PLACES))
             pl.when(form.steps > 0)(lambda: mg.barrier_arrive(consumed.at[last]))
-            form.finish(sums[...])
+            if form.tail:
+                form.finish(sums[...], Tail(carry + form.steps, buffers, produced, consumed))
+            else:
+                form.finish(sums[...])
 
         def do(form: Work) -> None:
             acc = mg.ACC(form.sums, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
             pl.run_scoped(functools.partial(summed, form), acc)
 
         tile.chosen(do)
-        return carry + tile.steps
+        return carry + tile.steps + tile.tail

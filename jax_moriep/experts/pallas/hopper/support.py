@@ -63,9 +63,6 @@ def _unsuited_operands(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> s
     hidden, inner = rows.shape[1], weights.w2.shape[2]
     if jnp.dtype(rows.dtype).itemsize != 2:
         return f"rows are {jnp.dtype(rows.dtype).name}, and must be bfloat16 or float16"
-    if spec.scheme is None and not rows.dtype == weights.w1.dtype == weights.w2.dtype:
-        names = (jnp.dtype(x.dtype).name for x in (weights.w1, weights.w2, rows))
-        return "w1, w2 and rows are {}, {} and {}, and must be of one dtype".format(*names)
     if spec.scheme is not None and spec.code_dtype(weights) != FORMAT:
         return f"codes are {spec.code_dtype(weights).name}, and must be {FORMAT.name}"
     if spec.scheme is not None and weights.b1 is not None:
