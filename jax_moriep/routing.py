@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax_moriep.config import MoEConfig, MoEParams, check_type
 from jax_moriep.errors import ConfigError, rule
 from jax_moriep.operands import check_array
+from jax_moriep.router_product import product
 
 Routed = tuple[jax.Array, jax.Array, jax.Array]
 Router = Callable[[jax.Array, jax.Array | None, MoEConfig], Routed]
@@ -91,9 +92,31 @@ def _keep_best_groups(
         return choice
     size = choice.shape[-1] // cfg.num_groups
     grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, size)
-    best = _top_ids(group_score(grouped), cfg.top_groups)
-    kept = (best[..., None] == jnp.arange(cfg.num_groups)).any(axis=-2)
+    kept = _best(group_score(grouped), cfg.top_groups)
     return jnp.where(kept[..., None], grouped, fill).reshape(choice.shape)
+
+
+def _best(scores: jax.Array, count: int) -> jax.Array:
+    """Which of the last dimension are among the ``count`` largest; of equals the lower index, NaN first.
+
+    Each is compared with every other, which for a few groups is cheaper than a sort.
+    """
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    mine, other = scores[..., :, None], scores[..., None, :]
+    index = jnp.arange(scores.shape[-1])
+    before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    return before.sum(axis=-1) < count
+
+
+def _sum_of_two_best(scores: jax.Array) -> jax.Array:
+    """Of the last dimension the sum of the two largest, or of the only one; two maxima, without a sort."""
+    best = scores.max(axis=-1, keepdims=True)
+    if scores.shape[-1] == 1:
+        return best[..., 0]
+    is_best = scores == best
+    next_best = jnp.where(is_best, -jnp.inf, scores).max(axis=-1)
+    twice = is_best.sum(axis=-1) > 1
+    return best[..., 0] + jnp.where(twice, best[..., 0], next_best)
 
 
 def softmax_topk(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig) -> Routed:
@@ -139,12 +162,7 @@ def deepseek_v3(logits: jax.Array, score_bias: jax.Array | None, cfg: MoEConfig)
     stood at 0.0 and won where the bias made kept ones negative.
     """
     scores = jax.nn.sigmoid(logits)
-    choice = _keep_best_groups(
-        _biased(scores, score_bias),
-        lambda grouped: jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1),
-        -jnp.inf,
-        cfg,
-    )
+    choice = _keep_best_groups(_biased(scores, score_bias), _sum_of_two_best, -jnp.inf, cfg)
     ids = _top_ids(choice, cfg.top_k)
     chosen = _chosen(scores, ids)
     return ids, weights_of(chosen, _sum(chosen) + 1e-20, cfg), scores
@@ -210,8 +228,9 @@ ROUTERS: dict[str, Router] = {
 def route(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> Route:
     """Chooses each token's experts with ``cfg.router``.
 
-    The logits are an f32 product of f32 casts, whatever the dtypes of x and of the weights. Of padded
-    parameters (``jm.pad_params``) only the first ``num_experts`` experts are seen.
+    The logits are a product of exact terms that are added in f32, whatever the dtypes of x and of the weights
+    (``router_product``). Of padded parameters (``jm.pad_params``) only the first ``num_experts`` experts are
+    seen.
 
     Args:
       x: [..., H], floating.
@@ -250,11 +269,11 @@ def scored(x: jax.Array, params: MoEParams, cfg: MoEConfig) -> tuple[jax.Array, 
     weight = _expert_slice("router", params.router, True, (cfg.hidden_size, experts))
     router_bias = _expert_slice("router_bias", params.router_bias, cfg.router_bias, (experts,))
     score_bias = _expert_slice("score_bias", params.score_bias, cfg.score_bias, (experts,))
-    logits = jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+    logits = product(x, weight)
     if router_bias is not None:
-        logits = logits + router_bias
+        logits = logits + router_bias.astype(jnp.float32)
     if score_bias is not None:
-        score_bias = jax.lax.stop_gradient(score_bias)
+        score_bias = jax.lax.stop_gradient(score_bias.astype(jnp.float32))
     return logits, score_bias
 
 
@@ -327,7 +346,7 @@ def in_rows(route: Route) -> Route:
 
 
 def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> Any:
-    """The first E columns of a router parameter in f32, or None where the config does not use it."""
+    """The first E columns of a router parameter, or None where the config does not use it."""
     if not used:
         if array is not None:
             raise ConfigError(
@@ -345,4 +364,4 @@ def _expert_slice(name: str, array: Any, used: bool, shape: tuple[int, ...]) -> 
                 "make params and cfg agree on hidden_size and num_experts",
             )
         )
-    return jnp.asarray(array)[..., : shape[-1]].astype(jnp.float32)
+    return jnp.asarray(array)[..., : shape[-1]]

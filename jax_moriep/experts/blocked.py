@@ -84,19 +84,22 @@ def expert_mlp(
 # A stack stays typed as it came: retyped, a scan would keep a copy of it for every layer's backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_mlp(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> jax.Array:
-    return _forward(spec, read_from(operands, stack), saved_rows=None)[0]
+    with spec.multiplying():
+        return _forward(spec, read_from(operands, stack), saved_rows=None)[0]
 
 
 def _expert_mlp_fwd(spec: ExpertSpec, operands: Operands, stack: Stack | None) -> tuple[jax.Array, Any]:
     read = read_from(operands, stack)
-    out, saved = _forward(spec, read, _saved_rows(spec, operands[0].shape[0]))
+    with spec.multiplying():
+        out, saved = _forward(spec, read, _saved_rows(spec, operands[0].shape[0]))
     own = operands[3] if stack is None else None
     return out, (operands[:3], own, stack, checkpoint_name(saved, SAVED_NAME))
 
 
 def _expert_mlp_bwd(spec: ExpertSpec, residuals: Any, d_out: jax.Array) -> tuple[Any, None]:
     given, own, stack, saved = residuals
-    return _backward(spec, read_from((*given, own), stack), saved, d_out), None
+    with spec.multiplying():
+        return _backward(spec, read_from((*given, own), stack), saved, d_out), None
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ from jax import lax
 
 from jax_moriep import schemes
 from jax_moriep.config import MoEConfig
+from jax_moriep.runtime import compat
 
 INPUT_WEIGHT_ROUTERS = ("llama4",)
 """Routers whose weights multiply the experts' inputs."""
+
+_TF32 = (None, "default", "high", "bfloat16", "tensorfloat32", "TF32_TF32_F32")
+"""Values of ``jax.default_matmul_precision`` with which JAX multiplies f32 in TF32 on NVIDIA's GPUs."""
 
 
 SAVED_NAME = "moriep_experts"
@@ -103,6 +108,8 @@ class ExpertSpec:
         those of the rows behind them; None: keep all.
       scheme: how weights and rows are quantised, a name in ``config.SCHEMES``; None: not at all.
       format: the float8 of the platform, for rows and for master weights.
+      precision: how f32 values are multiplied, a value of ``jax.default_matmul_precision``; None: as the
+        platform does it.
     """
 
     activation: str
@@ -113,12 +120,16 @@ class ExpertSpec:
     saved_rows: int | None = None
     scheme: str | None = None
     format: str = "e4m3fn"
+    precision: str | None = None
 
     @classmethod
     def of(
         cls, cfg: MoEConfig, *, block: int, architecture: str, saved_rows: int | None = None
     ) -> ExpertSpec:
-        """Of a layer on GPUs of an architecture ("gfx942", "sm_90"; "" for other devices)."""
+        """Of a layer on GPUs of an architecture ("gfx942", "sm_90"; "" for other devices).
+
+        ``precision`` is what the caller's ``jax.default_matmul_precision`` is now.
+        """
         return cls(
             activation=cfg.activation,
             activation_limit=cfg.activation_limit,
@@ -128,6 +139,7 @@ class ExpertSpec:
             saved_rows=saved_rows,
             scheme=cfg.expert_quant,
             format=schemes.format_name(architecture),
+            precision=compat.matmul_precision(),
         )
 
     def mean_run(self, capacity: int, num_experts: int) -> float:
@@ -139,6 +151,19 @@ class ExpertSpec:
         if self.saved_rows is None:
             return max(0.0, capacity / num_experts - (self.block - 1))
         return max(0.0, self.saved_rows / num_experts - self.block) / 2
+
+    @property
+    def tf32(self) -> bool:
+        """Whether NVIDIA's GPUs multiply f32 in TF32."""
+        return self.precision in _TF32
+
+    def multiplying(self) -> contextlib.AbstractContextManager[None]:
+        """Where products that say no precision have this one.
+
+        JAX traces a derivative rule when it differentiates, outside the ``jax.default_matmul_precision`` that
+        the layer was called in.
+        """
+        return jax.default_matmul_precision(self.precision)
 
     def code_dtype(self, weights: ExpertWeights) -> jnp.dtype:
         """Of the codes of rows and weights: that of the weights, if they are codes."""

@@ -153,6 +153,11 @@ def converts_float8(platform: str, dtype: Any) -> bool:
     return tuple(int(part) for part in capability.split(".") if part.isdigit()) >= (8, 9)
 
 
+def matmul_precision() -> str | None:
+    """What ``jax.default_matmul_precision`` is here; jax makes the property when it is imported."""
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def trace_state() -> Any:
     """An object that compares equal while the same trace is the innermost one."""
     return get_opaque_trace_state()

@@ -8,9 +8,9 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("Pallas-Mosaic has these kernels from jax 0.11 on", allow_module_level=True)
 
 from jax_moriep.experts import ExpertSpec
-from jax_moriep.experts.pallas.hopper import act_grad, products
+from jax_moriep.experts.pallas.hopper import act_grad, products, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
-from jax_moriep.experts.pallas.tiles import row_tiles
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
 L, C = 4, 1024
@@ -21,6 +21,8 @@ SIZES = [
     ("float16", 416, 288, 32),
     ("bfloat16", 208, 272, 32),
 ]
+# Of f32, 64 bytes are the least that any size gives.
+IN_F32 = [("float32", 512, 256, 128), ("float32", 416, 288, 32), ("float32", 208, 272, 96)]
 
 
 def lowers(fn, *shapes):
@@ -29,7 +31,7 @@ def lowers(fn, *shapes):
     assert text.count("mosaic_gpu") >= 1
 
 
-@pytest.mark.parametrize(("dtype", "hidden", "inner", "block"), SIZES)
+@pytest.mark.parametrize(("dtype", "hidden", "inner", "block"), SIZES + IN_F32)
 @pytest.mark.parametrize("biased", [False, True])
 def test_forward(dtype, hidden, inner, block, biased):
     spec = ExpertSpec("swiglu_clamped", 7.0, 1.702, False, block)
@@ -71,3 +73,13 @@ def test_activation_gradient(inner, kept):
 
     shapes = [(C, 512), (L, 512, inner), (kept, 2 * inner)] + ([(C, 2 * inner)] if kept < C else [])
     lowers(fn, ((L,), "int32"), ((C,), "float32"), *((shape, jnp.bfloat16) for shape in shapes))
+
+
+@pytest.mark.parametrize(("dtype", "hidden", "inner", "block"), IN_F32)
+def test_weight_gradient_of_f32(dtype, hidden, inner, block):
+    def fn(sizes, left, right):
+        real = real_rows(sizes, block, C)
+        turned = (tf32.along_sums(real, x) for x in (left, right))
+        return tf32.weight_gradient(*turned, run_starts(sizes, block), sizes)
+
+    lowers(fn, ((L,), "int32"), *(((C, size), jnp.dtype(dtype)) for size in (inner, hidden)))

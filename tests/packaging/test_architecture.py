@@ -23,6 +23,7 @@ LAYERS = [
     ["runtime"],
     ["mori", "aiter"],
     ["transports"],
+    ["router_product"],
     ["exchange", "experts", "routing"],
     ["balance"],
     ["fused"],

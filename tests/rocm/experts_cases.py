@@ -27,7 +27,7 @@ def draw(dtype, sizes, *, hidden, inner, block):
 
 
 def forward_and_backward(name, block, rows, weights, sizes, w1, w2, d_out):
-    spec = ExpertSpec("silu", 0.0, 0.0, False, block)
+    spec = ExpertSpec("silu", 0.0, 0.0, False, block, precision="highest")
 
     def layer(rows, weights, w1, w2):
         return IMPLEMENTATIONS[name].expert_mlp(rows, weights, sizes, ExpertWeights(w1, w2), spec)
@@ -37,5 +37,4 @@ def forward_and_backward(name, block, rows, weights, sizes, w1, w2, d_out):
         out, pull = jax.vjp(layer, rows, weights, w1, w2)
         return out, *pull(d_out)
 
-    with jax.default_matmul_precision("highest"):
-        return tuple(jnp.asarray(a, jnp.float32) for a in run(rows, weights, w1, w2, d_out))
+    return tuple(jnp.asarray(a, jnp.float32) for a in run(rows, weights, w1, w2, d_out))

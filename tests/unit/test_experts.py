@@ -75,7 +75,8 @@ class Case:
 
 
 def make_spec(activation="silu", weight_input=False, **changes):
-    given = {"block": BLOCK, "saved_rows": None} | changes
+    # On GPUs too these tests want f32 as exact as the oracle's.
+    given = {"block": BLOCK, "saved_rows": None, "precision": "highest"} | changes
     return ExpertSpec(activation, oracle.LIMIT, oracle.ALPHA, weight_input, **given)
 
 
@@ -443,6 +444,49 @@ def test_auto_takes_what_runs_everywhere_where_there_is_no_device():
 def test_triton_by_name_on_a_cpu():
     with pytest.raises(TransportError, match="experts='triton' cannot run on platform 'cpu': it needs a GPU"):
         choose("triton", "cpu")
+
+
+@pytest.mark.parametrize("name", ["blocked", "triton"])
+@pytest.mark.parametrize("precision", ["highest", "high", "BF16_BF16_F32_X6"])
+def test_both_passes_have_the_precision_of_the_call(name, precision):
+    """Also where the derivative is traced outside of the context, and with another default."""
+    case = make_case(SIZES["uneven"], make_spec())
+    cfg = MoEConfig(L, 1, H, INNER, experts=name, block=BLOCK)
+
+    @jax.jit
+    def layer(rows, weights, w1, w2):
+        with jax.default_matmul_precision(precision):
+            spec = ExpertSpec.of(cfg, block=BLOCK, architecture="")
+            return IMPLEMENTATIONS[name].expert_mlp(rows, weights, case.sizes, ExpertWeights(w1, w2), spec)
+
+    def loss(*operands):
+        return jnp.sum(layer(*operands))
+
+    with jax.default_matmul_precision("default"):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(*case.operands[:4])
+    found = precisions_of(jaxpr.jaxpr)
+    wanted = jax.lax.DotAlgorithmPreset.__members__.get(precision)
+    wanted = wanted or (jax.lax.Precision(precision),) * 2
+    assert len(found) >= 6
+    assert set(found) == {wanted}
+
+
+def precisions_of(jaxpr):
+    """Of all products in a program and in the kernels and branches inside."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is jax.lax.dot_general_p:
+            found.append(eqn.params["precision"])
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += precisions_of(inner)
+    return found
+
+
+def test_16_bit_values_have_exact_products_whatever_the_precision():
+    case = make_case(SIZES["uneven"], make_spec(precision="TF32_TF32_F32"), dtype="bfloat16")
+    check("triton", case, TOLERANCE["bfloat16"])
 
 
 CASE = make_case(SIZES["uneven"], make_spec(), biases=True)

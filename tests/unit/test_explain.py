@@ -113,4 +113,8 @@ def test_which_kernels_the_experts_run_is_told(monkeypatch):
         f"{why}block=8 must be a multiple of 8 and at least 32"
     ]
     in_f32 = jm.explain(cfg, LOWERED, num_tokens=8192, dtype="float32")
-    assert lines_below(in_f32, "triton") == [f"{why}rows are float32, and must be bfloat16 or float16"]
+    assert lines_below(in_f32, "triton") == ["products by Pallas-Mosaic"]
+    with jax.default_matmul_precision("highest"):
+        exact = jm.explain(cfg, LOWERED, num_tokens=8192, dtype="float32")
+    precision = "jax.default_matmul_precision is 'highest', and they multiply float32 in TF32"
+    assert lines_below(exact, "triton") == [why + precision]

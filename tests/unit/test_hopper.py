@@ -8,6 +8,7 @@ import pytest
 
 from jax_moriep.experts import ExpertSpec, ExpertWeights
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.spec import Stack
 from jax_moriep.plan import run_starts
 
 if jax.__version_info__ < (0, 11):
@@ -19,7 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas import rowwise
-from jax_moriep.experts.pallas.hopper import act_grad, launch, passes, products, stream
+from jax_moriep.experts.pallas.hopper import act_grad, launch, passes, products, stream, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
 
 BLOCK, H, INNER = 128, 256, 128
@@ -55,17 +56,17 @@ class Case:
         self.tiles = row_tiles(jnp.asarray(self.sizes), block, self.capacity, ROWS)
         self.rng = np.random.default_rng(0)
 
-    def rows(self, width, padding=np.nan):
+    def rows(self, width, padding=np.nan, dtype=jnp.bfloat16):
         values = self.rng.normal(size=(self.capacity, width))
         if padding == "zeros in blocks":
             behind = np.arange(self.capacity)[:, None] >= self.experts_end()
             values = np.where(behind, np.nan, np.where(self.real[:, None], values, 0))
         else:
             values = np.where(self.real[:, None], values, padding)
-        return jnp.asarray(values, jnp.bfloat16)
+        return jnp.asarray(values, dtype)
 
-    def weights(self, *shape):
-        return jnp.asarray(self.rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
+    def weights(self, *shape, dtype=jnp.bfloat16):
+        return jnp.asarray(self.rng.normal(size=shape) * shape[-1] ** -0.5, dtype)
 
     def factors(self):
         return np.where(self.real, self.rng.uniform(0.5, 1, self.capacity), 0).astype(np.float32)
@@ -234,41 +235,63 @@ def by_xla(monkeypatch, module, name):
     monkeypatch.setattr(module, name, run)
 
 
-# The derivative of the activation is in the product before it in the last case, whose weights are cast.
 @pytest.mark.parametrize(
-    ("block", "hidden", "inner", "dtype", "layers"),
-    [(128, 64, 48, "bfloat16", 1), (32, 64, 48, "float32", 2), (128, 128, 128, "float32", 2)],
+    ("dtype", "trained", "block", "sizes", "width", "layer", "tolerance"),
+    [
+        # Activations, and what is derived from them, are rounded to bf16 on the way.
+        ("bfloat16", "bfloat16", 128, "odd", 48, None, 1e-2),
+        ("bfloat16", "float32", 32, "odd", 48, 1, 1e-2),
+        # The derivative of the activation is in the product before it, and the weights are cast.
+        ("bfloat16", "float32", 128, "odd", 128, 1, 1e-2),
+        # The interpreter multiplies f32 exactly.
+        ("float32", "float32", 128, "uneven", 48, None, 1e-5),
+        ("float32", "float32", 32, "odd", 48, 1, 1e-5),
+        ("float32", "float32", 96, "odd", 48, None, 1e-5),
+        ("float32", "float32", 128, "none", 48, None, 1e-5),
+    ],
 )
-def test_both_passes(block, hidden, inner, dtype, layers, monkeypatch):
+def test_both_passes(dtype, trained, block, sizes, width, layer, tolerance, monkeypatch):
     """Values and all gradients of experts with biases; pre-activations of some rows are computed again."""
     for name in ("activation_gradient", "zeroed_behind"):
         by_xla(monkeypatch, rowwise, name)
     for name in ("row_sums", "rows_times_bias"):
         by_xla(monkeypatch, passes, name)
-    case = Case("odd", block)
+    case, hidden, inner = Case(sizes, block), max(64, width), width
+    dtype, trained = jnp.dtype(dtype), jnp.dtype(trained)
     spec = ExpertSpec("silu", 7.0, 1.702, False, block)
-    rows, d_out = case.rows(hidden), case.rows(hidden)
+    rows, d_out = (case.rows(hidden, dtype=dtype) for _ in range(2))
     weights = jnp.asarray(np.where(case.real, case.factors(), np.nan), jnp.float32)
     shapes = ((2 * inner, hidden), (hidden, inner), (2 * inner,), (hidden,))
-    stack = [case.weights(4 * layers, *shape).astype(dtype) for shape in shapes]
-    params = [w[-4:] for w in stack]
-    first = jnp.int32(4 * (layers - 1)) if layers > 1 else None
-    experts = ExpertWeights(*stack, first=first)  # pyright: ignore[reportArgumentType]
+    params = [case.weights(4, *shape, dtype=trained) for shape in shapes]
+    experts = ExpertWeights(*params)
+    if layer is not None:
+        stack = jax.tree.map(lambda w: jnp.full((layer + 2, *w.shape), np.nan).at[layer].set(w), experts)
+        experts = Stack(stack, jnp.int32(layer)).joined()
     operands = (rows, weights, jnp.asarray(case.sizes), experts)
-    out, saved = passes.forward(spec, 128, operands)
-    gradients = passes.backward(spec, 128, d_out, saved, operands)
-    assert all(g.dtype == dtype for g in gradients[2:])
+    saved_rows = min(ROWS, case.capacity)
+    out, saved = passes.forward(spec, saved_rows, operands)
+    gradients = passes.backward(spec, saved_rows, d_out, saved, operands)
     real = [np.where(case.real.reshape(-1, *[1] * (a.ndim - 1)), f64(a), 0) for a in (rows, weights, d_out)]
     wanted = experts_oracle.experts(
         *real[:2], case.sizes, params, real[2],
         activation=spec.activation, weight_input=False, block=block,
     )  # fmt: skip
-    # Activations, and what is derived from them, are rounded to bf16 on the way.
-    errors = [
-        np.linalg.norm(f64(got) - want) / np.linalg.norm(want)
-        for got, want in zip((out, *gradients), wanted, strict=True)
-    ]
-    assert max(errors) <= 1e-2, errors
+    for got, want in zip((out, *gradients), wanted, strict=True):
+        assert np.linalg.norm(f64(got) - want) <= tolerance * np.linalg.norm(want)
+    assert out.dtype == dtype
+    assert all(g.dtype == trained for g in gradients[2:])
+    assert no_races()
+
+
+@pytest.mark.parametrize(("sizes", "tall", "cols"), [("odd", 208, 272), ("all to one", 128, 320)])
+def test_weight_gradient_of_f32(sizes, tall, cols):
+    """Of operands that lie along the sums, which the caller makes of rows with anything in padding."""
+    case = Case(sizes, 32)
+    left, right = (case.rows(width, dtype=jnp.float32) for width in (tall, cols))
+    turned = (tf32.along_sums(case.real, x) for x in (left, right))
+    out = tf32.weight_gradient(*turned, jnp.asarray(case.starts), jnp.asarray(case.sizes))
+    for expert, at, _ in case.experts():
+        assert_close(out[expert], f64(left[at]).T @ f64(right[at]))
     assert no_races()
 
 

@@ -131,11 +131,12 @@ def test_every_tile_of_a_grid_has_one_turn(col_tiles, row_tiles):
 
 
 def test_the_shipped_table_is_whole():
-    for kernels in tuning.shipped().values():
+    for kind, kernels in tuning.shipped().items():
         assert set(kernels) == set(tuning.KERNELS)
         for kernel, classes in kernels.items():
             coded = {"few_codes", "fewest_codes"} if kernel in tuning.FORWARD else set()
-            assert set(classes) - {"dozens"} == {*tuning.CLASSES, *coded}
+            in_tf32 = {"tf32"} if kind == tuning.HOPPER else set()
+            assert set(classes) - {"dozens"} == {*tuning.CLASSES, *coded, *in_tf32}
             assert "dozens" not in classes or kernel in tuning.FORWARD
             for entry in classes.values():
                 tile = Tile(**entry)
@@ -160,6 +161,13 @@ def test_lookup():
         small = tuning.lookup(table, other, "down", 8, 2)
         assert small == Tile(**table["AMD Instinct MI300X"]["down"]["few"])
     assert tuning.lookup(table, kind, "down", 128, 4).rows == 64
+    # TF32 has entries for Hopper GPUs, whose shared memory they need, and runs that are not short.
+    in_tf32 = tuning.lookup(table, kind, "down", 128, 4, tf32=True)
+    assert in_tf32 == Tile(**table[kind]["down"]["tf32"])
+    own = {"NVIDIA H200": {"down": {"many": {}}}}
+    assert tuning.lookup(own, "NVIDIA H200", "down", 128, 4, tf32=True) == in_tf32
+    for other, block in ((kind, 8), ("NVIDIA A100-SXM4-80GB", 128), ("AMD Instinct MI300X", 128)):
+        assert tuning.lookup(table, other, "down", block, 4, tf32=True).rows == 64
 
 
 def test_runs_of_dozens_of_rows_fit_one_tile():
@@ -222,10 +230,10 @@ def test_tune_and_bench_say_that_they_need_a_gpu(tmp_path, capsys):
 def make_call(**changes):
     """A spec, and shapes of rows and weights, that the Hopper kernels suit, but for what is changed."""
     given = {"block": 128, "weight_input": False, "dtype": "bfloat16", "biases": False, "hidden": 256}
-    given |= {"scheme": None, "frozen": False, "capacity": 256} | changes
+    given |= {"scheme": None, "frozen": False, "capacity": 256, "precision": None} | changes
     hidden, weights = given["hidden"], given.get("weights", given["dtype"])
     w1, w2 = (2, 256, hidden), (2, hidden, 128)
-    spec = make_spec(weight_input=given["weight_input"], block=given["block"], scheme=given["scheme"])
+    spec = make_spec(**{name: given[name] for name in ("weight_input", "block", "scheme", "precision")})
     scales = (None, None)
     if given["frozen"]:
         weights = schemes.code_dtype(given["scheme"], schemes.FORMATS[given.get("format", "e4m3fn")])
@@ -248,7 +256,11 @@ def make_call(**changes):
         ({"block": 16}, "block=16 must be a multiple of 8 and at least 32"),
         ({"block": 36}, "block=36 must be a multiple of 8 and at least 32"),
         ({"weight_input": True}, "inputs are weighted"),
-        ({"dtype": "float32"}, "rows are float32, and must be bfloat16 or float16"),
+        ({"dtype": "float32"}, None),
+        ({"dtype": "float32", "precision": "high", "block": 32, "hidden": 208, "biases": True}, None),
+        ({"dtype": "float32", "block": 40}, "block=40 must be a multiple of 32 and at least 32"),
+        ({"dtype": "float32", "precision": "highest"}, "default_matmul_precision is 'highest'"),
+        ({"dtype": "float32", "weights": "bfloat16"}, None),
         ({"weights": "float32"}, None),
         ({"biases": True}, None),
         ({"biases": True, "scheme": "fp8_block"}, "the experts have biases beside quantised weights"),
@@ -305,7 +317,10 @@ def test_explanations_of_kernels_on_hopper(monkeypatch):
     by_triton = "products by Pallas-Triton; not by Pallas-Mosaic's kernels: "
     assert told(monkeypatch) == "products by Pallas-Mosaic"
     assert told(monkeypatch, num_tokens=8) == by_triton + "block=8 must be a multiple of 8 and at least 32"
-    assert told(monkeypatch, dtype="float32").startswith(by_triton + "rows are float32")
+    assert told(monkeypatch, dtype="float32") == "products by Pallas-Mosaic"
+    with jax.default_matmul_precision("highest"):
+        exact = told(monkeypatch, dtype="float32")
+    assert exact.startswith(by_triton + "jax.default_matmul_precision is 'highest'")
     assert told(monkeypatch, expert_bias=True) == "products by Pallas-Mosaic"
     quantised = told(monkeypatch, expert_bias=True, expert_quant="fp8_block")
     assert quantised == by_triton + "the experts have biases beside quantised weights"

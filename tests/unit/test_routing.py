@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 from jax_moriep.balance import losses, router_sums, update_score_bias
 from jax_moriep.config import GROUPED_ROUTERS, ROUTER_NAMES, SCORE_BIAS_ROUTERS, MoEConfig, MoEParams
 from jax_moriep.errors import ConfigError
-from jax_moriep.routing import ROUTERS, Route, _keep_best_groups, route
+from jax_moriep.routing import ROUTERS, Route, _best, _keep_best_groups, _sum_of_two_best, route
 
 E, K, H, T = 12, 3, 16, 20
 
@@ -203,6 +203,29 @@ def test_groups_whose_scores_are_zeros_of_either_sign_are_equal_candidates():
     cfg = MoEConfig(6, 2, H, 8, router="deepseek_v2", num_groups=3, top_groups=1)
     kept = _keep_best_groups(scores, lambda grouped: grouped.max(axis=-1), -jnp.inf, cfg)
     np.testing.assert_array_equal(np.isfinite(kept), [[True, True, False, False, False, False]])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_groups_are_kept_as_by_sorting_them(size):
+    # Few different values, so that there are ties, and infinities.
+    values = np.random.default_rng(size).choice([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf], size=(500, 6, size))
+    scores = jnp.asarray(values[~np.isinf(values).all(axis=(1, 2))], jnp.float32)
+    best = np.sort(scores, axis=-1)[..., ::-1]
+    with np.errstate(invalid="ignore"):
+        wanted = best[..., 0] if size == 1 else best[..., 0] + best[..., 1]
+    np.testing.assert_array_equal(_sum_of_two_best(scores), wanted)
+    for count in (1, 3, 6):
+        groups = jnp.nan_to_num(jnp.asarray(wanted), nan=0.0)
+        # NumPy's stable sort of the negatives puts the lower index first.
+        order = np.argsort(-np.asarray(groups), axis=-1, kind="stable")
+        kept = np.zeros(groups.shape, bool)
+        np.put_along_axis(kept, order[:, :count], True, axis=-1)
+        np.testing.assert_array_equal(_best(groups, count), kept)
+
+
+def test_as_many_groups_are_kept_where_some_have_no_number():
+    scores = jnp.asarray([[1.0, jnp.nan, jnp.inf, jnp.nan, 2.0]])
+    np.testing.assert_array_equal(_best(scores, 2), [[False, True, True, False, False]])
 
 
 @pytest.mark.parametrize("top_groups", [1, 2, 3])

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_moriep.bench.against.grouped import with_gradients
 from jax_moriep.bench.measure.programs import Work
 from jax_moriep.bench.problem.shares import Data, Share
-from jax_moriep.experts import ExpertWeights, pallas
+from jax_moriep.experts import ExpertSpec, ExpertWeights, pallas
 from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.pallas.hopper import products as hopper
+from jax_moriep.experts.pallas.hopper import tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
-from jax_moriep.experts.pallas.tiles import row_tiles
+from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.pallas.triton import passes, products, tuning
 from jax_moriep.plan import run_starts
 from jax_moriep.runtime import compat
@@ -41,7 +43,7 @@ def of_rows(data: Data) -> tuple[jax.Array, jax.Array]:
 def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict[str, Work]:
     """Each kernel that runs for ``data``; see ``of_rows`` for ``act`` and ``pre``.
 
-    Of experts with biases none is run alone.
+    Of experts with biases none is run alone. Pallas-Mosaic's of f32 are run with the copies that they need.
     """
     if data.share.biased:
         return {}
@@ -57,12 +59,11 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
         def gate_up(s: jax.Array, x: jax.Array, w: jax.Array, f: jax.Array) -> list[jax.Array]:
             return hopper.gate_up(x, w, f, tiles(s), spec, saved_rows=0, act=True)
 
-        def gradient(s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
-            starts = run_starts(s, spec.block)
-            return hopper.weight_gradient(a, b, starts, s, spec.block, a.dtype, unclean=unclean)
-
         by_row = functools.partial(product, by_column=False)
-        by_column = functools.partial(product, by_column=True)
+        by_column, gradient = functools.partial(product, by_column=True), _gradient
+        if rows.dtype == jnp.float32:
+            by_column, gradient = lambda s, x, w: by_row(s, x, jnp.swapaxes(w, 1, 2)), _gradient_of_f32
+        gradient = functools.partial(gradient, spec)
         return {
             "gate_up": Work(gate_up, (sizes, rows, w1, factors)),
             "down": Work(by_row, (sizes, act, w2)),
@@ -74,11 +75,23 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
     kind, table = compat.device_kind("cuda"), tuning.table()
 
     def of_kernel(name: str) -> Work:
-        tile = tuning.lookup(table, kind, name, spec.block, rows.dtype.itemsize)
+        tile = tuning.lookup(table, kind, name, spec.block, rows.dtype.itemsize, tf32=spec.tf32)
         fn, operands = of_triton(data, name, tile, act, pre, interpret)
         return Work(fn, (sizes, *operands))
 
     return {name: of_kernel(name) for name in tuning.KERNELS}
+
+
+def _gradient(spec: ExpertSpec, s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
+    return hopper.weight_gradient(a, b, run_starts(s, spec.block), s, spec.block, a.dtype, unclean=unclean)
+
+
+def _gradient_of_f32(spec: ExpertSpec, s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
+    """With the copies that the backward pass makes, which clear all padding."""
+    del unclean
+    real = real_rows(s, spec.block, a.shape[0])
+    left, right = (tf32.along_sums(real, x) for x in (a, b))
+    return tf32.weight_gradient(left, right, run_starts(s, spec.block), s)
 
 
 def of_triton(

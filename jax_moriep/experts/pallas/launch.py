@@ -179,8 +179,12 @@ def barrier(interpret: bool) -> None:
 
 
 def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
-    """Contracts one dimension of each and sums in f32; f32 products are exact, not TF32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    """Contracts one dimension of each and sums in f32.
+
+    f32 values are multiplied as ``jax.default_matmul_precision`` says where the kernel is traced, which is
+    ``ExpertSpec.multiplying``. Products of shorter values are exact.
+    """
+    precision = None if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((a_dim,), (b_dim,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 

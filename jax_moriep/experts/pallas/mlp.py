@@ -92,7 +92,7 @@ def _on_platform(name: str, spec: ExpertSpec, operands: Operands, kept: int, *of
             if spec.scheme is not None and kernel in tuning.FORWARD:
                 mean = capacity / group_sizes.size
                 return tuning.lookup_of_codes(table, kind, kernel, spec.block, mean)
-            return tuning.lookup(table, kind, kernel, spec.block, itemsize, mean_run)
+            return tuning.lookup(table, kind, kernel, spec.block, itemsize, mean_run, tf32=spec.tf32)
 
         if spec.scheme is None:
             return functools.partial(getattr(passes, name), spec, tile_of, kept, False)
@@ -118,7 +118,8 @@ def _on_platform(name: str, spec: ExpertSpec, operands: Operands, kept: int, *of
         if spec.scheme is not None and kept:
             others = hopper_quantised.kept(spec, weights, group_sizes.size)
             interpreted, on_rocm = (_without(others, name, fn) for fn in (interpreted, on_rocm))
-    results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on_rocm, default=on_cuda)
+    with spec.multiplying():
+        results = lax.platform_dependent(*arrays, cpu=interpreted, rocm=on_rocm, default=on_cuda)
     # jax 0.10.2 forgets over which mesh axes a kernel's results vary.
     axes = _axes_of(arrays)
     return tuple(compat.pcast_varying(x, axes) for x in results)

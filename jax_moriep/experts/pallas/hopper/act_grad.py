@@ -54,14 +54,17 @@ def suits(tiles: RowTiles, weights: jax.Array) -> bool:
     """Whether the kernel here can run.
 
     It stores whole tiles of rows and columns and takes each of its pre-activations' halves as a whole block:
-    no tile may reach behind its run's blocks, and no step or tile of columns behind the matrix.
+    no tile may reach behind its run's blocks, and no step or tile of columns behind the matrix. It reads w2
+    across the sums, which the matrix unit does of 16-bit values only.
 
     Args:
       tiles: the tiles of rows.
       weights: w2, [L, H, I].
     """
     rows_are_whole = not tiles.overrun and tiles.capacity % ROWS == 0
-    return rows_are_whole and all(size % ROWS == 0 for size in weights.shape[1:])
+    return (
+        weights.dtype.itemsize == 2 and rows_are_whole and all(size % ROWS == 0 for size in weights.shape[1:])
+    )
 
 
 def activation_gradient(

@@ -1,4 +1,8 @@
-"""The forward and the backward pass by the Hopper products; see ``triton.passes`` for what each step is."""
+"""The forward and the backward pass by the Hopper products; see ``triton.passes`` for what each step is.
+
+The backward pass reads operands across the sums. Of f32 values it makes transposed copies: of both weights,
+and of the four operands of the weights' gradients.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ import jax.numpy as jnp
 
 from jax_moriep.experts.pallas import rowwise
 from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
-from jax_moriep.experts.pallas.hopper import act_grad, products
+from jax_moriep.experts.pallas.hopper import act_grad, products, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
-from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
+from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
 
@@ -54,16 +58,21 @@ def backward(
             d_out, weights.w2, pre, factors, tiles, spec, saved_rows=saved_rows
         )
     else:
-        d_act = products.product(d_out, weights.w2, tiles, by_column=True)
+        d_act = _by_column(d_out, weights, "w2", tiles, group_sizes)
         slices = row_tiles(group_sizes, block, capacity, rowwise.SLICE)
         act, d_pre, shares = rowwise.activation_gradient(
             d_act, pre, row_weights, slices, spec, saved_rows=saved_rows, interpret=False
         )
-    d_rows = products.product(d_pre, weights.w1, tiles, by_column=True)
+    d_rows = _by_column(d_pre, weights, "w1", tiles, group_sizes)
     d_rows = rowwise.zeroed_behind(d_rows, tiles, interpret=False)
-    of_runs = (starts, group_sizes, block)
-    dw1 = products.weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
+    if rows.dtype == jnp.float32:
+        pre_t, rows_t, out_t, act_t = (tf32.along_sums(real, x) for x in (d_pre, rows, d_out, act))
+        dw1 = tf32.weight_gradient(pre_t, rows_t, starts, group_sizes).astype(given.w1.dtype)
+        dw2 = tf32.weight_gradient(out_t, act_t, starts, group_sizes).astype(given.w2.dtype)
+    else:
+        of_runs = (starts, group_sizes, block)
+        dw1 = products.weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
+        dw2 = products.weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
     d_weights, d_biases = jnp.sum(shares, axis=0), ()
     if weights.b1 is not None and weights.b2 is not None:
         d_biases = (
@@ -85,3 +94,15 @@ def _cast(weights: ExpertWeights, dtype: Any, num_experts: int) -> ExpertWeights
     # What is made of weights must not be made of all layers'.
     weights = weights.alone(num_experts)
     return weights._replace(w1=weights.w1.astype(dtype), w2=weights.w2.astype(dtype))
+
+
+def _by_column(
+    rows: jax.Array, weights: ExpertWeights, name: str, tiles: RowTiles, group_sizes: jax.Array
+) -> jax.Array:
+    """Rows times their expert's "w1" or "w2", [L, D, N] each."""
+    if rows.dtype != jnp.float32:
+        return products.product(rows, getattr(weights, name), tiles, by_column=True)
+    # A copy must not be made of all layers'. Cut before it is turned, both are one copy.
+    alone = weights._replace(b1=None, b2=None).alone(group_sizes.size)
+    tiles = row_tiles(group_sizes, tiles.block, tiles.capacity, tiles.size)
+    return products.product(rows, jnp.swapaxes(getattr(alone, name), 1, 2), tiles, by_column=False)

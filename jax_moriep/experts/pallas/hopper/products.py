@@ -11,6 +11,8 @@ What keeps the kernels plain:
 - Bulk copies read zeros outside an array and write nothing there. So no size must divide any other: what is
   contracted ends in zeros, and columns that are none are not stored.
 - Row weights multiply the activations in gate_up, so that the product after it has no epilogue but its bias.
+- f32 values are multiplied in TF32, to which the matrix unit cuts them off. It takes of them only what lies
+  along the sums; of what lies across, the caller makes a transposed copy.
 - The one place where padding could meet a sum is a weight gradient's last step over an expert's rows: there
   the warpgroups clear what is not the run's.
 """
@@ -37,7 +39,7 @@ from jax_moriep.experts.pallas.tiles import RowTiles, position_in_grid
 from jax_moriep.experts.spec import ExpertSpec
 
 _DEPTH = 64
-"""How deep a step is: the 16-bit values that 128 bytes hold, a row of swizzled shared memory."""
+"""How deep a step of a weight gradient is."""
 _HALF = ROWS // 2
 """Rows that a warpgroup multiplies: the fewest of the matrix unit."""
 _WIDTHS = (256, 192, 128)
@@ -46,7 +48,7 @@ _TILE_COST = 32
 """What a tile costs beside its columns, in columns: narrow ones read the rows more often. Not tuned."""
 _GATES = 64
 """Columns of gate, and then of up, that lie side by side in shared memory, so that one product has both."""
-_GROUP = 8
+GROUP = 8
 """Tiles of rows that take their turn at one tile of columns in a weight gradient. As in the Triton kernels,
 where 8 is the default of ``Tile.group``; not tuned here."""
 
@@ -63,7 +65,7 @@ def product(
 
     Args:
       rows: [C, D], finite in padding if the result must be.
-      weights: [L, N, D], or [L, D, N] by column.
+      weights: [L, N, D], or [L, D, N] by column, which f32 values cannot be.
       tiles: the tiles of rows.
       by_column: which of them it is.
       bias: f32[C] factors and a bias [L, N]; ``factor * bias`` is added where the factor is not 0.
@@ -72,10 +74,10 @@ def product(
       [C, N]; where 64 or fewer rows of a tile are a run's, zeros in the rows of its blocks behind those 64.
     """
     depth, cols = rows.shape[1], weights.shape[2 if by_column else 1]
-    width, wide = _width(cols), _swizzle(depth, cols)
+    width, wide, step = width_of(cols), swizzle_of(rows.dtype, depth, cols), depth_of(rows.dtype)
     blocks = (
-        Block(ROWS, _DEPTH, 1, wide=wide),
-        Block(_DEPTH, width, 0, wide=wide) if by_column else Block(width, _DEPTH, 1, wide=wide),
+        Block(ROWS, step, 1, wide=wide),
+        Block(step, width, 0, wide=wide) if by_column else Block(width, step, 1, wide=wide),
     )
 
     def body(table: Any, rows_ref: Any, weights_ref: Any, *refs: Any) -> None:
@@ -105,7 +107,7 @@ def product(
                         pl.when(at.used > _HALF)(lambda: part.leave(lanes, at, nothing, out, _HALF))
 
                 sources = (rows_ref.at[at.some(0, part.height), :], w)
-                return Work(_steps(depth), sources, (_HALF, part.cols), multiply, finish)
+                return Work(-(-depth // step), sources, (_HALF, part.cols), multiply, finish)
 
             short = form(_Part.short(lanes, width))
             return dataclasses.replace(form(_Part.long(lanes, width)), short=(at.real <= _HALF, short))
@@ -188,11 +190,11 @@ def gate_up(
       The activations [C, I] if asked for, and the pre-activations [saved_rows, 2*I] if there are any.
     """
     depth, cols = rows.shape[1], weights.shape[1] // 2
-    groups, wide = 2, _swizzle(depth, cols)
+    groups, wide, step = 2, swizzle_of(rows.dtype, depth, cols), depth_of(rows.dtype)
     width = groups * _GATES
     blocks = (
-        Block(ROWS, _DEPTH, 1, wide=wide),
-        Block(2 * width, _DEPTH, 1, parts=2 * groups, wide=wide),
+        Block(ROWS, step, 1, wide=wide),
+        Block(2 * width, step, 1, parts=2 * groups, wide=wide),
     )
     by_half = weights.reshape(-1, cols, depth)
 
@@ -214,7 +216,7 @@ def gate_up(
                     mg.wgmma(sums, x.at[pl.ds(row, _HALF)], w.at[mine].transpose((1, 0)))
 
                 return Work(
-                    _steps(depth),
+                    -(-depth // step),
                     (rows_ref.at[at.some(0, height), :], w),
                     (_HALF, both),
                     multiply,
@@ -291,7 +293,7 @@ def weight_gradient(
     *,
     unclean: str,
 ) -> jax.Array:
-    """See ``triton.products.weight_gradient``.
+    """See ``triton.products.weight_gradient``; of values of 16 bits, ``tf32.weight_gradient`` is of f32.
 
     Args:
       left: [C, M].
@@ -307,7 +309,7 @@ def weight_gradient(
       [L, M, N].
     """
     num_experts, tall, cols = group_sizes.size, left.shape[1], right.shape[1]
-    width, wide = _width(cols), _swizzle(tall, cols)
+    width, wide = width_of(cols), swizzle_of(left.dtype, tall, cols)
     row_tiles, col_tiles = -(-tall // ROWS), -(-cols // width)
     blocks = (Block(_DEPTH, ROWS, 0, wide=wide), Block(_DEPTH, width, 0, wide=wide))
     # With smaller blocks a step can reach into the next run, in both operands.
@@ -317,7 +319,7 @@ def weight_gradient(
         def tile(lanes: Lanes, index: Any) -> Work:
             expert, turn = index
             own = pl.ds(lanes.me * _HALF, _HALF)
-            row_tile, col_tile = position_in_grid(turn, row_tiles, col_tiles, _GROUP)
+            row_tile, col_tile = position_in_grid(turn, row_tiles, col_tiles, GROUP)
             start, size = pl.multiple_of(starts_ref[expert], math.gcd(block, _DEPTH)), sizes_ref[expert]
             at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
 
@@ -369,18 +371,19 @@ def _clear(ref: Any, real: Any, done: Any = None) -> None:
         mg.barrier_arrive(done)
 
 
-def _steps(depth: int) -> int:
-    return -(-depth // _DEPTH)
+def depth_of(dtype: Any) -> int:
+    """How deep a step of a product is: the values that 128 bytes hold, a row of swizzled shared memory."""
+    return 128 // jnp.dtype(dtype).itemsize
 
 
-def _width(cols: int) -> int:
+def width_of(cols: int) -> int:
     """Columns of a tile: those with which all tiles together cost the least."""
     return min(_WIDTHS, key=lambda width: -(-cols // width) * (width + _TILE_COST))
 
 
-def _swizzle(*sizes: int) -> int:
+def swizzle_of(dtype: Any, *sizes: int) -> int:
     """How many bytes of shared memory are swizzled together: whole parts of every row of the operands."""
-    return 2 * math.gcd(*sizes, _DEPTH)
+    return jnp.dtype(dtype).itemsize * math.gcd(*sizes, depth_of(dtype))
 
 
 def _readable(factors: jax.Array, tiles: RowTiles) -> jax.Array:

@@ -18,8 +18,12 @@ LEAST_BLOCK = 32
 a quarter of an expert's mean run, so a smaller one says that most runs are shorter than a tile."""
 _STRIP = 8
 """Rows of swizzled shared memory that belong together: tiles begin, and results leave, in multiples of it."""
+F32_STEP = 32
+"""The f32 values that a step of a product sums. In a weight gradient these are rows, and of one run if the
+block is a multiple of it."""
 _SIZE = 16
-"""H and I are multiples of it: the 16-bit values that the narrowest swizzled rows of the matrix unit hold."""
+"""H and I are multiples of it: the 16-bit values that the narrowest swizzled rows of the matrix unit hold,
+or the f32 values of rows twice as wide."""
 FORMAT = jnp.dtype(jnp.float8_e4m3fn)
 """The float8 that the matrix unit multiplies."""
 
@@ -38,8 +42,9 @@ def unsuited(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
     if spec.scheme is not None:
         whole = spec.block % ROWS == 0 and rows.shape[0] % ROWS == 0
         return None if whole else f"block={spec.block} is no multiple of {ROWS}"
-    if spec.block < LEAST_BLOCK or spec.block % _STRIP:
-        return f"block={spec.block} must be a multiple of {_STRIP} and at least {LEAST_BLOCK}"
+    strip = _STRIP if rows.dtype != jnp.float32 else F32_STEP
+    if spec.block < LEAST_BLOCK or spec.block % strip:
+        return f"block={spec.block} must be a multiple of {strip} and at least {LEAST_BLOCK}"
     return None
 
 
@@ -61,8 +66,13 @@ def unsuited_few(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | N
 def _unsuited_operands(spec: ExpertSpec, rows: Any, weights: ExpertWeights) -> str | None:
     """What all kernels here ask for, whatever the runs are."""
     hidden, inner = rows.shape[1], weights.w2.shape[2]
-    if jnp.dtype(rows.dtype).itemsize != 2:
-        return f"rows are {jnp.dtype(rows.dtype).name}, and must be bfloat16 or float16"
+    if rows.dtype == jnp.float32:
+        if spec.scheme is not None:
+            return "rows are float32, and with quantised weights must be bfloat16 or float16"
+        if not spec.tf32:
+            return f"jax.default_matmul_precision is {spec.precision!r}, and they multiply float32 in TF32"
+    elif jnp.dtype(rows.dtype).itemsize != 2:
+        return f"rows are {jnp.dtype(rows.dtype).name}, and must be bfloat16, float16 or float32"
     if spec.scheme is not None and spec.code_dtype(weights) != FORMAT:
         return f"codes are {spec.code_dtype(weights).name}, and must be {FORMAT.name}"
     if spec.scheme is not None and weights.b1 is not None:

@@ -32,7 +32,7 @@ SMALLEST = "AMD Instinct MI300X"
 """Serves every device that has no entries: what fits its 64 KiB of local memory fits everywhere."""
 
 # (64 + 2 * 64) * 32 values of 4 bytes in 2 stages are 48 KiB, which every GPU's local memory holds. Not
-# tuned: f32 products use no matrix unit that bf16 would.
+# tuned: exact f32 products use no matrix unit, and of few rows TF32 is bound by reading weights.
 _F32 = Tile(rows=64, cols=64, depth=32, warps=4, stages=2)
 
 _DOZENS = 16
@@ -57,7 +57,14 @@ def class_of(block: int) -> str:
 
 
 def lookup(
-    table: Table, device_kind: str, kernel: str, block: int, itemsize: int, mean_rows: float = 0
+    table: Table,
+    device_kind: str,
+    kernel: str,
+    block: int,
+    itemsize: int,
+    mean_rows: float = 0,
+    *,
+    tf32: bool = False,
 ) -> Tile:
     """The tile of a kernel.
 
@@ -71,12 +78,16 @@ def lookup(
       block: rows per block.
       itemsize: bytes of one value of rows.
       mean_rows: of an expert, in the mean, where the routing is balanced.
+      tf32: f32 values are multiplied in TF32, for which a table may have entries.
 
     Returns:
       The tile.
     """
     if itemsize > 2:
-        return _F32
+        if not tf32 or class_of(block) == "few" or not device_kind.startswith(_HOPPER_KINDS):
+            return _F32
+        of_kernel = _of_device(table, device_kind)[kernel]
+        return Tile(**(of_kernel.get("tf32") or shipped()[HOPPER][kernel]["tf32"]))
     of_kernel, name = _of_device(table, device_kind)[kernel], class_of(block)
     if name == "few" and kernel in FORWARD and mean_rows >= _DOZENS:
         name = "dozens" if "dozens" in of_kernel else name
