@@ -19,7 +19,7 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as mg
 
-from jax_moriep.experts.pallas import rowwise
+from jax_moriep.experts.pallas import rowwise, table, tiles
 from jax_moriep.experts.pallas.hopper import act_grad, launch, passes, products, stream, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
 
@@ -36,8 +36,9 @@ TOLERANCE = 3e-3
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    """Few programs, so that each has several tiles."""
+    """Few programs, so that each has several tiles; their table without a kernel of Triton's."""
     monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(tiles, "table_of", table.formula)
     params = mg.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
     with mg.force_gpu_interpret_mode(params):  # pyright: ignore[reportAttributeAccessIssue]
         yield

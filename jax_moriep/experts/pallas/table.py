@@ -55,9 +55,7 @@ def table_of(group_sizes: jax.Array, cut: Cut, first_expert: jax.Array | None = 
     axes = compat.varying_axes(operands[0])
 
     def by_xla(sizes: jax.Array, *first: jax.Array) -> jax.Array:
-        tile = jnp.arange(cut.max_tiles, dtype=jnp.int32)
-        lines, last = jnp.stack(_of_tiles(tile, sizes, cut, *first)), jnp.stack(_of_call(sizes, cut))
-        return compat.pcast_varying(jnp.concatenate([lines, last[:, None]], axis=1), axes)
+        return compat.pcast_varying(formula(sizes, cut, *first), axes)
 
     def by_kernel(sizes: jax.Array, *first: jax.Array) -> jax.Array:
         return compat.pcast_varying(kernel(sizes, cut, *first, interpret=False), axes)
@@ -66,8 +64,15 @@ def table_of(group_sizes: jax.Array, cut: Cut, first_expert: jax.Array | None = 
     return lax.platform_dependent(*operands, cuda=by_kernel, default=by_xla)
 
 
+def formula(group_sizes: jax.Array, cut: Cut, first_expert: jax.Array | None = None) -> jax.Array:
+    """``table_of`` by plain operations."""
+    tile = jnp.arange(cut.max_tiles, dtype=jnp.int32)
+    lines = jnp.stack(_of_tiles(tile, group_sizes, cut, first_expert))
+    return jnp.concatenate([lines, jnp.stack(_of_call(group_sizes, cut))[:, None]], axis=1)
+
+
 def kernel(group_sizes: jax.Array, cut: Cut, *first: jax.Array, interpret: bool) -> jax.Array:
-    """The table by the kernel; ``first`` is i32[1], ``first_expert``, or nothing. See ``launch.call``."""
+    """``formula`` as a kernel; ``first`` is i32[1], ``first_expert``, or nothing. See ``launch.call``."""
     experts = group_sizes.size
     padded = power_of_two(experts)
     size = min(max(16, _VALUES // padded), power_of_two(cut.max_tiles + 1))
@@ -92,7 +97,9 @@ def kernel(group_sizes: jax.Array, cut: Cut, *first: jax.Array, interpret: bool)
     return call(body, "moriep_tiles", (group_sizes, *first), results, programs, tile, interpret)[0]
 
 
-def _of_tiles(tile: jax.Array, sizes: jax.Array, cut: Cut, *first: jax.Array) -> tuple[jax.Array, ...]:
+def _of_tiles(
+    tile: jax.Array, sizes: jax.Array, cut: Cut, first_expert: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     """The six lines of some tiles; of one that is not in use they mean nothing."""
     aligned, counts = _runs(sizes, cut)
     ends = jnp.cumsum(counts)
@@ -116,7 +123,7 @@ def _of_tiles(tile: jax.Array, sizes: jax.Array, cut: Cut, *first: jax.Array) ->
     # Group n of a run begins at its tile count * n / num_groups, so this is the group of tile in_run.
     in_group = lax.div((in_run + 1) * num_groups - 1, jnp.maximum(1, count))
     return (
-        sum(first, expert),
+        expert if first_expert is None else expert + first_expert,
         start + in_run * cut.size,
         start + real,
         start + rows,
