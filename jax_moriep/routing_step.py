@@ -47,7 +47,7 @@ def run(
       The routes and their measurements.
     """
     logits, score_bias = routing.scored(x, params, cfg)
-    if platform != "cpu":
+    if platform != "cpu" and (platform is not None or compat.lowers_triton()):
         # Imported on first use, as in ``experts.pallas``.
         from jax_moriep import routing_kernel
 

@@ -153,6 +153,16 @@ def converts_float8(platform: str, dtype: Any) -> bool:
     return tuple(int(part) for part in capability.split(".") if part.isdigit()) >= (8, 9)
 
 
+def lowers_triton() -> bool:
+    """Whether Pallas-Triton's kernels can be lowered for the mesh without devices that is in use.
+
+    From jax 0.11 on it must say which device it is of (``abstract_device``).
+    """
+    if jax.__version_info__ < (0, 11):
+        return True
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is not None
+
+
 def matmul_precision() -> str | None:
     """What ``jax.default_matmul_precision`` is here; jax makes the property when it is imported."""
     return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,6 +8,7 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("Pallas-Mosaic has these kernels from jax 0.11 on", allow_module_level=True)
 
 from jax_moriep.experts import ExpertSpec
+from jax_moriep.experts.pallas import table, tiles
 from jax_moriep.experts.pallas.hopper import act_grad, products, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
@@ -23,6 +24,12 @@ SIZES = [
 ]
 # Of f32, 64 bytes are the least that any size gives.
 IN_F32 = [("float32", 512, 256, 128), ("float32", 416, 288, 32), ("float32", 208, 272, 96)]
+
+
+@pytest.fixture(autouse=True)
+def _without_tritons_table(monkeypatch):
+    """Triton's kernel of the table would have to be told the device, and is lowered in another file."""
+    monkeypatch.setattr(tiles, "table_of", table.formula)
 
 
 def lowers(fn, *shapes):

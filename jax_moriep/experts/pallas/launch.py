@@ -74,7 +74,8 @@ class Span:
 
     @property
     def slice(self) -> Any:
-        return pl.ds(self.first, self.size)
+        # jax 0.12 looks at a number whether the slice lies inside, whatever is masked.
+        return pl.ds(self.first if self.stop is None else jnp.int32(self.first), self.size)
 
     @property
     def mask(self) -> jax.Array | None:
