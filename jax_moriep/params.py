@@ -147,8 +147,9 @@ def param_specs(
 
 
 def _num_leading(params: MoEParams) -> int:
-    """How many dimensions weights have in front: one if they are stacked layers."""
-    return len(params.router.shape) - 2
+    """How many dimensions weights have in front: one if they are stacked layers. Parts of a layer may be left
+    out, as of a checkpoint that is being read."""
+    return 0 if params.router is None else len(params.router.shape) - 2
 
 
 def pad_params(params: MoEParams, num_ranks: int) -> MoEParams:
