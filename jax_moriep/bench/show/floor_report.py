@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from jax_moriep.bench.problem.names import is_baseline
-from jax_moriep.bench.run import floor, host
+from jax_moriep.bench.run import floor
+from jax_moriep.bench.show import host_report
 from jax_moriep.bench.show.floor_rows import Row, rows_of
 
 
@@ -48,17 +48,7 @@ def _how(entries: list[dict[str, Any]]) -> list[str]:
 
 def _missing(result: dict[str, Any], entries: list[dict[str, Any]]) -> list[str]:
     """Baselines that were wrong or did not run, and what no time was left for."""
-    lines = []
-    for entry in entries:
-        for check in entry["wrong"]:
-            if is_baseline(check["name"]):
-                lines.append(f"inaccurate baseline: {entry['title']}: {host.describe(check)}")
-        for failure in entry["failed"]:
-            if failure.get("not_run") or is_baseline(failure["name"]):
-                said = failure["error"].splitlines()[0]
-                lines.append(
-                    f"not measured: {entry['title']}: {failure['name']} {failure['operation']}: {said}"
-                )
+    lines = host_report.missing(entries)
     for of_kernels in result["kernels"]:
         if of_kernels.get("not_run"):
             lines.append(f"not measured: kernels of {', '.join(of_kernels['shares'])}: {of_kernels['error']}")

@@ -142,7 +142,13 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     entries = [entry for of_set in result["sets"] for entry in of_set["cases"]]
     count = sum(entry["checks"] for entry in entries)
     wrong = sum(len(entry["wrong"]) for entry in entries)
-    lines = [f"{count - wrong} of {count} comparisons with the oracles are right"]
+    verdict = f"{count - wrong} of {count} comparisons with the oracles are right"
+    return [verdict, *missing(entries), *host.failures(result)]
+
+
+def missing(entries: list[dict[str, Any]]) -> list[str]:
+    """Of the cases of a result: baselines that were wrong or did not run, and what no time was left for."""
+    lines = []
     for entry in entries:
         for check in entry["wrong"]:
             if is_baseline(check["name"]):
@@ -153,7 +159,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
                 lines.append(
                     f"not measured: {entry['title']}: {failure['name']} {failure['operation']}: {error}"
                 )
-    return [*lines, *host.failures(result)]
+    return lines
 
 
 def _percent(value: float | None) -> str:
