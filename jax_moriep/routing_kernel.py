@@ -16,11 +16,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jax_moriep.balance import RouterSums
 from jax_moriep.config import MoEConfig
-from jax_moriep.experts.pallas.launch import Span, Tile, call, span, store_vector
+from jax_moriep.experts.pallas.launch import (
+    Span,
+    Tile,
+    call,
+    load,
+    load_vector,
+    span,
+    store,
+    store_vector,
+)
 from jax_moriep.routing import divide, weights_of
 
 MOST_EXPERTS, MOST_CHOSEN, MOST_GROUPS = 512, 16, 16
@@ -75,16 +83,16 @@ def routed(
         *given_refs, ids_ref, weights_ref, words_ref = refs
         tokens = span(pl.program_id(0) * height, height, num_tokens)
         all_experts, all_chosen = span(0, width, experts), span(0, chosen, cfg.top_k)
-        logits = _load(logits_ref, tokens, all_experts)
+        logits = load(logits_ref, tokens, all_experts)
         real = jnp.ones((height,), jnp.bool_) if tokens.mask is None else tokens.mask
         if mask is not None:
-            real &= _load(given_refs.pop(), tokens) != 0
-        bias = _load(given_refs[0], all_experts)[None, :] if given_refs else None
+            real &= load_vector(given_refs.pop(), tokens) != 0
+        bias = load_vector(given_refs[0], all_experts)[None, :] if given_refs else None
         tile = _Router(cfg, logits, bias)
         ids, weights, taken = tile.choice()
         ids = jnp.where(real[:, None], ids, -1)
-        _store(ids_ref, ids, tokens, all_chosen)
-        _store(weights_ref, weights, tokens, all_chosen)
+        store(ids_ref, tokens, all_chosen, ids)
+        store(weights_ref, tokens, all_chosen, weights)
         _store_words(words_ref, pl.program_id(0), tile, taken, real)
 
     results = [
@@ -272,22 +280,3 @@ def _sum(values: list[jax.Array]) -> jax.Array:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _mask(shape: tuple[int, ...], spans: tuple[Span, ...]) -> jax.Array | None:
-    mask = None
-    for dim, at in enumerate(spans):
-        if at.mask is not None:
-            one = lax.broadcast_in_dim(at.mask, shape, (dim,))
-            mask = one if mask is None else mask & one
-    return mask
-
-
-def _load(ref: Any, *spans: Span) -> jax.Array:
-    mask = _mask(tuple(at.size for at in spans), spans)
-    at = ref.at[tuple(at.slice for at in spans)]
-    return plgpu.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
-
-
-def _store(ref: Any, values: jax.Array, *spans: Span) -> None:
-    plgpu.store(ref.at[tuple(at.slice for at in spans)], values, mask=_mask(values.shape, spans))
