@@ -124,11 +124,20 @@ def test_nothing_copies_a_layers_weights_before_the_kernels(monkeypatch, remat):
         assert opcodes(plain, shape) & {"dynamic-slice", "fusion", "copy"}
 
 
+def layers_over(num_ranks):
+    """A config, a mesh, and the weights of all layers."""
+    cfg = jm.MoEConfig(EXPERTS, 2, HIDDEN, INNER, transport="native")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_ranks]), ("ep",))
+    return (
+        cfg,
+        mesh,
+        jax.vmap(lambda key: jm.init_params(key, cfg))(jax.random.split(jax.random.key(0), LAYERS)),
+    )
+
+
 def test_a_layer_keeps_no_weights_for_its_backward_pass():
     """What a scan saves of every layer, under shard_map too, is as large without the experts' weights."""
-    cfg = jm.MoEConfig(EXPERTS, 2, HIDDEN, INNER, transport="native")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("ep",))
-    stack = jax.vmap(lambda key: jm.init_params(key, cfg))(jax.random.split(jax.random.key(0), LAYERS))
+    cfg, mesh, stack = layers_over(2)
 
     def loss(x, stack):
         def body(x, of_layer):
@@ -144,9 +153,7 @@ def test_a_layer_keeps_no_weights_for_its_backward_pass():
 
 
 def test_the_layer_reads_the_stack_in_the_compiled_program():
-    cfg = jm.MoEConfig(EXPERTS, 2, HIDDEN, INNER, transport="native")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("ep",))
-    stack = jax.vmap(lambda key: jm.init_params(key, cfg))(jax.random.split(jax.random.key(0), LAYERS))
+    cfg, mesh, stack = layers_over(1)
 
     def run(x, stack):
         def body(x, i):
