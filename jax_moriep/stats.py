@@ -38,6 +38,8 @@ def counted(
 
 def as_words(counts: jax.Array, sums: balance.RouterSums) -> jax.Array:
     """One rank's measurements as the i32[W] words that its dispatch carries to every rank."""
+    # XLA for GPUs puts sums into what concatenates them, where one thread adds up a number for each token.
+    sums = lax.optimization_barrier(sums)
     return jnp.concatenate([counts, lax.bitcast_convert_type(_flat(sums), jnp.int32)])
 
 
