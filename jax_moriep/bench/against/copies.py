@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jax_moriep.bench.measure.programs import on_device
 from jax_moriep.bench.measure.turns import in_a_row
+from jax_moriep.runtime import compat
 
 Pass = Callable[[jax.Array, jax.Array], jax.Array]
 """(x, factor [1]) -> what a pass over x gives: as many values again, or sums of them."""
@@ -105,12 +106,10 @@ def _tiled(
     # As many bytes whatever the dtype.
     size = max(1, 2 * size // x.dtype.itemsize)
     programs = -(-x.size // size)
-    shape = (
-        jax.ShapeDtypeStruct((programs,), jnp.float32) if sums else jax.ShapeDtypeStruct((x.size,), x.dtype)
-    )
+    result = ((programs,), jnp.float32) if sums else ((x.size,), x.dtype)
     found = pl.pallas_call(
         functools.partial(kernel, size, x.size),
-        out_shape=shape,
+        out_shape=compat.result_type(x, *result),
         grid=(programs,),
         name="bench_sum" if sums else "bench_copy",
         interpret=interpret,
