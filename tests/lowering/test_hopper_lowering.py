@@ -11,6 +11,7 @@ from jax_moriep.experts import ExpertSpec
 from jax_moriep.experts.pallas import table, tiles
 from jax_moriep.experts.pallas.hopper import act_grad, products, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.hopper.weight_gradient import weight_gradient
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.plan import run_starts
 
@@ -62,7 +63,7 @@ def test_backward(dtype, hidden, inner, block, unclean):
     def fn(sizes, d_out, w2, rows):
         d_act = products.product(d_out, w2, row_tiles(sizes, block, C, ROWS), by_column=True)
         starts = run_starts(sizes, block)
-        return products.weight_gradient(d_act, rows, starts, sizes, block, dtype, unclean=unclean)
+        return weight_gradient(d_act, rows, starts, sizes, block, dtype, unclean=unclean)
 
     shapes = [(C, hidden), (L, hidden, inner), (C, hidden)]
     lowers(fn, ((L,), "int32"), *((shape, jnp.dtype(dtype)) for shape in shapes))

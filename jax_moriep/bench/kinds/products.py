@@ -17,6 +17,7 @@ from jax_moriep.experts.pallas import choice
 from jax_moriep.experts.pallas.hopper import products as hopper
 from jax_moriep.experts.pallas.hopper import tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.hopper.weight_gradient import weight_gradient
 from jax_moriep.experts.pallas.tiles import real_rows, row_tiles
 from jax_moriep.experts.pallas.triton import passes, products, tuning
 from jax_moriep.plan import run_starts
@@ -83,7 +84,7 @@ def kernels(data: Data, act: jax.Array, pre: jax.Array, interpret: bool) -> dict
 
 
 def _gradient(spec: ExpertSpec, s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:
-    return hopper.weight_gradient(a, b, run_starts(s, spec.block), s, spec.block, a.dtype, unclean=unclean)
+    return weight_gradient(a, b, run_starts(s, spec.block), s, spec.block, a.dtype, unclean=unclean)
 
 
 def _gradient_of_f32(spec: ExpertSpec, s: jax.Array, a: jax.Array, b: jax.Array, unclean: str) -> jax.Array:

@@ -15,6 +15,7 @@ from jax_moriep.experts.pallas import rowwise
 from jax_moriep.experts.pallas.biases import BIAS_ROWS, row_sums, rows_times_bias
 from jax_moriep.experts.pallas.hopper import act_grad, products, tf32
 from jax_moriep.experts.pallas.hopper.support import ROWS
+from jax_moriep.experts.pallas.hopper.weight_gradient import weight_gradient
 from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
@@ -71,8 +72,8 @@ def backward(
         dw2 = tf32.weight_gradient(out_t, act_t, starts, group_sizes).astype(given.w2.dtype)
     else:
         of_runs = (starts, group_sizes, block)
-        dw1 = products.weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
-        dw2 = products.weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
+        dw1 = weight_gradient(d_pre, rows, *of_runs, given.w1.dtype, unclean="right")
+        dw2 = weight_gradient(d_out, act, *of_runs, given.w2.dtype, unclean="left")
     d_weights, d_biases = jnp.sum(shares, axis=0), ()
     if weights.b1 is not None and weights.b2 is not None:
         d_biases = (

@@ -12,14 +12,11 @@ What keeps the kernels plain:
 - Row weights multiply the activations in gate_up, so that the product after it has no epilogue but its bias.
 - f32 values are multiplied in TF32, to which the matrix unit cuts them off. It takes of them only what lies
   along the sums; of what lies across, the caller makes a transposed copy.
-- The one place where padding could meet a sum is a weight gradient's last step over an expert's rows: there
-  the warpgroups clear what is not the run's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -30,15 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas import activation
-from jax_moriep.experts.pallas.hopper import launch, stream
+from jax_moriep.experts.pallas.hopper import launch
 from jax_moriep.experts.pallas.hopper.launch import TileRows, along_cols, of_rows
 from jax_moriep.experts.pallas.hopper.stream import PIECE, Block, Lanes, Work
 from jax_moriep.experts.pallas.hopper.support import ROWS
-from jax_moriep.experts.pallas.tiles import RowTiles, position_in_grid
+from jax_moriep.experts.pallas.tiles import RowTiles
 from jax_moriep.experts.spec import ExpertSpec
 
-_DEPTH = 64
-"""How deep a step of a weight gradient is."""
 _HALF = ROWS // 2
 """Rows that a warpgroup multiplies: the fewest of the matrix unit."""
 _WIDTHS = (256, 192, 128)
@@ -47,8 +42,6 @@ _TILE_COST = 32
 """What a tile costs beside its columns, in columns: narrow ones read the rows more often. Not tuned."""
 _GATES = 64
 """Columns of gate, and then of up, that lie side by side in shared memory, so that one product has both."""
-GROUP = 8
-"""Tiles of rows that take their turn at one tile of columns in a weight gradient; not tuned."""
 
 
 def product(
@@ -279,94 +272,6 @@ class _GateUp:
         if parts:
             at.leave(lanes, row, parts)
         pl.when(at.first < self.saved_rows)(lambda: at.leave(lanes, row, pre))
-
-
-def weight_gradient(
-    left: jax.Array,
-    right: jax.Array,
-    starts: jax.Array,
-    group_sizes: jax.Array,
-    block: int,
-    dtype: Any,
-    *,
-    unclean: str,
-) -> jax.Array:
-    """See ``triton.products.weight_gradient``; of values of 16 bits, ``tf32.weight_gradient`` is of f32.
-
-    Args:
-      left: [C, M].
-      right: [C, N].
-      starts: i32[L], the first row of every run.
-      group_sizes: i32[L].
-      block: every run starts at a multiple of it.
-      dtype: of the result; the sums leave the registers as it.
-      unclean: "left" or "right", the operand whose padding may hold anything; the other's is zeros up to the
-        end of a run's blocks.
-
-    Returns:
-      [L, M, N].
-    """
-    num_experts, tall, cols = group_sizes.size, left.shape[1], right.shape[1]
-    width, wide = width_of(cols), swizzle_of(left.dtype, tall, cols)
-    row_tiles, col_tiles = -(-tall // ROWS), -(-cols // width)
-    blocks = (Block(_DEPTH, ROWS, 0, wide=wide), Block(_DEPTH, width, 0, wide=wide))
-    # With smaller blocks a step can reach into the next run, in both operands.
-    both = block % _DEPTH != 0
-
-    def body(starts_ref: Any, sizes_ref: Any, left_ref: Any, right_ref: Any, out_ref: Any) -> None:
-        def tile(lanes: Lanes, index: Any) -> Work:
-            expert, turn = index
-            own = pl.ds(lanes.me * _HALF, _HALF)
-            row_tile, col_tile = position_in_grid(turn, row_tiles, col_tiles, GROUP)
-            start, size = pl.multiple_of(starts_ref[expert], math.gcd(block, _DEPTH)), sizes_ref[expert]
-            at_rows, at_cols = pl.ds(row_tile * ROWS, ROWS), pl.ds(col_tile * width, width)
-
-            def multiply(k: Any, place: Any, operands: Any, sums: Any) -> None:
-                x, y = operands
-                x = x.at[:, own]
-                left_over = size - k * _DEPTH
-
-                @pl.when(left_over < _DEPTH)
-                def _() -> None:
-                    if both or unclean == "left":
-                        _clear(x, left_over)
-                    if both or unclean == "right":
-                        # Both warpgroups read it. The first one, which is ahead, clears it for both.
-                        cleared = lanes.scratch[0].at[place]
-                        pl.when(lanes.me == 0)(functools.partial(_clear, y, left_over, cleared))
-                        pl.when(lanes.me == 1)(lambda: mg.barrier_wait(cleared))
-
-                mg.wgmma(sums, x.transpose((1, 0)), y)
-
-            deep = pl.ds(start, left.shape[0])
-            return Work(
-                lax.div(size + (_DEPTH - 1), jnp.int32(_DEPTH)),
-                (left_ref.at[deep, at_rows], right_ref.at[deep, at_cols]),
-                (_HALF, width),
-                multiply,
-                lambda values: lanes.leave([(values, out_ref.at[expert].at[at_rows, at_cols].at[own])]),
-            )
-
-        turns = (num_experts, row_tiles * col_tiles)
-        cleared = mg.Barrier(num_arrivals=1, num_barriers=stream.PLACES)
-        stream.run(blocks, left.dtype, turns, tile, results=(dtype,), piece_bytes=wide, scratch=(cleared,))
-
-    shape = ((num_experts, tall, cols), dtype)
-    return launch.call(body, (starts, group_sizes, left, right), [shape])[0]
-
-
-def _clear(ref: Any, real: Any, done: Any = None) -> None:
-    """Zeros in the rows of shared memory from one on; then arrives at a barrier, if one is given."""
-    # By squares, of which a warpgroup has the values in few registers beside its sums.
-    for col in range(0, ref.shape[1], _DEPTH):
-        square = ref.at[:, pl.ds(col, _DEPTH)]
-        row = mg.layout_cast(lax.broadcasted_iota(jnp.int32, square.shape, 0), mg.Layout.WGMMA)
-        values = square[...]
-        real_rows = row < lax.broadcast_in_dim(real, row.shape, ())
-        square[...] = jnp.where(real_rows, values, jnp.zeros_like(values))
-    mg.commit_smem()
-    if done is not None:
-        mg.barrier_arrive(done)
 
 
 def depth_of(dtype: Any) -> int:

@@ -16,6 +16,7 @@ from jax_moriep.experts import rounding
 from jax_moriep.experts.pallas import quantise, rowwise
 from jax_moriep.experts.pallas.hopper import few, fp8, products
 from jax_moriep.experts.pallas.hopper.support import FEW_ROWS, FORMAT, ROWS
+from jax_moriep.experts.pallas.hopper.weight_gradient import weight_gradient
 from jax_moriep.experts.pallas.tiles import RowTiles, real_rows, row_tiles
 from jax_moriep.experts.spec import ExpertSpec, ExpertWeights, Operands
 from jax_moriep.plan import run_starts
@@ -130,8 +131,8 @@ def backward(
         return d_rows, d_row_weights
     starts = run_starts(group_sizes, spec.block)
     of_runs = (starts, group_sizes, spec.block)
-    dw1 = products.weight_gradient(d_pre, rows, *of_runs, weights.w1.dtype, unclean="right")
-    dw2 = products.weight_gradient(d_out, act, *of_runs, weights.w2.dtype, unclean="left")
+    dw1 = weight_gradient(d_pre, rows, *of_runs, weights.w1.dtype, unclean="right")
+    dw2 = weight_gradient(d_out, act, *of_runs, weights.w2.dtype, unclean="left")
     return d_rows, d_row_weights, dw1, dw2
 
 

@@ -34,11 +34,6 @@ MULTIPLIER_REGISTERS = 232
 steps of 8."""
 
 
-LEAD = 2
-"""Steps of a tile that the first warpgroup has begun when the second one begins the tile. So it comes to the
-end sooner, and while either stores its results the other one's products keep the matrix unit busy."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Block:
     """What a step reads of an operand: [rows, cols], and the next step further along ``dim``.
@@ -170,13 +165,11 @@ class Lanes:
       me: its number; those that multiply have 0 and 1.
       pieces: places in shared memory for each dtype of results.
       scratch: what ``run`` was asked for besides.
-      ahead: barriers, one for each place, where the first one arrives when it is ``LEAD`` steps ahead.
     """
 
     me: Any
     pieces: dict[jnp.dtype, Any]
     scratch: tuple[Any, ...]
-    ahead: Any
 
     def leave(self, parts: list[tuple[Any, Any]], used: Any = None, strip: int = PIECE) -> None:
         """Stores each (values, target) through shared memory, by turns; the copies run on.
@@ -244,9 +237,9 @@ def run(
     results = tuple(dict.fromkeys(jnp.dtype(result) for result in results or (dtype,)))
     count = max(1, PIECES // len(results))
 
-    def scoped(buffers: Any, produced: Any, consumed: Any, ahead: Any, pieces: Any, scratch: Any) -> None:
+    def scoped(buffers: Any, produced: Any, consumed: Any, pieces: Any, scratch: Any) -> None:
         me = lax.axis_index("wg")
-        lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch, ahead)
+        lanes = Lanes(me, dict(zip(results, pieces, strict=True)), scratch)
         pl.when(me == _COPIER)(
             functools.partial(
                 _copy, copier_registers, blocks, turns, work, lanes, buffers, produced, consumed
@@ -262,7 +255,6 @@ def run(
         buffers=tuple(block.places(PLACES, dtype) for block in blocks),
         produced=mg.Barrier(num_arrivals=sum(block.parts for block in blocks), num_barriers=PLACES),
         consumed=mg.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=PLACES),
-        ahead=mg.Barrier(num_arrivals=1, num_barriers=PLACES),
         pieces=tuple(
             mg.SMEM(
                 (_MULTIPLIERS, count, PIECE, piece_bytes // result.itemsize),
@@ -340,21 +332,13 @@ def _multiply(turns: Any, work: Any, lanes: Lanes, buffers: Any, produced: Any, 
     def _(info: Any, carry: Any) -> Any:
         tile = work(lanes, info.index)
 
-        # No two tiles that are under way have the same first place.
-        ahead = lanes.ahead.at[lax.rem(carry, jnp.int32(PLACES))]
-
         def summed(form: Work, sums: Any) -> None:
             def step(k: Any, nothing: Any) -> Any:
                 place = lax.rem(carry + k, jnp.int32(PLACES))
-                if LEAD:
-                    pl.when((lanes.me == 1) & (k == 0))(lambda: mg.barrier_wait(ahead))
                 mg.barrier_wait(produced.at[place])
                 form.multiply(k, place, tuple(places.at[place] for places in buffers), sums)
                 # The product of this step may run on; those before it are done with their blocks.
                 mg.wgmma_wait(1)
-                if LEAD:
-                    led = (lanes.me == 0) & (k == jnp.minimum(LEAD, form.steps) - 1)
-                    pl.when(led)(lambda: mg.barrier_arrive(ahead))
                 before = lax.rem(carry + k + (PLACES - 1), jnp.int32(PLACES))
                 pl.when(k > 0)(lambda: mg.barrier_arrive(consumed.at[before]))
                 return nothing

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from jax_moriep.experts.pallas.hopper import launch, stream
-from jax_moriep.experts.pallas.hopper.products import GROUP, swizzle_of, width_of
+from jax_moriep.experts.pallas.hopper.products import swizzle_of, width_of
 from jax_moriep.experts.pallas.hopper.stream import Block, Lanes, Work
 from jax_moriep.experts.pallas.hopper.support import F32_STEP, ROWS
+from jax_moriep.experts.pallas.hopper.weight_gradient import GROUP
 from jax_moriep.experts.pallas.tiles import position_in_grid
 
 _HALF = ROWS // 2
