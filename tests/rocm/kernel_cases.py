@@ -114,10 +114,14 @@ def captured_kernels(path):
 def expect_failure(path, name, arguments, error):
     """The error is seen by the call that waits, and by every call after it."""
     kernel, stream = hip.function(hip.load(path), name), hip.stream()
-    called = threading.Event()
+    queued, called = threading.Event(), threading.Event()
+    gate = hip.HOST_FUNCTION(lambda _: queued.wait(10))
     note = hip.HOST_FUNCTION(lambda _: called.set())
+    # The kernel waits until all are queued: what comes behind a failure is refused.
+    hip.check("hipLaunchHostFunc", stream, gate, None)
     assert launch(kernel, (1, 1, 1), (1, 1, 1), arguments, stream) == hip.SUCCESS
     hip.check("hipLaunchHostFunc", stream, note, None)
+    queued.set()
     assert hip.call("hipStreamSynchronize", stream) == error
     assert hip.call("hipGetLastError") == error
     assert hip.call("hipDeviceSynchronize") == error
