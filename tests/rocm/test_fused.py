@@ -68,9 +68,9 @@ INSTRUCTIONS = {
     "fp8_block None": 0.05,
     "fp8_block fp8": 0.05,
     "fp8_token None": 0.054,
-    "fp8_token fp8": 0.085,
-    "int8_token None": 0.056,
-    "int8_token fp8": 0.09,
+    "fp8_token fp8": 0.086,
+    "int8_token None": 0.059,
+    "int8_token fp8": 0.0905,
 }
 BYTES = 0.018
 KINDS = ("salu", "branch", "smem", "valu", "mfma", "lds", "load", "store", "atomic", "cache")

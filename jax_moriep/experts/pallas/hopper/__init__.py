@@ -6,7 +6,7 @@
 | `passes.py`, `quantised.py` | the forward and the backward pass; of quantised experts |
 | `act_grad.py` | the way back through the second product and the activation |
 | `products.py`, `fp8.py`, `few.py` | the products: 16-bit and f32, float8, and float8 with few rows |
-| `tf32.py` | a weight gradient of f32 |
+| `weight_gradient.py`, `tf32.py` | weight gradients: 16-bit; f32 |
 | `scaled.py` | sums of float8 products |
 | `stream.py` | how operands come to the matrix units |
 | `launch.py` | the call of Pallas, and the walk over tiles |
